@@ -1,0 +1,1 @@
+"""Checkpoints on disk: the only code that knows tensor names, safetensors bytes and shard files."""

@@ -1,0 +1,131 @@
+"""Which of the three naming layouts a checkpoint uses, decided name by name.
+
+Each layout has a set of name patterns (numbers replaced by `#`), generated from the rename table,
+so a name is recognised even where the config has no such tensor, and the report can then say what
+is wrong with it.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterable
+
+from dsv4_jax.checkpoint.names import (
+    LAYER_PREFIX,
+    LAYER_ROWS,
+    LAYOUTS,
+    MTP_ROWS,
+    TOP_ROWS,
+    Layout,
+    Row,
+    row_name,
+    scale_name,
+)
+
+# The official converter accepts these words for the official ones, and a leading `model.`.
+_OFFICIAL_WORDS = {
+    "self_attn": "attn",
+    "mlp": "ffn",
+    "weight_scale_inv": "scale",
+    "e_score_correction_bias": "bias",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Naming:
+    """Result of `identify`.
+
+    Attributes:
+        layout: None if no single layout holds all names.
+        names: the layout's own name -> the name in the files (they differ for accepted aliases).
+        unknown: names of no layout, in file order.
+        problems: mixed layouts; one tensor under two names.
+    """
+
+    layout: Layout | None
+    names: dict[str, str]
+    unknown: list[str]
+    problems: list[str]
+
+
+def pattern(name: str) -> str:
+    """The name with every numeric component replaced by `#`; `007` is not a number of ours."""
+    return ".".join(
+        "#" if word.isdecimal() and word.isascii() and str(int(word)) == word else word
+        for word in name.split(".")
+    )
+
+
+@functools.cache
+def _rows(layout: Layout) -> dict[str, Row]:
+    groups = [("", TOP_ROWS), (f"{LAYER_PREFIX[layout]}#.", LAYER_ROWS)]
+    if layout == "official":
+        groups += [("mtp.#.", MTP_ROWS), ("mtp.#.", LAYER_ROWS)]
+    known = {}
+    for prefix, rows in groups:
+        for row in rows:
+            name = row_name(row, layout)
+            if name is not None:
+                known[prefix + name] = row
+                if row.quantized:
+                    known[scale_name(prefix + name, layout)] = row
+    return known
+
+
+def row_of(name: str, layout: Layout) -> Row | None:
+    """The line of the rename table that a name of a layout (weight or scale) belongs to, if any."""
+    return _rows(layout).get(pattern(name))
+
+
+def own_name(name: str, layout: Layout) -> str:
+    """The layout's own spelling of an accepted alias; other names come back unchanged."""
+    if layout == "transformers":
+        return name
+    if layout == "official":
+        words = name.removeprefix("model.").split(".")
+        name = ".".join(_OFFICIAL_WORDS.get(word, word) for word in words)
+        if name.endswith(".attn.norm.weight"):
+            name = name.removesuffix("norm.weight") + "kv_norm.weight"
+        return name
+    if name.endswith(".attn.kv_norm.weight"):
+        name = name.removesuffix("kv_norm.weight") + "norm.weight"
+    if name.endswith(".weight_scale_inv"):
+        return name.removesuffix("weight_scale_inv") + "scale"
+    return name
+
+
+def identify(names: Iterable[str]) -> Naming:
+    """Finds the layout that every recognised name belongs to.
+
+    Args:
+        names: tensor names as they are in the files.
+    """
+    unknown: list[str] = []
+    holders: dict[tuple[Layout, ...], list[str]] = {}  # layouts a name fits -> names
+    for name in names:
+        fits = tuple(lay for lay in LAYOUTS if row_of(own_name(name, lay), lay))
+        if fits:
+            holders.setdefault(fits, []).append(name)
+        else:
+            unknown.append(name)
+    common = [lay for lay in LAYOUTS if holders and all(lay in fits for fits in holders)]
+    if not common:
+        problems = []
+        if holders:
+            counts = "; ".join(
+                f"{len(held)} only {' or '.join(fits)} (such as {held[0]!r})"
+                for fits, held in sorted(holders.items(), key=lambda item: -len(item[1]))
+                if len(fits) < len(LAYOUTS)
+            )
+            problems.append(f"the tensor names mix naming layouts: {counts}")
+        return Naming(None, {}, unknown, problems)
+    layout = common[0]
+    found: dict[str, str] = {}
+    problems = []
+    for held in holders.values():
+        for name in held:
+            own = own_name(name, layout)
+            if own in found:
+                problems.append(f"one tensor under two names: {found[own]!r} and {name!r}")
+            else:
+                found[own] = name
+    return Naming(layout, found, unknown, problems)

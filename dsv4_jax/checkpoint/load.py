@@ -1,0 +1,200 @@
+"""A checkpoint directory to a parameter tree, tensor by tensor.
+
+Each parameter is one buffer, filled in place and handed to JAX. On a CPU JAX uses such a 64-byte
+aligned buffer as it is (`device_put` copies nothing), so the peak is the weights and the tensor
+being read; on an accelerator it is the largest parameter. Mapped pages are given back after each
+tensor.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import jax
+import numpy as np
+
+from dsv4_jax.checkpoint import names
+from dsv4_jax.checkpoint.files import CheckpointFiles
+from dsv4_jax.checkpoint.manifest import Manifest, Options, open_manifest
+from dsv4_jax.checkpoint.release import DraftHead
+from dsv4_jax.checkpoint.tensor_rules import Entry
+from dsv4_jax.checkpoint.values import Findings, place_in, read_entry
+from dsv4_jax.config import ModelConfig
+from dsv4_jax.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from dsv4_jax.numerics.policy import Policy
+
+ALIGNMENT = 64
+"""Bytes; JAX on a CPU takes over host buffers so aligned instead of copying them."""
+
+TOKENIZER_FILE = "tokenizer.json"
+
+Progress = Callable[[str, int, int], None]
+
+Parameters = dict[str | int, object]
+"""Nested dict of arrays; list positions are int keys, as in `nnx.to_pure_dict`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A checkpoint in memory.
+
+    Attributes:
+        config: of the model; without MTP block where the checkpoint has none.
+        parameters: the parameter tree, see `names.parameters`.
+        stored: official tensor name -> safetensors dtype, of every tensor that was not quantised;
+            `save` uses it to write back what was read.
+        warnings: sentences for the user.
+        layout: the naming that was found.
+        tokenizer_file: path of `tokenizer.json`, if there is one.
+    """
+
+    config: ModelConfig
+    parameters: Parameters
+    stored: Mapping[str, str]
+    warnings: tuple[str, ...]
+    layout: names.Layout
+    tokenizer_file: pathlib.Path | None
+
+
+def load_checkpoint(
+    directory: str | pathlib.Path,
+    policy: "Policy",
+    *,
+    draft_head: DraftHead = "refuse",
+    text_only: bool = False,
+    require_mtp: bool = False,
+    scan_weights: bool = False,
+    copy: bool = False,
+    place: Callable[[np.ndarray, names.Path], object] | None = None,
+    progress: Progress | None = None,
+) -> Loaded:
+    """Loads a checkpoint in any layout; FP8 and FP4 weights are dequantised to the param dtype.
+
+    Config, index, headers, names, shapes and dtypes are checked in full before any data is read.
+    Scales, hash tables and float32 tensors are scanned while reading. Nothing from the directory is
+    executed.
+
+    Args:
+        directory: with `config.json` and safetensors files.
+        policy: gives the dtype of matrices; norms, sinks, mHC, biases and position biases are
+            float32.
+        draft_head: 'ignore' loads a DSpark release without its draft head; 'refuse' does not load
+            it.
+        text_only: load the text model of a vision variant.
+        require_mtp: refuse a checkpoint without an MTP block.
+        scan_weights: look for NaN and infinity in bfloat16 weights too.
+        copy: read files instead of mapping them (see `open_checkpoint`).
+        place: host array and parameter path -> the array to keep; by default `jax.device_put`.
+        progress: called after each tensor with (its name, bytes read, bytes of all tensors).
+
+    Raises:
+        CheckpointError: with all problems at once; nothing is loaded then.
+    """
+    options = Options(draft_head, text_only, require_mtp, copy)
+    with open_manifest(directory, options) as (files, manifest):
+        findings = Findings()
+        flat: dict[names.Path, object] = {}
+        for path, array in read_parameters(
+            files, manifest, policy.param_dtype, findings, scan_weights, progress
+        ):
+            if findings.problems:
+                flat.clear()  # reading goes on only to report everything
+            else:
+                flat[path] = jax.device_put(array) if place is None else place(array, path)
+        files.check_unchanged()
+    if findings.problems:
+        raise CheckpointError(f"checkpoint {directory} cannot be used", findings.problems)
+    tokenizer = pathlib.Path(directory) / TOKENIZER_FILE
+    return Loaded(
+        config=manifest.config,
+        parameters=nested(flat),
+        stored=stored_dtypes(manifest),
+        warnings=(*manifest.warnings, *findings.all_warnings()),
+        layout=manifest.layout,
+        tokenizer_file=tokenizer if tokenizer.is_file() else None,
+    )
+
+
+def memory_dtype(kind: names.Kind, param_dtype: np.dtype) -> np.dtype:
+    """Dtype of a parameter in memory."""
+    if kind == "matrix":
+        return np.dtype(param_dtype)
+    return np.dtype(np.int32 if kind == "table" else np.float32)
+
+
+def read_parameters(
+    files: CheckpointFiles,
+    manifest: Manifest,
+    param_dtype: np.dtype,
+    findings: Findings,
+    scan_weights: bool,
+    progress: Progress | None = None,
+) -> Iterator[tuple[names.Path, np.ndarray]]:
+    """Every parameter as an aligned host array, one after the other; problems go to `findings`."""
+    groups: dict[names.Path, list[Entry]] = {}
+    for entry in manifest.entries:
+        groups.setdefault(entry.spec.path, []).append(entry)
+    total = sum(_num_bytes(entry) for entry in manifest.entries)
+    done = 0
+    for path, entries in groups.items():
+        spec = entries[0].spec
+        array = aligned(spec.parameter_shape, memory_dtype(spec.kind, param_dtype))
+        for entry in entries:
+            read_entry(
+                entry,
+                files.read,
+                place_in(array, entry.spec),
+                findings,
+                num_experts=manifest.config.n_routed_experts,
+                scan_weights=scan_weights,
+            )
+            for tensor in (entry.tensor, entry.scale):
+                if tensor is not None:
+                    files.drop_pages(tensor.name)
+            done += _num_bytes(entry)
+            if progress is not None:
+                progress(entry.tensor.name, done, total)
+        yield path, array
+
+
+def _num_bytes(entry: Entry) -> int:
+    return entry.tensor.num_bytes + (entry.scale.num_bytes if entry.scale is not None else 0)
+
+
+def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An uninitialised C-contiguous array that starts at a multiple of `ALIGNMENT` bytes."""
+    num_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    raw = np.empty(num_bytes + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + num_bytes].view(dtype).reshape(shape)
+
+
+def nested(flat: Mapping[names.Path, object]) -> Parameters:
+    """{("mtp", 0, "norm"): x} to {"mtp": {0: {"norm": x}}}."""
+    tree: Parameters = {}
+    for path, value in flat.items():
+        node = tree
+        for key in path[:-1]:
+            node = node.setdefault(key, {})  # type: ignore[assignment]
+        node[path[-1]] = value
+    return tree
+
+
+def stored_dtypes(manifest: Manifest) -> dict[str, str]:
+    """Official name -> dtype on disk of plain tensors; a stacked tensor speaks for its parts."""
+    by_place: dict[tuple[names.Path, tuple[int, ...]], str] = {
+        (entry.spec.path, entry.spec.index): entry.tensor.dtype
+        for entry in manifest.entries
+        if entry.format == "plain"
+    }
+    stored = {}
+    for spec in names.official_tensors(manifest.config):
+        for depth in range(len(spec.index), -1, -1):
+            dtype = by_place.get((spec.path, spec.index[:depth]))
+            if dtype is not None:
+                stored[spec.name] = dtype
+                break
+    return stored

@@ -1,0 +1,171 @@
+"""What a checkpoint's headers and config say, checked against each other before data is read."""
+
+import contextlib
+import dataclasses
+import pathlib
+from collections.abc import Iterator, Mapping
+
+from dsv4_jax.checkpoint import names
+from dsv4_jax.checkpoint.files import CheckpointFiles, open_checkpoint
+from dsv4_jax.checkpoint.layout import identify
+from dsv4_jax.checkpoint.release import OFFICIAL_HOME, DraftHead, recognise
+from dsv4_jax.checkpoint.tensor_rules import Entry, check_tensor
+from dsv4_jax.checkpoint.tensor_set import missing_problems, unexpected_problems
+from dsv4_jax.config import ModelConfig
+from dsv4_jax.config_io import ConfigFile, read_config_file
+from dsv4_jax.errors import CheckpointError, ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the caller accepts in a checkpoint; see `load_checkpoint`."""
+
+    draft_head: DraftHead = "refuse"
+    text_only: bool = False
+    require_mtp: bool = False
+    copy: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """A checkpoint whose headers and config agree.
+
+    Attributes:
+        config: of the model that its tensors make; without MTP block where it has none.
+        layout: its naming.
+        entries: one for each tensor of that layout, in the order of the rename table.
+        warnings: what was left out, and disagreements that the tensors settle.
+    """
+
+    config: ModelConfig
+    layout: names.Layout
+    entries: tuple[Entry, ...]
+    warnings: tuple[str, ...]
+
+
+@contextlib.contextmanager
+def open_manifest(
+    directory: str | pathlib.Path, options: Options
+) -> Iterator[tuple[CheckpointFiles, Manifest]]:
+    """Opens a checkpoint directory and checks all that can be known without its data.
+
+    Raises:
+        CheckpointError: every problem of config, files, names, shapes and dtypes at once.
+    """
+    directory = pathlib.Path(directory)
+    what = f"checkpoint {directory} cannot be used"
+    problems: list[str] = []
+    with contextlib.ExitStack() as stack:
+        config_file = files = None
+        try:
+            config_file = read_config_file(directory, text_only=options.text_only)
+        except ConfigError as error:
+            problems += [f"config.json: {problem}" for problem in error.problems]
+        try:
+            _refuse_gguf(directory)
+            files = stack.enter_context(open_checkpoint(directory, copy=options.copy))
+        except CheckpointError as error:
+            problems += error.problems
+        if config_file is None or files is None:
+            raise CheckpointError(what, problems)
+        manifest, problems = build_manifest(files, config_file, options)
+        if manifest is None:
+            raise CheckpointError(what, problems)
+        yield files, manifest
+
+
+def _refuse_gguf(directory: pathlib.Path) -> None:
+    if (
+        directory.is_dir()
+        and any(directory.glob("*.gguf"))
+        and not any(directory.glob("*.safetensors"))
+    ):
+        problem = f"the weights are quantised by GGUF, which is not supported; {OFFICIAL_HOME}"
+        raise CheckpointError(f"checkpoint {directory} cannot be used", [problem])
+
+
+def build_manifest(
+    files: CheckpointFiles, config_file: ConfigFile, options: Options
+) -> tuple[Manifest | None, list[str]]:
+    """Matches the tensors of the files with those of the config.
+
+    Returns:
+        (manifest, problems), the manifest None if there is any problem.
+    """
+    tensors = files.tensors
+    release = recognise(
+        tensors,
+        has_dspark=config_file.has_dspark,
+        draft_head=options.draft_head,
+        text_only=options.text_only,
+        require_mtp=options.require_mtp,
+    )
+    if release.refusals:
+        return None, release.refusals
+    naming = identify(release.names)
+    problems = list(naming.problems)
+    if naming.layout is None:
+        problems += unexpected_problems(naming.unknown, "official", config_file.config)
+        return None, problems
+
+    config = config_file.config
+    if release.has_dspark or naming.layout != "official":
+        config = dataclasses.replace(config, num_nextn_predict_layers=0)
+    if options.require_mtp and config.num_nextn_predict_layers == 0:
+        problems.append(
+            f"an MTP block was asked for; this checkpoint ({naming.layout} layout) has none"
+        )
+
+    specs = names.layout_tensors(config, naming.layout)
+    known = {spec.name for spec in specs} | {spec.scale_name for spec in specs}
+    problems += missing_problems(specs, naming.names)
+    unexpected = [own for own in naming.names if own not in known] + naming.unknown
+    problems += unexpected_problems(unexpected, naming.layout, config)
+    entries = []
+    for spec in specs:
+        scale_file_name = naming.names.get(spec.scale_name or "")
+        scale = None if scale_file_name is None else tensors[scale_file_name]
+        if spec.name in naming.names:
+            entry, found = check_tensor(spec, tensors[naming.names[spec.name]], scale)
+            problems += found
+            entries += [entry] if entry is not None else []
+        elif scale is not None:
+            problems.append(f"{scale.path.name}: {scale.name}: scales without their weights")
+    if problems:
+        return None, problems
+    # the DSpark note may come from the config and from the tensors
+    warnings = [*files.warnings, *config_file.notes, *release.warnings]
+    warnings += storage_warnings(entries, config_file.raw)
+    return Manifest(config, naming.layout, tuple(entries), tuple(dict.fromkeys(warnings))), []
+
+
+def storage_warnings(entries: list[Entry], raw: Mapping[str, object]) -> list[str]:
+    """Where the config's words about storage and the tensors disagree: the tensors are believed."""
+    warnings = []
+    experts = [entry for entry in entries if "experts" in entry.spec.path]
+    layers: dict[object, dict[str, str]] = {}
+    for entry in experts:
+        # spec.index[:1] is the repeat of the stack: with the path's head, one layer
+        place = (entry.spec.path[:4], entry.spec.index[:1])
+        layers.setdefault(place, {}).setdefault(entry.tensor.dtype, entry.tensor.name)
+    for found in layers.values():
+        if len(found) > 1:
+            said = ", ".join(f"{dtype} ({name})" for dtype, name in found.items())
+            warnings.append(f"the experts of one layer are stored in different dtypes: {said}")
+    formats = {entry.format for entry in experts}
+    stated = raw.get("expert_dtype")
+    quantization = raw.get("quantization_config")
+    if isinstance(quantization, Mapping):
+        stated = stated or quantization.get("expert_dtype")
+    if stated is not None and formats != {stated if stated in ("fp4", "fp8") else "plain"}:
+        warnings.append(
+            f"config.json says expert_dtype={stated!r}, the tensors are"
+            f" {' and '.join(sorted(formats))}; the tensors are believed"
+        )
+    quantized = any(entry.format != "plain" for entry in entries)
+    if quantized != isinstance(quantization, Mapping):
+        warnings.append(
+            f"config.json {'has no' if quantized else 'has a'} quantization_config, the tensors are"
+            f" {'quantised' if quantized else 'not'}; the tensors are believed"
+        )
+    return warnings

@@ -1,0 +1,211 @@
+"""A parameter tree to a checkpoint directory, in any of the three layouts.
+
+The dtype of a tensor on disk is the one it was read with, if a record says so, that dtype is not
+wider than the one in memory and holds every value exactly; otherwise the one in memory. Loading an
+unquantised checkpoint and saving it again therefore gives the same bytes for every tensor. Hash
+tables are always I64.
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+from collections.abc import Callable, Iterator, Mapping
+
+import jax
+import numpy as np
+import tokenizers
+
+from dsv4_jax.checkpoint import names
+from dsv4_jax.checkpoint.load import TOKENIZER_FILE, memory_dtype
+from dsv4_jax.checkpoint.safetensors import DTYPES
+from dsv4_jax.checkpoint.values import PIECE_ELEMENTS, place_in
+from dsv4_jax.checkpoint.write import Progress, TensorPlan, write_sharded
+from dsv4_jax.config import ModelConfig
+from dsv4_jax.config_io import official_config_dict, transformers_config_dict
+from dsv4_jax.errors import CheckpointError
+
+COPIED_FILES = ("generation_config.json", TOKENIZER_FILE, "tokenizer_config.json")
+MAX_SHARD_BYTES = 5_000_000_000
+
+_NAME_OF_DTYPE = {DTYPES[name]: name for name in ("BF16", "F32")}
+
+
+def save_checkpoint(
+    directory: str | pathlib.Path,
+    config: ModelConfig,
+    parameters: Mapping[str | int, object],
+    *,
+    layout: names.Layout = "official",
+    stored: Mapping[str, str] | None = None,
+    copy_from: str | pathlib.Path | None = None,
+    tokenizer: tokenizers.Tokenizer | str | pathlib.Path | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> list[str]:
+    """Writes `config.json`, sharded safetensors with their index, and tokenizer files, atomically.
+
+    Args:
+        directory: new, or empty, or (with `overwrite`) a checkpoint to replace.
+        config: of the model.
+        parameters: the tree of `names.parameters(config)`: nested dicts of arrays.
+        layout: naming; 'transformers' is its native one, which its `from_pretrained` loads.
+        stored: `Loaded.stored`, the dtypes to keep where that loses nothing.
+        copy_from: a checkpoint directory whose `COPIED_FILES` are copied.
+        tokenizer: to write as `tokenizer.json`, or the path of such a file; instead of the one
+            there.
+        max_shard_bytes: data bytes of a shard at most, unless one tensor is larger.
+        overwrite: replace what is there.
+        progress: called after each tensor with (its name, bytes written, bytes of all tensors).
+
+    Returns:
+        Warnings: what the layout cannot hold.
+
+    Raises:
+        CheckpointError: parameters that are not those of the config, an unknown layout, or a
+            directory that must not be written; nothing is changed then.
+    """
+    flat = flattened(parameters)
+    problems = (
+        [] if layout in names.LAYOUTS else [f"layout={layout!r} must be one of {names.LAYOUTS}"]
+    )
+    problems += parameter_problems(config, flat)
+    if problems:
+        raise CheckpointError(f"cannot save to {directory}", problems)
+    warnings = []
+    if layout != "official" and config.num_nextn_predict_layers:
+        warnings.append(f"the MTP block is not saved: the {layout} layout has none")
+        config = dataclasses.replace(config, num_nextn_predict_layers=0)
+    param_dtype = _NAME_OF_DTYPE[np.dtype(flat["embed",].dtype)]
+    write_sharded(
+        pathlib.Path(directory),
+        list(planned_tensors(config, flat, layout, stored or {})),
+        max_shard_bytes=max_shard_bytes,
+        extra_files=extra_files(config, layout, param_dtype, copy_from, tokenizer),
+        overwrite=overwrite,
+        progress=progress,
+    )
+    return warnings
+
+
+def flattened(parameters: Mapping[str | int, object]) -> dict[names.Path, jax.Array | np.ndarray]:
+    """Path -> array of a nested dict."""
+    flat: dict[names.Path, jax.Array | np.ndarray] = {}
+    for key, value in parameters.items():
+        if isinstance(value, Mapping):
+            flat |= {(key, *path): leaf for path, leaf in flattened(value).items()}
+        else:
+            flat[(key,)] = value  # type: ignore[assignment]
+    return flat
+
+
+def parameter_problems(
+    config: ModelConfig, flat: Mapping[names.Path, jax.Array | np.ndarray]
+) -> list[str]:
+    """Where a flat parameter tree is not that of the config."""
+    expected = names.parameters(config)
+    problems = [f"{_joined(path)} is missing" for path in expected if path not in flat]
+    for path, leaf in flat.items():
+        if path not in expected:
+            problems.append(f"{_joined(path)} is no parameter of this config")
+            continue
+        spec, dtype = expected[path], np.dtype(leaf.dtype)
+        if tuple(leaf.shape) != spec.shape:
+            problems.append(f"{_joined(path)}: shape {tuple(leaf.shape)}, expected {spec.shape}")
+        known = [dtype] if dtype in _NAME_OF_DTYPE else list(_NAME_OF_DTYPE)
+        if dtype not in {memory_dtype(spec.kind, d) for d in known}:
+            wanted = " or ".join(sorted({memory_dtype(spec.kind, d).name for d in _NAME_OF_DTYPE}))
+            problems.append(f"{_joined(path)}: dtype {dtype.name}, expected {wanted}")
+    return problems
+
+
+def _joined(path: names.Path) -> str:
+    return "/".join(map(str, path))
+
+
+def planned_tensors(
+    config: ModelConfig,
+    flat: Mapping[names.Path, jax.Array | np.ndarray],
+    layout: names.Layout,
+    stored: Mapping[str, str],
+) -> Iterator[tuple[str, TensorPlan, Callable[[], np.ndarray]]]:
+    """Name, dtype and shape of every tensor of the file, and a function that gives its data."""
+    records = _records(config, stored)
+    for spec in names.layout_tensors(config, layout):
+        leaf = flat[spec.path]
+        dtype = "I64"
+        if spec.kind != "table":
+            dtype = _NAME_OF_DTYPE[np.dtype(leaf.dtype)]
+            recorded = records.get((spec.path, spec.index))
+            if recorded not in (None, dtype) and _keeps(leaf, spec, recorded):
+                dtype = recorded
+        yield spec.name, TensorPlan(dtype, spec.shape), functools.partial(_data, leaf, spec, dtype)
+
+
+def _records(
+    config: ModelConfig, stored: Mapping[str, str]
+) -> dict[tuple[names.Path, tuple[int, ...]], str]:
+    """Recorded dtype by place; a stacked tensor has one only if all its parts agree."""
+    found: dict[tuple[names.Path, tuple[int, ...]], set[str | None]] = {}
+    for spec in names.official_tensors(config):
+        for depth in range(len(spec.index) + 1):
+            found.setdefault((spec.path, spec.index[:depth]), set()).add(stored.get(spec.name))
+    single = {place: next(iter(dtypes)) for place, dtypes in found.items() if len(dtypes) == 1}
+    return {place: dtype for place, dtype in single.items() if dtype is not None}
+
+
+def _keeps(leaf: jax.Array | np.ndarray, spec: names.TensorSpec, dtype: str) -> bool:
+    """Whether the recorded dtype is narrower than the one in memory and holds every value."""
+    values = place_in(np.asarray(leaf), spec)
+    narrow = DTYPES[dtype]
+    if narrow.itemsize >= values.dtype.itemsize:
+        return False
+    flat = values.reshape(-1)
+    for start in range(0, flat.size, PIECE_ELEMENTS):
+        piece = flat[start : start + PIECE_ELEMENTS]
+        with np.errstate(over="ignore", invalid="ignore"):
+            back = piece.astype(narrow).astype(piece.dtype)
+        if back.tobytes() != piece.tobytes():  # bytes: 0 and -0 differ
+            return False
+    return True
+
+
+def _data(leaf: jax.Array | np.ndarray, spec: names.TensorSpec, dtype: str) -> np.ndarray:
+    return place_in(np.asarray(leaf), spec).astype(DTYPES[dtype], copy=False)
+
+
+def extra_files(
+    config: ModelConfig,
+    layout: names.Layout,
+    param_dtype: str,
+    copy_from: str | pathlib.Path | None,
+    tokenizer: tokenizers.Tokenizer | str | pathlib.Path | None,
+) -> dict[str, bytes]:
+    """The small files of a checkpoint directory, by name."""
+    dtype = {"BF16": "bfloat16", "F32": "float32"}[param_dtype]
+    if layout == "official":
+        fields = official_config_dict(config) | {"torch_dtype": dtype}
+    else:
+        fields = transformers_config_dict(config) | {"dtype": dtype}
+    generation = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
+    files = {"config.json": _json(fields), "generation_config.json": _json(generation)}
+    sources = {}
+    if copy_from is not None:
+        sources = {name: pathlib.Path(copy_from) / name for name in COPIED_FILES}
+        sources = {name: path for name, path in sources.items() if path.is_file()}
+    if isinstance(tokenizer, tokenizers.Tokenizer):
+        files[TOKENIZER_FILE] = tokenizer.to_str(pretty=True).encode()
+        sources.pop(TOKENIZER_FILE, None)
+    elif tokenizer is not None:
+        sources[TOKENIZER_FILE] = pathlib.Path(tokenizer)
+    try:
+        return files | {name: path.read_bytes() for name, path in sources.items()}
+    except OSError as error:
+        raise CheckpointError(
+            "cannot copy the small files of a checkpoint", [str(error)]
+        ) from error
+
+
+def _json(fields: Mapping[str, object]) -> bytes:
+    return (json.dumps(fields, indent=2, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,124 @@
+"""What the released checkpoints store: dtype, shape and bytes of every tensor, from shapes alone.
+
+Nothing here allocates: the totals below equal the published `total_size` of V4-Flash
+(159,609,485,896 bytes), V4-Flash-0731 (166,878,536,440 bytes, 72,317 tensors) and V4-Pro-0813
+(892,727,580,904 bytes, 149,782 tensors).
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator
+from typing import Literal
+
+from dsv4_jax.checkpoint import names
+from dsv4_jax.checkpoint.dequantize import fp4_packed_shape, fp4_scale_shape, fp8_scale_shape
+from dsv4_jax.config import ModelConfig
+
+DTYPE_BITS = {"F8_E4M3": 8, "F8_E8M0": 8, "I8": 8, "BF16": 16, "F32": 32, "I64": 64}
+
+Format = Literal["fp4", "fp8", "bf16"]
+Draft = Literal["mtp", "dspark", "none"]
+
+DSPARK_STAGES = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a file: safetensors dtype name and shape as in its header."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of its data."""
+        return math.prod(self.shape) * DTYPE_BITS[self.dtype] // 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Release:
+    """How a family of releases stores its weights.
+
+    Attributes:
+        experts: format of the routed experts; scales are E8M0, 1 x 32 for fp4 and 128 x 128 for
+            fp8.
+        linears: format of attention, shared-expert, indexer-query and MTP projections.
+        draft: what lies under `mtp.*`.
+        markov_rank: of DSpark's token-transition head; 0 without DSpark.
+    """
+
+    experts: Format
+    linears: Literal["fp8", "bf16"]
+    draft: Draft
+    markov_rank: int = 0
+
+
+PREVIEW = Release("fp4", "fp8", "mtp")
+"""V4-Flash and V4-Pro, instruct, April 2026."""
+FLASH_0731 = Release("fp4", "fp8", "dspark", markov_rank=256)
+PRO_0813 = Release("fp4", "fp8", "dspark", markov_rank=512)
+PLAIN = Release("bf16", "bf16", "mtp")
+"""An unquantised export."""
+
+
+def stored_tensors(config: ModelConfig, release: Release) -> Iterator[StoredTensor]:
+    """Every tensor of an official checkpoint of `config`, weights before their scales."""
+    backbone = dataclasses.replace(config, num_nextn_predict_layers=0)
+    for spec in names.official_tensors(backbone):
+        yield from _stored(spec, release)
+    if release.draft == "mtp":
+        for depth in range(config.num_nextn_predict_layers):
+            for spec in names.mtp_tensors(config, depth):
+                yield from _stored(spec, release)
+    elif release.draft == "dspark":
+        yield from _dspark(config, release)
+
+
+def total_bytes(tensors: Iterable[StoredTensor]) -> int:
+    """The index file's `total_size`: data bytes of all tensors, headers excluded."""
+    return sum(tensor.num_bytes for tensor in tensors)
+
+
+def _stored(spec: names.TensorSpec, release: Release) -> Iterator[StoredTensor]:
+    if spec.scale_name is None:
+        dtype = {"matrix": "BF16", "norm": "BF16", "float32": "F32", "table": "I64"}[spec.kind]
+        yield StoredTensor(spec.name, dtype, spec.shape)
+        return
+    chosen = release.experts if "experts" in spec.path else release.linears
+    yield from quantized(spec.name, spec.scale_name, spec.shape, chosen)
+
+
+def quantized(
+    name: str, scale_name: str, shape: tuple[int, ...], how: Format
+) -> Iterator[StoredTensor]:
+    """A weight of logical shape [.., O, I] in such a format, and its scales."""
+    if how == "bf16":
+        yield StoredTensor(name, "BF16", shape)
+    elif how == "fp8":
+        yield StoredTensor(name, "F8_E4M3", shape)
+        yield StoredTensor(scale_name, "F8_E8M0", fp8_scale_shape(shape))
+    else:
+        yield StoredTensor(name, "I8", fp4_packed_shape(shape))
+        yield StoredTensor(scale_name, "F8_E8M0", fp4_scale_shape(shape))
+
+
+def _dspark(config: ModelConfig, release: Release) -> Iterator[StoredTensor]:
+    """Three window blocks, a projection of three layers' states, a Markov and a confidence head."""
+    d, v, rank = config.hidden_size, config.vocab_size, release.markov_rank
+    only_mtp = {row.official for row in names.MTP_ROWS}
+    last = DSPARK_STAGES - 1
+    for stage in range(DSPARK_STAGES):
+        prefix = f"mtp.{stage}."
+        for spec in names.mtp_tensors(config, stage):
+            short = spec.name.removeprefix(prefix)
+            kept = short == "norm.weight" or short.startswith("hc_head_")
+            if short not in only_mtp or (stage == last and kept):
+                yield from _stored(spec, release)
+    yield from quantized(
+        "mtp.0.main_proj.weight", "mtp.0.main_proj.scale", (d, 3 * d), release.linears
+    )
+    yield StoredTensor("mtp.0.main_norm.weight", "BF16", (d,))
+    yield StoredTensor(f"mtp.{last}.markov_head.markov_w1.weight", "BF16", (v, rank))
+    yield StoredTensor(f"mtp.{last}.markov_head.markov_w2.weight", "BF16", (v, rank))
+    yield StoredTensor(f"mtp.{last}.confidence_head.proj.weight", "BF16", (1, d + rank))

@@ -1,0 +1,148 @@
+"""Reading one tensor into its place in a parameter, looking at its values on the way.
+
+Scales, hash tables and all float32 tensors are always scanned; bfloat16 weights when asked. Work
+goes on in pieces of a few MB, so a tensor costs no memory beyond its mapped pages.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import ml_dtypes
+import numpy as np
+
+from dsv4_jax.checkpoint.dequantize import E8M0_NAN, dequantize_into
+from dsv4_jax.checkpoint.names import TensorSpec
+from dsv4_jax.checkpoint.tensor_rules import Entry
+
+PIECE_ELEMENTS = 1 << 20
+
+
+@dataclasses.dataclass
+class Findings:
+    """What reading found so far."""
+
+    problems: list[str] = dataclasses.field(default_factory=list)
+    warnings: list[str] = dataclasses.field(default_factory=list)
+    all_zero: list[str] = dataclasses.field(default_factory=list)
+    inexact_scales: list[str] = dataclasses.field(default_factory=list)
+
+    def all_warnings(self) -> list[str]:
+        """Warnings, with those that concern many tensors in one sentence each."""
+        result = list(self.warnings)
+        for held, what in (
+            (self.all_zero, "all zero"),
+            (self.inexact_scales, "scales other than powers of two; dequantised all the same"),
+        ):
+            if held:
+                more = f" and {len(held) - 3} more" if len(held) > 3 else ""
+                result.append(f"{', '.join(held[:3])}{more}: {what}")
+        return result
+
+
+def place_in(parameter: np.ndarray, spec: TensorSpec) -> np.ndarray:
+    """The part of a parameter that a tensor fills, as a view with the tensor's shape on disk."""
+    return parameter[spec.index].reshape(spec.shape)
+
+
+def read_entry(
+    entry: Entry,
+    read: Callable[[str], np.ndarray],
+    target: np.ndarray,
+    findings: Findings,
+    *,
+    num_experts: int,
+    scan_weights: bool,
+) -> None:
+    """Fills `target` with the tensor's values in the target's dtype.
+
+    Args:
+        entry: the tensor, matched with its header.
+        read: name in the files -> stored array.
+        target: writable, of shape `entry.spec.shape`, C-contiguous in its last two dims.
+        findings: receives problems (the values are not usable) and warnings.
+        num_experts: E, the bound of the hash tables' entries.
+        scan_weights: look for NaN and infinity in bfloat16 tensors too.
+    """
+    name = f"{entry.tensor.path.name}: {entry.tensor.name}"
+    stored = read(entry.tensor.name)
+    if entry.scale is not None:
+        scale = read(entry.scale.name)
+        problem = _scale_problem(scale)
+        if problem is not None:
+            findings.problems.append(f"{entry.scale.path.name}: {entry.scale.name}: {problem}")
+            return
+        if scale.dtype == np.float32 and not _powers_of_two(scale):
+            findings.inexact_scales.append(entry.scale.name)
+        if not scale.view(np.uint8).any():
+            findings.all_zero.append(entry.scale.name)
+        if not dequantize_into(target, stored, scale):
+            findings.problems.append(f"{name}: {_quantized_problem(stored)}")
+        return
+    if entry.spec.kind == "table":
+        _copy_table(stored, target, findings, name, num_experts)
+    else:
+        scan = scan_weights or stored.dtype == np.float32 or entry.spec.kind != "matrix"
+        bad = _copy_floats(stored, target, scan)
+        if bad:
+            findings.problems.append(f"{name}: {bad} of {stored.size} values are NaN or infinite")
+        if entry.spec.path[-1] in ("bias", "scale") and not target.any():
+            findings.all_zero.append(entry.tensor.name)
+
+
+def _copy_floats(stored: np.ndarray, target: np.ndarray, scan: bool) -> int:
+    """Converts in pieces; gives the number of non-finite results if `scan`."""
+    bad = 0
+    for place in np.ndindex(stored.shape[:-2]):
+        source, part = np.atleast_2d(stored[place]), np.atleast_2d(target[place])
+        rows = max(1, PIECE_ELEMENTS // source.shape[-1])
+        for row in range(0, source.shape[0], rows):
+            piece = part[row : row + rows]
+            with np.errstate(over="ignore", invalid="ignore"):
+                piece[...] = source[row : row + rows]
+            if scan:  # of the result: narrowing float32 may overflow what was finite
+                bad += _num_non_finite(piece)
+    return bad
+
+
+def _num_non_finite(values: np.ndarray) -> int:
+    if values.dtype == ml_dtypes.bfloat16:  # by bits: numpy's own test is slow for this dtype
+        return int(np.count_nonzero((values.view(np.uint16) & 0x7F80) == 0x7F80))
+    return values.size - int(np.count_nonzero(np.isfinite(values)))
+
+
+def _copy_table(
+    stored: np.ndarray, target: np.ndarray, findings: Findings, name: str, num_experts: int
+) -> None:
+    """int64 [V, Ke] to int32: every row must name Ke different experts."""
+    outside = int(((stored < 0) | (stored >= num_experts)).sum())
+    if outside:
+        findings.problems.append(
+            f"{name}: {outside} of {stored.size} expert numbers are outside 0 .. {num_experts - 1}"
+        )
+        return
+    target[...] = stored
+    ordered = np.sort(target, axis=-1)
+    repeated = int((ordered[:, 1:] == ordered[:, :-1]).any(axis=-1).sum())
+    if repeated:
+        findings.problems.append(f"{name}: {repeated} of {len(stored)} tokens name an expert twice")
+
+
+def _scale_problem(scale: np.ndarray) -> str | None:
+    if scale.dtype == np.float32:
+        bad = int((~(np.isfinite(scale) & (scale > 0))).sum())
+        return f"{bad} of {scale.size} scales are NaN, infinite, zero or negative" if bad else None
+    bad = int((scale.view(np.uint8) == E8M0_NAN).sum())
+    return f"{bad} of {scale.size} scales are NaN (E8M0 byte 0xFF)" if bad else None
+
+
+def _powers_of_two(scale: np.ndarray) -> bool:
+    mantissa, _ = np.frexp(scale)
+    return bool((mantissa == 0.5).all())
+
+
+def _quantized_problem(stored: np.ndarray) -> str:
+    if stored.dtype == ml_dtypes.float8_e4m3fn:
+        codes = int(((stored.view(np.uint8) & 0x7F) == 0x7F).sum())
+        if codes:
+            return f"{codes} of {stored.size} values are NaN (FP8 byte 0x7F or 0xFF)"
+    return "values times scales overflow"

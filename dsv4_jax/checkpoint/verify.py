@@ -1,0 +1,113 @@
+"""Everything that can be wrong with a checkpoint, without keeping any of it."""
+
+import dataclasses
+import pathlib
+
+import ml_dtypes
+import numpy as np
+
+from dsv4_jax.checkpoint import names
+from dsv4_jax.checkpoint.files import CheckpointFiles
+from dsv4_jax.checkpoint.load import Progress
+from dsv4_jax.checkpoint.manifest import Manifest, Options, open_manifest
+from dsv4_jax.checkpoint.values import Findings, read_entry
+from dsv4_jax.config import ModelConfig
+from dsv4_jax.errors import CheckpointError
+
+
+@dataclasses.dataclass(frozen=True)
+class Verification:
+    """What `verify_checkpoint` found.
+
+    Attributes:
+        problems: reasons why the checkpoint is not loaded; none: it is.
+        warnings: what is odd but harmless.
+        config: of the model, if headers and config agree.
+        layout: its naming, likewise.
+        num_tensors: tensors whose values were looked at, scales included.
+        num_bytes: their bytes.
+        formats: storage formats ('plain', 'fp8', 'fp4') and the number of weights in each.
+    """
+
+    problems: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
+    config: ModelConfig | None = None
+    layout: names.Layout | None = None
+    num_tensors: int = 0
+    num_bytes: int = 0
+    formats: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    @property
+    def sound(self) -> bool:
+        """Whether the checkpoint loads."""
+        return not self.problems
+
+
+def verify_checkpoint(
+    directory: str | pathlib.Path,
+    *,
+    progress: Progress | None = None,
+) -> Verification:
+    """Checks config, headers and every value of a checkpoint; memory is one matrix.
+
+    A draft head that loading needs a word for (DSpark) is a warning here: the model itself is
+    checked. Never raises for a bad checkpoint.
+
+    Args:
+        directory: the checkpoint.
+        progress: called after each tensor with (its name, bytes read, bytes of all tensors).
+    """
+    try:
+        with open_manifest(directory, Options(draft_head="ignore")) as (files, manifest):
+            findings = _scan(files, manifest, progress)
+    except CheckpointError as error:
+        return Verification(error.problems)
+    read = [t for entry in manifest.entries for t in (entry.tensor, entry.scale) if t is not None]
+    formats: dict[str, int] = {}
+    for entry in manifest.entries:
+        formats[entry.format] = formats.get(entry.format, 0) + 1
+    return Verification(
+        problems=tuple(findings.problems),
+        warnings=(*manifest.warnings, *findings.all_warnings()),
+        config=manifest.config,
+        layout=manifest.layout,
+        num_tensors=len(read),
+        num_bytes=sum(tensor.num_bytes for tensor in read),
+        formats=formats,
+    )
+
+
+def _scan(files: CheckpointFiles, manifest: Manifest, progress: Progress | None) -> Findings:
+    findings, done = Findings(), 0
+    total = sum(
+        t.num_bytes
+        for entry in manifest.entries
+        for t in (entry.tensor, entry.scale)
+        if t is not None
+    )
+    for entry in manifest.entries:
+        dtype = np.dtype(np.int32 if entry.spec.kind == "table" else np.float32)
+        if entry.format != "plain":
+            dtype = np.dtype(ml_dtypes.bfloat16)
+        read_entry(
+            entry,
+            files.read,
+            scratch(entry.spec.shape, dtype),
+            findings,
+            num_experts=manifest.config.n_routed_experts,
+            scan_weights=True,
+        )
+        for tensor in (entry.tensor, entry.scale):
+            if tensor is not None:
+                files.drop_pages(tensor.name)
+                done += tensor.num_bytes
+        if progress is not None:
+            progress(entry.tensor.name, done, total)
+    return findings
+
+
+def scratch(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """A writable array of `shape` whose leading dims all share the memory of one matrix."""
+    matrix = np.empty(shape[-2:], dtype)
+    strides = (0,) * (len(shape) - matrix.ndim) + matrix.strides
+    return np.lib.stride_tricks.as_strided(matrix, shape, strides, writeable=True)

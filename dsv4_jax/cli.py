@@ -1,0 +1,258 @@
+"""The `dsv4` command: one small function per subcommand, no logic of its own.
+
+Imports are inside the functions, so that `dsv4 --help` does not wait for JAX.
+"""
+
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+import tyro
+
+from dsv4_jax.errors import CheckpointError, ProblemsError
+
+DESCRIPTION = """\
+DeepSeek-V4 in JAX: train a small model, run and check official checkpoints.
+
+CHECKPOINT is a directory, or hf://org/name@revision.
+
+examples:
+  dsv4 quickstart
+  dsv4 generate quickstart "def main("
+  dsv4 inspect config.json
+"""
+
+Checkpoint = Annotated[
+    tyro.conf.Positional[str],
+    tyro.conf.arg(metavar="CHECKPOINT", help="directory, or hf://org/name@revision"),
+]
+Destination = Annotated[tyro.conf.Positional[pathlib.Path], tyro.conf.arg(metavar="DESTINATION")]
+Prompt = Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[PROMPT]")]
+CompilationCache = Annotated[
+    bool, tyro.conf.arg(help="keep compiled programs under ~/.cache/dsv4_jax/compiled")
+]
+Json = Annotated[bool, tyro.conf.arg(name="json", help="print one JSON object")]
+
+
+def generate(
+    checkpoint: Checkpoint,
+    prompt: Prompt = None,
+    ids: tuple[int, ...] = (),
+    max_new_tokens: int = 128,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    as_json: Json = False,
+    compilation_cache: CompilationCache = True,
+) -> None:
+    """Continue a prompt, printing text as it comes.
+
+    examples:
+      dsv4 generate quickstart "import os" --temperature 0
+      dsv4 generate DIRECTORY --ids 0 17 42 --max-new-tokens 8 --json
+
+    Args:
+        prompt: text to continue; needs a tokenizer.json in the checkpoint.
+        ids: token ids to continue instead of text.
+        max_new_tokens: stop after this many; the end-of-sequence token stops earlier.
+        temperature: 0 takes the most likely token each time.
+        top_p: draw from the most likely tokens that hold this probability together.
+        seed: the same seed gives the same continuation.
+        dtype: of parameters, activations and cache.
+    """
+    from dsv4_jax import completion, language_model
+    from dsv4_jax.checkpoint import hub
+
+    given = completion.checked_prompt(prompt, ids)
+    sampling = completion.Sampling(max_new_tokens, temperature, top_p, seed)
+    _prepare(compilation_cache)
+    directory = hub.locate(checkpoint, weights=True, announce=_note)
+    model = language_model.load(directory, dtype=dtype)
+    if as_json:
+        print(json.dumps(completion.complete(model, given, sampling)))
+        return
+    for piece in completion.stream(model, given, sampling):
+        print(piece, end="", flush=True)
+    print()
+
+
+def inspect(checkpoint: Checkpoint, as_json: Json = False) -> None:
+    """Show the configuration, parameters by part, cache and checkpoint bytes.
+
+    Everything is computed from shapes: a config.json is enough, and of an hf:// address only JSON
+    files are fetched.
+
+    examples:
+      dsv4 inspect config.json
+      dsv4 inspect DIRECTORY --json
+    """
+    from rich.console import Console
+
+    from dsv4_jax import config_io, inspection, inspection_report
+    from dsv4_jax.checkpoint import hub
+
+    path = hub.locate(checkpoint, weights=False, announce=_note)
+    file = config_io.read_config_file(path, text_only=True)
+    result = inspection.inspect_file(file)
+    for note in file.notes:
+        _note(f"note: {note}")
+    if as_json:
+        print(json.dumps(inspection_report.as_plain(result)))
+    else:
+        inspection_report.print_tables(result, Console())
+
+
+def verify(checkpoint: Checkpoint, as_json: Json = False) -> None:
+    """Check a checkpoint in full: config, index, headers, and every value. Exit code 2 if unsound.
+
+    examples:
+      dsv4 verify DIRECTORY
+    """
+    from dsv4_jax import terminal, verification_report
+    from dsv4_jax.checkpoint import hub
+    from dsv4_jax.checkpoint.verify import verify_checkpoint
+
+    directory = hub.locate(checkpoint, weights=True, announce=_note)
+    with terminal.byte_progress("verifying") as progress:
+        found = verify_checkpoint(directory, progress=progress)
+    if as_json:
+        print(json.dumps(verification_report.as_plain(found)))
+    else:
+        print("\n".join(verification_report.lines(found)))
+    if not found.sound:
+        raise CheckpointError(f"checkpoint {directory} cannot be used", found.problems)
+
+
+def convert(
+    checkpoint: Checkpoint,
+    destination: Destination,
+    layout: Literal["official", "transformers", "hybrid"] = "official",
+    dtype: Literal["keep", "bfloat16", "float32"] = "keep",
+    ignore_draft_head: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Write a checkpoint in another naming layout or dtype.
+
+    Quantised weights (FP8, FP4) come out dequantised.
+
+    examples:
+      dsv4 convert SOURCE DESTINATION --layout transformers
+      dsv4 convert SOURCE DESTINATION --dtype float32
+
+    Args:
+        destination: a new or empty directory.
+        layout: tensor names; 'hybrid' is what transformers' save_pretrained writes by default.
+        dtype: of matrices and norms; 'keep' keeps each tensor's own.
+        ignore_draft_head: leave a DSpark draft head out instead of refusing the checkpoint.
+        overwrite: replace a checkpoint at the destination.
+    """
+    from dsv4_jax import terminal
+    from dsv4_jax.checkpoint import hub
+    from dsv4_jax.checkpoint.convert import convert_checkpoint
+
+    directory = hub.locate(checkpoint, weights=True, announce=_note)
+    with terminal.byte_progress("reading") as reading, terminal.byte_progress("writing") as writing:
+        warnings = convert_checkpoint(
+            directory,
+            destination,
+            layout=layout,
+            dtype=dtype,
+            draft_head="ignore" if ignore_draft_head else "refuse",
+            overwrite=overwrite,
+            reading=reading,
+            writing=writing,
+        )
+    for warning in warnings:
+        _note(f"warning: {warning}")
+
+
+def doctor(as_json: Json = False) -> None:
+    """Show versions, devices, and what will be used. Exit code 2 if something will not work."""
+    from dsv4_jax import doctor as checks
+
+    diagnosis = checks.diagnose()
+    print(json.dumps(diagnosis.as_plain()) if as_json else "\n".join(diagnosis.lines()))
+    if diagnosis.problems:
+        raise ProblemsError("this installation has problems", diagnosis.problems)
+
+
+def quickstart(
+    minutes: float = 4.0,
+    out: pathlib.Path = pathlib.Path("quickstart"),
+    seed: int = 0,
+    prompt: str = "def ",
+    compilation_cache: CompilationCache = True,
+) -> None:
+    """Train a small, complete V4 on Python's own sources, save it, load it, and let it write.
+
+    Needs no download. Ctrl-C ends the training early and keeps what was trained.
+
+    examples:
+      dsv4 quickstart --minutes 1 --out /tmp/first
+
+    Args:
+        minutes: time for training.
+        out: directory of the checkpoint and the loss curve.
+        seed: of parameters, data order and sampling.
+        prompt: what the trained model continues.
+    """
+    from dsv4_jax.training import quickstart as first_run
+
+    _prepare(compilation_cache)
+    first_run.quickstart(minutes=minutes, out=out, seed=seed, prompt=prompt)
+
+
+SUBCOMMANDS = {
+    "quickstart": quickstart,
+    "generate": generate,
+    "inspect": inspect,
+    "verify": verify,
+    "convert": convert,
+    "doctor": doctor,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point. Exit codes: 0, 2 for a refusal (all its reasons on stderr), 130 for Ctrl-C."""
+    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs one command line and returns its exit code."""
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            SUBCOMMANDS,
+            prog="dsv4",
+            description=DESCRIPTION,
+            args=list(arguments),
+            config=(tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff),
+        )
+    except (ProblemsError, OSError) as refused:
+        if isinstance(refused, BrokenPipeError):  # `dsv4 ... | head`: nobody reads on
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
+        print(f"dsv4: {refused}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("dsv4: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _prepare(keep_programs: bool) -> None:
+    if keep_programs:
+        from dsv4_jax import compilation_cache
+
+        compilation_cache.enable()
+
+
+def _note(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

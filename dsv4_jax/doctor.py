@@ -1,0 +1,149 @@
+"""What this installation is and what it will run on."""
+
+import dataclasses
+import importlib.metadata
+import os
+import pathlib
+import platform
+import shutil
+
+from dsv4_jax import compilation_cache
+
+PACKAGES = (
+    "dsv4_jax",
+    "jax",
+    "jaxlib",
+    "libtpu",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "numpy",
+    "ml_dtypes",
+    "tokenizers",
+    "huggingface_hub",
+)
+OPTIONAL_PACKAGES = ("libtpu",)
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """One accelerator or CPU as JAX sees it."""
+
+    platform: str
+    kind: str
+    memory_bytes: int | None  # None where the backend does not tell
+
+
+@dataclasses.dataclass(frozen=True)
+class Diagnosis:
+    """Result of `diagnose`; `problems` names what will not work."""
+
+    python: str
+    system: str
+    cpu_count: int
+    memory_bytes: int | None
+    versions: dict[str, str]
+    default_backend: str
+    devices: tuple[Device, ...]
+    kernels: str
+    compilation_cache: str
+    cached_programs: int
+    free_disk_bytes: int
+    problems: tuple[str, ...]
+
+    def as_plain(self) -> dict[str, object]:
+        """JSON-ready values."""
+        return dataclasses.asdict(self)
+
+    def lines(self) -> list[str]:
+        """The same for people."""
+        devices = [
+            f"{device.kind} ({device.platform}"
+            + (f", {device.memory_bytes / GIB:.1f} GiB" if device.memory_bytes else "")
+            + ")"
+            for device in self.devices
+        ]
+        memory = f", {self.memory_bytes / GIB:.1f} GiB memory" if self.memory_bytes else ""
+        rows = {
+            "python": f"{self.python} on {self.system}, {self.cpu_count} CPUs{memory}",
+            **{name: version for name, version in self.versions.items() if version != "missing"},
+            "backend": self.default_backend,
+            "devices": f"{len(devices)}: {', '.join(sorted(set(devices)))}",
+            "kernels": self.kernels,
+            "compiled": f"{self.cached_programs} programs kept in {self.compilation_cache}",
+            "disk": f"{self.free_disk_bytes / GIB:.1f} GiB free there",
+        }
+        width = max(map(len, rows))
+        return [f"{name:<{width}}  {text}" for name, text in rows.items()]
+
+
+def diagnose() -> Diagnosis:
+    """Looks at versions, devices and disk. Compiles and runs one addition on the default device."""
+    import jax
+    import jax.numpy as jnp
+
+    problems = []
+    versions = {name: _version(name) for name in PACKAGES}
+    for name, version in versions.items():
+        if version == "missing" and name not in OPTIONAL_PACKAGES:
+            problems.append(f"{name} is not installed")
+    backend, devices = "none", ()
+    try:
+        backend = jax.default_backend()
+        devices = tuple(
+            Device(device.platform, device.device_kind, _device_memory(device))
+            for device in jax.devices()
+        )
+        if int(jax.jit(lambda x: x + 1)(jnp.int32(1))) != 2:
+            problems.append(f"{backend}: 1 + 1 is not 2 on the default device")
+    except RuntimeError as failure:  # a backend that is installed but cannot start
+        problems.append(f"JAX cannot use its devices: {failure}")
+    cache = compilation_cache.default_directory()
+    return Diagnosis(
+        python=platform.python_version(),
+        system=f"{platform.system()} {platform.machine()}",
+        cpu_count=len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count() or 1,
+        memory_bytes=_host_memory(),
+        versions=versions,
+        default_backend=backend,
+        devices=devices,
+        kernels=_kernels(backend),
+        compilation_cache=str(cache),
+        cached_programs=sum(1 for _ in cache.glob("*-cache")) if cache.is_dir() else 0,
+        free_disk_bytes=shutil.disk_usage(_existing(cache)).free,
+        problems=tuple(problems),
+    )
+
+
+def _kernels(backend: str) -> str:
+    """Which implementation of each operation runs on this backend."""
+    return f"XLA on {backend}, for every operation"
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "missing"
+
+
+def _device_memory(device: object) -> int | None:
+    stats = device.memory_stats()
+    return stats.get("bytes_limit") if stats else None
+
+
+def _host_memory() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def _existing(path: pathlib.Path) -> pathlib.Path:
+    """`path`, or its nearest parent that exists."""
+    while not path.exists():
+        path = path.parent
+    return path

@@ -1,0 +1,1 @@
+"""Running a model for its tokens: sampling and generation."""

@@ -1,0 +1,48 @@
+"""From logits to a token: temperature, nucleus, and a draw (inference specification, section 7)."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float32, Int32
+
+
+def check_sampling(temperature: float, top_p: float) -> None:
+    """Raises ValueError for a temperature below 0 or a top_p outside (0, 1]; all problems at once."""
+    problems = []
+    if not 0.0 <= temperature < float("inf"):
+        problems.append(f"temperature={temperature} must be finite and at least 0")
+    if not 0.0 < top_p <= 1.0:
+        problems.append(f"top_p={top_p} must be in (0, 1]")
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def sample(
+    logits: Float32[Array, "B V"],
+    key: jax.Array,
+    temperature: Float32[Array, ""],
+    top_p: Float32[Array, ""],
+) -> Int32[Array, "B"]:
+    """One token a row. Temperature 0 is the argmax (lowest id on a tie); otherwise a Gumbel-max draw.
+
+    Args:
+        logits: of the last position.
+        key: of this step; rows draw independently.
+        temperature: divides the logits, with the official floor of 1e-5.
+        top_p: probability mass kept, most likely tokens first; 1 keeps all.
+    """
+    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    scaled = logits / jnp.maximum(temperature, 1e-5)
+
+    def nucleus(scaled: jax.Array) -> jax.Array:
+        order = jnp.sort(scaled, axis=-1, descending=True)
+        mass = jnp.cumsum(jax.nn.softmax(order, axis=-1), axis=-1)
+        # Keep a token if the mass before it is below top_p: the most likely one always stays.
+        last = jnp.sum(mass < top_p, axis=-1, keepdims=True)
+        smallest = jnp.take_along_axis(order, jnp.minimum(last, order.shape[-1] - 1), axis=-1)
+        return jnp.where(scaled >= smallest, scaled, -jnp.inf)
+
+    def draw(scaled: jax.Array) -> jax.Array:
+        kept = jax.lax.cond(top_p < 1.0, nucleus, lambda x: x, scaled)
+        return jax.random.categorical(key, kept, axis=-1).astype(jnp.int32)
+
+    return jax.lax.cond(temperature > 0, draw, lambda _: greedy, scaled)

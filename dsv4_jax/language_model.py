@@ -1,0 +1,436 @@
+"""LanguageModel: the face of a model for notebooks, the command line, servers and tests."""
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Float32, Int32
+from tokenizers import Tokenizer
+
+from dsv4_jax.config import ModelConfig
+from dsv4_jax.inference import generate as generation
+from dsv4_jax.inference.sampling import sample
+from dsv4_jax.model import span as spans
+from dsv4_jax.model.cache import Cache, new_cache
+from dsv4_jax.model.transformer import Transformer
+from dsv4_jax.numerics.policy import Policy
+
+Parameters = dict[str, Any]
+"""Nested dict of arrays, the pure state of `Transformer`."""
+
+
+@functools.lru_cache(maxsize=32)
+def graph_of(config: ModelConfig, policy: Policy) -> tuple[Any, Parameters]:
+    """The static structure of the network and the shapes of its parameters, without allocating any."""
+    abstract = nnx.eval_shape(lambda: Transformer(config, policy, nnx.Rngs(0)))
+    graph, state = nnx.split(abstract)
+    return graph, nnx.to_pure_dict(state)
+
+
+def initial_parameters(config: ModelConfig, policy: Policy, seed: int) -> Parameters:
+    """Freshly drawn parameters."""
+    return nnx.to_pure_dict(nnx.split(Transformer(config, policy, nnx.Rngs(seed)))[1])
+
+
+class LanguageModel:
+    """A model with its parameters, ready to run. Every method is compiled once per shape.
+
+    Args:
+        config: the architecture.
+        policy: dtypes and numerics.
+        parameters: nested dict as `initial_parameters` returns.
+        tokenizer: for text in, text out; None allows token ids only.
+        stored: tensor name -> dtype on disk, as loaded; lets `save` write it back unchanged.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        policy: Policy,
+        parameters: Parameters,
+        tokenizer: Tokenizer | None = None,
+        stored: Mapping[str, str] | None = None,
+    ) -> None:
+        self.config = config
+        self.policy = policy
+        self.parameters = parameters
+        self.tokenizer = tokenizer
+        self.stored = dict(stored or {})
+        self._graph = graph_of(config, policy)[0]
+
+    @classmethod
+    def random(cls, config: ModelConfig, policy: Policy, seed: int = 0) -> "LanguageModel":
+        """A model with freshly drawn parameters."""
+        return cls(config, policy, initial_parameters(config, policy, seed))
+
+    @property
+    def num_params(self) -> int:
+        """Parameters, without the hash tables' integers (report, section 4.2)."""
+        leaves = jax.tree.leaves(self.parameters)
+        return sum(leaf.size for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating))
+
+    # ---- whole sequences -------------------------------------------------------------------------
+
+    def logits(
+        self,
+        tokens: Int32[Array, "B T"],
+        num_valid: Int32[Array, "B"] | None = None,
+        segment_ids: Int32[Array, "B T"] | None = None,
+    ) -> Float32[Array, "B T V"]:
+        """Full forward: row t scores token t + 1.
+
+        Args:
+            tokens: i32[B, T].
+            num_valid: i32[B] real tokens a row, the rest is padding; all of them by default.
+            segment_ids: i32[B, T] for packed rows: runs of equal id > 0 are sequences, 0 is padding.
+
+        Raises:
+            ValueError: for ids outside the vocabulary or shapes that do not fit.
+        """
+        span = self._span(tokens, num_valid, segment_ids)
+        return _logits(self._graph, self.parameters, span)
+
+    def streams(
+        self,
+        tokens: Int32[Array, "B T"],
+        num_valid: Int32[Array, "B"] | None = None,
+        segment_ids: Int32[Array, "B T"] | None = None,
+    ) -> Float[Array, "L+1 B T N D"]:
+        """Residual streams after the embedding and after each layer, compute dtype."""
+        span = self._span(tokens, num_valid, segment_ids)
+        return _streams(self._graph, self.parameters, span)
+
+    def taps(
+        self,
+        tokens: Int32[Array, "B T"],
+        collect: Sequence[str],
+        num_valid: Int32[Array, "B"] | None = None,
+        segment_ids: Int32[Array, "B T"] | None = None,
+    ) -> list[dict[str, jax.Array]]:
+        """Intermediate values by layer; names and shapes in `model.transformer.TAPS`."""
+        span = self._span(tokens, num_valid, segment_ids)
+        return _taps(self._graph, self.parameters, span, frozenset(collect))
+
+    def mtp_logits(self, tokens: Int32[Array, "B T"]) -> Float32[Array, "B T-1 V"]:
+        """Multi-token prediction: row i predicts token i + 2 (report, section 2.1).
+
+        Raises:
+            ValueError: if the model has no MTP block, or T < 2.
+        """
+        if not self.config.num_nextn_predict_layers:
+            raise ValueError("this model has no MTP block (num_nextn_predict_layers = 0)")
+        if np.shape(tokens)[1] < 2:
+            raise ValueError(f"tokens of shape {np.shape(tokens)}: MTP needs at least 2 tokens a row")
+        return _mtp_logits(self._graph, self.parameters, self._span(tokens, None, None))
+
+    def _span(self, tokens: Any, num_valid: Any, segment_ids: Any) -> spans.Span:
+        ids = _checked_tokens(tokens, self.config.vocab_size)
+        if segment_ids is not None:
+            if num_valid is not None:
+                raise ValueError("give num_valid or segment_ids, not both")
+            if np.shape(segment_ids) != ids.shape:
+                raise ValueError(
+                    f"segment_ids of shape {np.shape(segment_ids)} must match tokens {ids.shape}"
+                )
+            return spans.packed(ids, jnp.asarray(segment_ids, jnp.int32))
+        return spans.from_start(ids, _checked_counts(num_valid, ids.shape))
+
+    # ---- incremental -----------------------------------------------------------------------------
+
+    def new_cache(self, batch: int, max_length: int, max_rewind: int = 8) -> Cache:
+        """An empty cache for `batch` rows of up to `max_length` tokens (see `model.cache.new_cache`)."""
+        return new_cache(self.config, batch, max_length, self.policy.cache_dtype, max_rewind)
+
+    def extend(
+        self,
+        cache: Cache,
+        tokens: Int32[Array, "B T"],
+        num_valid: Int32[Array, "B"] | None = None,
+    ) -> tuple[Float32[Array, "B T V"], Cache]:
+        """Appends tokens to each row at its own position. The given cache is consumed (donated).
+
+        Args:
+            cache: from `new_cache` or an earlier `extend`.
+            tokens: i32[B, T], any T >= 1.
+            num_valid: i32[B] tokens to append a row, 0..T; the rest is padding and leaves no trace.
+
+        Returns:
+            Logits f32[B, T, V] (rows past num_valid mean nothing) and the cache after the call.
+
+        Raises:
+            ValueError: if a row would exceed `max_length`, or for bad tokens or shapes.
+        """
+        ids = _checked_tokens(tokens, self.config.vocab_size)
+        counts = _checked_counts(num_valid, ids.shape)
+        after = np.asarray(cache.length) + np.asarray(counts)
+        if ids.shape[0] != len(after):
+            raise ValueError(f"tokens have {ids.shape[0]} rows, the cache {len(cache.length)}")
+        if (after > cache.max_length).any():
+            row = int(after.argmax())
+            raise ValueError(
+                f"row {row} would hold {after[row]} tokens; the cache was made for "
+                f"max_length={cache.max_length}"
+            )
+        return _extend(self._graph, self.parameters, cache, ids, counts)
+
+    # ---- generation ------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        tokens: Any,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        seed: int = 0,
+        stop_token_ids: Sequence[int] | None = None,
+        top_p: float = 1.0,
+    ) -> Any:
+        """Continues prompts.
+
+        Args:
+            tokens: i32[B, T], a list of B id lists of any lengths, or a str (needs a tokenizer).
+            max_new_tokens: at most this many a row.
+            temperature: 0 is greedy.
+            seed: of the draws.
+            stop_token_ids: end a row; None means the config's EOS, () never stops. A stopped row is
+                filled up with the stop token it drew.
+            top_p: nucleus mass.
+
+        Returns:
+            i32[B, max_new_tokens]; for a str prompt the new text, without stop tokens.
+        """
+        stops = self._stops(stop_token_ids)
+        if isinstance(tokens, str):
+            return "".join(
+                self.stream_text(tokens, max_new_tokens, temperature, seed, stops, top_p)
+            )
+        steps = list(self.stream(tokens, max_new_tokens, temperature, seed, stops, top_p))
+        batch = len(tokens)
+        out = np.stack(steps, axis=1) if steps else np.zeros((batch, 0), np.int32)
+        missing = max_new_tokens - out.shape[1]
+        return np.concatenate([out, np.repeat(out[:, -1:], missing, axis=1)], axis=1) if missing else out
+
+    def stream(
+        self,
+        tokens: Any,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        seed: int = 0,
+        stop_token_ids: Sequence[int] | None = None,
+        top_p: float = 1.0,
+    ) -> Iterator[np.ndarray]:
+        """As `generate` for ids, yielding i32[B] after each step."""
+        prompts = _checked_prompts(tokens, self.config.vocab_size)
+        needed = max(len(prompt) for prompt in prompts) + max(max_new_tokens, 0)
+        cache = self.new_cache(len(prompts), _capacity(needed, self.config))
+        yield from generation.stream(
+            self,
+            cache,
+            prompts,
+            max_new_tokens,
+            vocab_size=self.config.vocab_size,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            stop_token_ids=self._stops(stop_token_ids),
+        )
+
+    def stream_text(
+        self,
+        prompt: str,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        seed: int = 0,
+        stop_token_ids: Sequence[int] | None = None,
+        top_p: float = 1.0,
+    ) -> Iterator[str]:
+        """Continues text, yielding pieces that are whole characters.
+
+        Raises:
+            ValueError: if the model has no tokenizer.
+        """
+        if self.tokenizer is None:
+            raise ValueError("this model has no tokenizer.json: give token ids instead of text")
+        ids = self.tokenizer.encode(prompt, add_special_tokens=False).ids
+        if self.config.bos_token_id is not None:
+            ids = [self.config.bos_token_id, *ids]
+        stops = self._stops(stop_token_ids)
+        new: list[int] = []
+        shown = ""
+        for token in self.stream([ids], max_new_tokens, temperature, seed, stops, top_p):
+            if int(token[0]) in stops:
+                break
+            new.append(int(token[0]))
+            text = self.tokenizer.decode(new, skip_special_tokens=True)
+            if not text.endswith("\ufffd"):  # an unfinished character: wait for its other bytes
+                yield text[len(shown) :]
+                shown = text
+        rest = self.tokenizer.decode(new, skip_special_tokens=True)[len(shown) :]
+        if rest:
+            yield rest
+
+    def prefill(self, cache, tokens, num_valid, last):
+        """`inference.generate.Steps.prefill`: appends a chunk, keeps each row's newest logits."""
+        return _prefill(self._graph, self.parameters, cache, tokens, num_valid, last)
+
+    def decode(self, cache, logits, key, index, temperature, top_p, running, stops):
+        """`inference.generate.Steps.decode`: draws a token a row and appends it."""
+        return _decode(
+            self._graph, self.parameters, cache, logits, key, index, temperature, top_p, running, stops
+        )
+
+    def _stops(self, stop_token_ids: Sequence[int] | None) -> tuple[int, ...]:
+        if stop_token_ids is not None:
+            return tuple(stop_token_ids)
+        return () if self.config.eos_token_id is None else (self.config.eos_token_id,)
+
+    # ---- disk ------------------------------------------------------------------------------------
+
+    def save(
+        self, path: str | Path, layout: Literal["official", "transformers"] = "official"
+    ) -> None:
+        """Writes a checkpoint folder, complete or not at all (see `checkpoint.save`)."""
+        from dsv4_jax.checkpoint.save import save_checkpoint
+
+        save_checkpoint(
+            Path(path),
+            self.config,
+            self.parameters,
+            layout=layout,
+            stored=self.stored,
+            tokenizer=self.tokenizer,
+        )
+
+
+def load(
+    path: str | Path,
+    dtype: str = "bfloat16",
+    numerics: str = "reference",
+) -> LanguageModel:
+    """Loads any supported checkpoint folder: official or transformers layout, plain or quantised.
+
+    Args:
+        path: folder with config.json and safetensors files.
+        dtype: of parameters, activations and cache: "bfloat16" or "float32".
+        numerics: "reference".
+
+    Raises:
+        CheckpointError, ConfigError: with every problem found; nothing is left half loaded.
+    """
+    from dsv4_jax.checkpoint.load import load_checkpoint
+
+    policy = Policy.of(dtype, numerics)
+    loaded = load_checkpoint(Path(path), policy)
+    tokenizer = None
+    if loaded.tokenizer_file is not None:
+        tokenizer = Tokenizer.from_file(str(loaded.tokenizer_file))
+    return LanguageModel(loaded.config, policy, loaded.parameters, tokenizer, loaded.stored)
+
+
+# ---- compiled steps: one jit each over (static graph, parameter pytree, ...) ------------------------
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(graph, parameters, span):
+    model = nnx.merge(graph, parameters)
+    return model.logits(model.hidden(model(span).streams))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _streams(graph, parameters, span):
+    model = nnx.merge(graph, parameters)
+    e = model.embedding(span.ids)
+    first = jnp.broadcast_to(e[:, :, None], (*e.shape[:2], model.config.hc_mult, e.shape[2]))
+    taps = model(span, collect=frozenset({"streams"})).taps
+    return jnp.stack([first, *(tap["streams"] for tap in taps)])
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _taps(graph, parameters, span, collect):
+    return nnx.merge(graph, parameters)(span, collect=collect).taps
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _mtp_logits(graph, parameters, span):
+    model = nnx.merge(graph, parameters)
+    return model.logits(model.predict_further(model(span).streams, span)[0])
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _extend(graph, parameters, cache, tokens, num_valid):
+    model = nnx.merge(graph, parameters)
+    after = model(spans.appended(tokens, cache.length, num_valid), cache)
+    return model.logits(model.hidden(after.streams)), after.cache
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=(2, 5))
+def _prefill(graph, parameters, cache, tokens, num_valid, last):
+    model = nnx.merge(graph, parameters)
+    after = model(spans.appended(tokens, cache.length, num_valid), cache)
+    # Only each row's last real token meets the head.
+    at = jnp.maximum(num_valid - 1, 0)[:, None, None, None]
+    streams = jnp.take_along_axis(after.streams, at, axis=1)
+    logits = model.logits(model.hidden(streams))[:, 0]
+    return jnp.where(num_valid[:, None] > 0, logits, last), after.cache
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=(2, 3))
+def _decode(graph, parameters, cache, logits, key, index, temperature, top_p, running, stops):
+    model = nnx.merge(graph, parameters)
+    drawn = sample(logits, jax.random.fold_in(key, index), temperature, top_p)
+    token = jnp.where(running, drawn, stops[0])
+    running = running & ~jnp.isin(token, stops)
+    after = model(spans.appended(token[:, None], cache.length, jnp.ones_like(token)), cache)
+    return token, model.logits(model.hidden(after.streams))[:, 0], running, after.cache
+
+
+# ---- argument checks ---------------------------------------------------------------------------------
+
+
+def _checked_tokens(tokens: Any, vocab_size: int) -> Int32[Array, "B T"]:
+    if isinstance(tokens, jax.core.Tracer):
+        return tokens.astype(jnp.int32)
+    ids = np.asarray(tokens)
+    problems = []
+    if ids.ndim != 2 or 0 in ids.shape:
+        problems.append(f"tokens of shape {ids.shape} must be [B, T] with B, T >= 1")
+    if not np.issubdtype(ids.dtype, np.integer):
+        problems.append(f"tokens of dtype {ids.dtype} must be integers")
+    elif ids.size and not (0 <= ids.min() and ids.max() < vocab_size):
+        bad = sorted({int(i) for i in ids[(ids < 0) | (ids >= vocab_size)].flat})[:5]
+        problems.append(f"token ids {bad} are outside the vocabulary 0..{vocab_size - 1}")
+    if problems:
+        raise ValueError("; ".join(problems))
+    return jnp.asarray(ids, jnp.int32)
+
+
+def _checked_counts(num_valid: Any, shape: tuple[int, ...]) -> Int32[Array, "B"]:
+    if num_valid is None:
+        return jnp.full(shape[:1], shape[1], jnp.int32)
+    counts = np.asarray(num_valid)
+    if counts.shape != shape[:1] or counts.min() < 0 or counts.max() > shape[1]:
+        raise ValueError(
+            f"num_valid={counts.tolist()} must hold {shape[0]} counts in 0..{shape[1]}"
+        )
+    return jnp.asarray(counts, jnp.int32)
+
+
+def _checked_prompts(tokens: Any, vocab_size: int) -> list[list[int]]:
+    prompts = [np.asarray(row).reshape(-1) for row in tokens]
+    if not prompts or any(row.size == 0 for row in prompts):
+        raise ValueError("generation needs at least one prompt, and at least one token in each")
+    return [_checked_tokens(row[None], vocab_size)[0].tolist() for row in prompts]
+
+
+def _capacity(tokens: int, config: ModelConfig) -> int:
+    """Rounded up to a power of two, so that runs of similar length share their compiled steps."""
+    if tokens > config.max_position_embeddings:
+        raise ValueError(
+            f"prompt and new tokens make {tokens}; the model holds at most "
+            f"max_position_embeddings={config.max_position_embeddings}"
+        )
+    return min(max(1 << (tokens - 1).bit_length(), 256), config.max_position_embeddings)

@@ -1,0 +1,318 @@
+"""Hybrid attention: a sliding window and compressed entries in one softmax (report, section 2.3).
+
+One shared vector a token is both key and value. A query sees the last W tokens of its segment, plus the
+compressed entries of its layer: all complete blocks (HCA), the indexer's choice (CSA), or none (window).
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Float32, Int32
+
+from dsv4_jax.config import AttentionKind, ModelConfig
+from dsv4_jax.model.cache import LayerCache, read_ring, write_ring
+from dsv4_jax.model.compressor import Compressor
+from dsv4_jax.model.indexer import Indexer, index_scores, select
+from dsv4_jax.model.linear import project
+from dsv4_jax.model.norm import rms_norm
+from dsv4_jax.model.parameters import constant, matrix
+from dsv4_jax.model.rope import Rotation, rotate
+from dsv4_jax.model.span import Blocks, Span
+from dsv4_jax.numerics.policy import Policy
+
+SMALLEST_EXTENT = 64
+"""Entries are read in power-of-two prefixes from this size on; the smallest one that is long enough runs."""
+
+GATHER_BEYOND = 8
+"""Above this many times top-k entries, gathering the chosen ones beats masking all of them on a CPU."""
+
+
+class Entries(NamedTuple):
+    """Compressed entries (or indexer keys) of one layer inside their stack."""
+
+    stack: Float[Array, "R B S width"]
+    repeat: Int32[Array, ""]
+
+    def prefix(self, size: int) -> Float[Array, "B size width"]:
+        """The first `size` entries of every row, read straight from the stack."""
+        _, batch, _, width = self.stack.shape
+        start = (self.repeat, 0, 0, 0)
+        return jax.lax.dynamic_slice(self.stack, start, (1, batch, size, width))[0]
+
+
+class Queries(NamedTuple):
+    """A block of c queries and what decides their view; every field is [B, c, ...]."""
+
+    q: Float[Array, "B c H Dh"]
+    position: Int32[Array, "B c"]
+    lo: Int32[Array, "B c"] | None
+    hi: Int32[Array, "B c"] | None
+    index_q: Float[Array, "B c Hi Di"] | None
+    index_weights: Float32[Array, "B c Hi"] | None
+
+
+def softmax_attention(
+    q: Float[Array, "B c H Dh"],
+    keys: Float[Array, "B K Dh"],
+    visible: Bool[Array, "B c K"],
+    sink: Float32[Array, "H"],
+) -> Float[Array, "B c H Dh"]:
+    """One softmax over the visible keys and a per-head sink without a value (report, section 2.3).
+
+    Logits, maximum, sums and accumulation are float32; the sink is not scaled and takes part in the
+    maximum. Probabilities meet the values in the compute dtype.
+    """
+    scale = q.shape[-1] ** -0.5
+    logits = jnp.einsum("bchd,bkd->bchk", q, keys, preferred_element_type=jnp.float32) * scale
+    return _weigh(logits, visible[:, :, None], keys, "bchk,bkd->bchd", sink)
+
+
+def _weigh(logits, visible, values, equation, sink):
+    logits = jnp.where(visible, logits, -jnp.inf)
+    top = jax.lax.stop_gradient(jnp.maximum(logits.max(axis=-1), sink))[..., None]
+    weight = jnp.exp(logits - top)
+    total = weight.sum(axis=-1, keepdims=True) + jnp.exp(sink[:, None] - top)
+    out = jnp.einsum(
+        equation, weight.astype(values.dtype), values, preferred_element_type=jnp.float32
+    )
+    return (out / total).astype(values.dtype)
+
+
+def hybrid_attention(
+    queries: Queries,
+    line: Float[Array, "B past+T Dh"],
+    entries: Entries | None,
+    index_keys: Entries | None,
+    sink: Float32[Array, "H"],
+    *,
+    window: int,
+    top_k: int,
+) -> Float[Array, "B T H Dh"]:
+    """Attention of T queries, a block of queries at a time.
+
+    Args:
+        queries: of the whole call, [B, T, ...].
+        line: window entries of the W - 1 tokens before the call, then of the call.
+        entries: compressed entries; None for window layers.
+        index_keys: the indexer's keys for the same entries; None for HCA.
+        sink: f32[H].
+        window: W.
+        top_k: Ki, entries a CSA query may attend to.
+
+    Returns:
+        The head outputs, still rotated.
+
+    Cost: every block of queries reads only the shortest power-of-two prefix of the entries that holds
+    all it can see, so the work follows the live length, not the capacity.
+    """
+    batch, length = queries.position.shape
+    block = query_block(length)
+    attend = functools.partial(
+        _attend_block, line, entries, index_keys, sink, window=window, top_k=top_k
+    )
+    if block >= length:
+        return attend(jnp.int32(0), queries)
+    num_blocks = -(-length // block)
+    padding = num_blocks * block - length
+    line = jnp.pad(line, ((0, 0), (0, padding), (0, 0)))
+    attend = functools.partial(
+        _attend_block, line, entries, index_keys, sink, window=window, top_k=top_k
+    )
+
+    def split(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(batch, num_blocks, block, *x.shape[2:]), 1, 0)
+
+    starts = jnp.arange(num_blocks, dtype=jnp.int32) * block
+    # Recomputing a block in backward keeps memory at one block of scores, whatever T is.
+    out = jax.lax.map(jax.checkpoint(lambda xs: attend(*xs)), (starts, jax.tree.map(split, queries)))
+    return jnp.moveaxis(out, 0, 1).reshape(batch, -1, *out.shape[3:])[:, :length]
+
+
+def query_block(length: int) -> int:
+    """Queries attended to at once: all of a short call, else 128 (measured in experiments/bench_cpu.py)."""
+    return length if length <= 256 else 128
+
+
+def _attend_block(line, entries, index_keys, sink, start, queries, *, window, top_k):
+    count = queries.position.shape[1]
+    near = jax.lax.dynamic_slice_in_dim(line, start, count + window - 1, axis=1)
+    # Query a stands at window - 1 + a in `near`, so key j lies `distance` tokens before it.
+    distance = jnp.arange(count)[:, None] + (window - 1) - jnp.arange(count + window - 1)
+    reach = jnp.minimum(queries.position, window - 1)[..., None]
+    near_visible = (distance >= 0) & (distance <= reach)
+    if entries is None or entries.stack.shape[2] == 0:
+        return softmax_attention(queries.q, near, near_visible, sink)
+
+    def attend_prefix(size: int) -> jax.Array:
+        index = jnp.arange(size)
+        visible = (index >= queries.lo[..., None]) & (index < queries.hi[..., None])
+        values = entries.prefix(size)
+        if index_keys is not None and size > top_k:
+            scores = index_scores(queries.index_q, queries.index_weights, index_keys.prefix(size))
+            if size > GATHER_BEYOND * top_k:
+                return _attend_gathered(queries, near, near_visible, values, scores, visible, sink, top_k)
+            visible = select(scores, visible, top_k)
+        return softmax_attention(
+            queries.q,
+            jnp.concatenate([near, values.astype(near.dtype)], axis=1),
+            jnp.concatenate([near_visible, visible], axis=2),
+            sink,
+        )
+
+    sizes = prefix_sizes(entries.stack.shape[2])
+    if len(sizes) == 1:
+        return attend_prefix(sizes[0])
+    needed = queries.hi.max()
+    branch = sum((needed > size).astype(jnp.int32) for size in sizes[:-1])
+    return jax.lax.switch(branch, [functools.partial(attend_prefix, size) for size in sizes])
+
+
+def prefix_sizes(capacity: int) -> tuple[int, ...]:
+    """Doubling from SMALLEST_EXTENT up to the capacity."""
+    sizes, size = [], SMALLEST_EXTENT
+    while size < capacity:
+        sizes.append(size)
+        size *= 2
+    return (*sizes, capacity)
+
+
+def _attend_gathered(queries, near, near_visible, values, scores, visible, sink, top_k):
+    """CSA over a long list: the chosen entries of each query are gathered, not masked."""
+    ranked = jnp.where(visible & ~jnp.isnan(scores), scores, -jnp.inf)
+    best, index = jax.lax.top_k(ranked, top_k)
+    batch = jnp.arange(values.shape[0])
+
+    def one_query(xs):
+        q, near_seen, chosen, seen = xs  # [B, H, Dh], [B, K], [B, Ki], [B, Ki]
+        picked = values.at[batch[:, None], chosen].get(mode="promise_in_bounds")
+        keys = jnp.concatenate([near, picked.astype(near.dtype)], axis=1)
+        return softmax_attention(
+            q[:, None], keys, jnp.concatenate([near_seen, seen], axis=1)[:, None], sink
+        )[:, 0]
+
+    by_query = [jnp.moveaxis(x, 1, 0) for x in (queries.q, near_visible, index, best > -jnp.inf)]
+    return jnp.moveaxis(jax.lax.map(one_query, tuple(by_query)), 0, 1)
+
+
+class Attention(nnx.Module):
+    """One layer's attention with its projections; `kind` decides which entries exist."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        policy: Policy,
+        kind: AttentionKind,
+        *,
+        repeats: int,
+        rngs: nnx.Rngs,
+    ) -> None:
+        c, std, dtype = config, config.initializer_range, policy.param_dtype
+        layers, hidden = {"layers": repeats}, {"hidden": c.hidden_size}
+        rank, head = {"q_rank": c.q_lora_rank}, {"head_dim": c.head_dim}
+        heads = {"groups": c.o_groups, "heads_per_group": c.heads_per_group}
+        out_rank = {"groups": c.o_groups, "o_rank": c.o_lora_rank}
+        self.wq_a = matrix(rngs, layers | rank | hidden, dtype, std)
+        self.q_norm = constant(layers | rank, 1.0)
+        self.wq_b = matrix(rngs, layers | heads | head | rank, dtype, std)
+        self.wkv = matrix(rngs, layers | head | hidden, dtype, std)
+        self.kv_norm = constant(layers | head, 1.0)
+        heads_in = {"heads_per_group": c.heads_per_group} | head
+        self.wo_a = matrix(rngs, layers | out_rank | heads_in, dtype, std)
+        self.wo_b = matrix(rngs, layers | hidden | out_rank, dtype, std)
+        self.attn_sink = constant(layers | heads, 0.0)
+        if kind == "window":
+            self.compressor = None
+        else:
+            self.compressor = Compressor(
+                config,
+                policy,
+                ratio=c.ratio(kind),
+                branches=2 if kind == "csa" else 1,
+                width=c.head_dim,
+                repeats=repeats,
+                rngs=rngs,
+            )
+        self.indexer = Indexer(config, policy, repeats=repeats, rngs=rngs) if kind == "csa" else None
+        self.window = c.sliding_window
+        self.top_k = c.index_topk
+        self.eps = c.rms_norm_eps
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        span: Span,
+        rotation: Rotation,
+        blocks: Blocks | None,
+        cache: LayerCache | None,
+        repeat: Int32[Array, ""],
+    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+        """Attention of the tokens of one call (report, section 2.3).
+
+        Args:
+            x: normalised sublayer input, compute dtype.
+            span: where the tokens stand.
+            rotation: angles at the tokens' positions for this layer's kind, f32[B, T, Dr / 2].
+            blocks: the layer kind's blocks; None for window layers.
+            cache: None, or the layer's stack of states, updated in the returned copy.
+            repeat: index into that stack.
+        """
+        batch, length = x.shape[:2]
+        by_head = Rotation(rotation.cos[:, :, None], rotation.sin[:, :, None])
+        latent = rms_norm(project("btd,qd->btq", x, self.wq_a[...]), self.q_norm[...], self.eps)
+        q = project("btq,gjdq->btgjd", latent, self.wq_b[...])
+        groups, per_group, head_dim = q.shape[2:]
+        q = rotate(rms_norm(q.reshape(batch, length, -1, head_dim), None, self.eps), by_head)
+        kv = rms_norm(project("btd,kd->btk", x, self.wkv[...]), self.kv_norm[...], self.eps)
+        kv = rotate(kv, rotation)
+
+        past = jnp.zeros((batch, self.window - 1, head_dim), kv.dtype)
+        new_cache = cache
+        if cache is not None:
+            before = span.start[:, None] - (self.window - 1) + jnp.arange(self.window - 1)
+            past = read_ring(cache.window, repeat, before).astype(kv.dtype)
+            ring = write_ring(cache.window, repeat, kv, span.start, span.num_valid)
+            new_cache = LayerCache(ring, cache.compressor, cache.indexer)
+
+        row = jnp.int32(0) if cache is None else repeat  # without a cache the stack holds this layer only
+        entries = index_keys = index_q = index_weights = None
+        if self.compressor is not None:
+            stack, state = self.compressor(
+                x, span, blocks, None if cache is None else cache.compressor, repeat
+            )
+            entries = Entries(stack, row)
+            new_cache = new_cache and LayerCache(new_cache.window, state, new_cache.indexer)
+        if self.indexer is not None:
+            # Choosing entries is not differentiable: the indexer is trained by a loss of its own.
+            fixed_x, fixed_latent = jax.lax.stop_gradient((x, latent))
+            index_q, index_weights = self.indexer.queries(fixed_x, fixed_latent, rotation)
+            stack, state = self.indexer.keys(
+                fixed_x, span, blocks, None if cache is None else cache.indexer, repeat
+            )
+            index_keys = Entries(stack, row)
+            new_cache = new_cache and LayerCache(new_cache.window, new_cache.compressor, state)
+
+        queries = Queries(
+            q,
+            span.position,
+            None if blocks is None else blocks.lo,
+            None if blocks is None else blocks.hi,
+            index_q,
+            index_weights,
+        )
+        o = hybrid_attention(
+            queries,
+            jnp.concatenate([past, kv], axis=1),
+            entries,
+            index_keys,
+            self.attn_sink[...].reshape(-1),
+            window=self.window,
+            top_k=self.top_k,
+        )
+        # The values were rotated at their own positions; turning back by the query's leaves the offset.
+        o = rotate(o, by_head.inverse).reshape(batch, length, groups, per_group, head_dim)
+        a = project("btgjd,gojd->btgo", o, self.wo_a[...])
+        return project("btgo,dgo->btd", a, self.wo_b[...]), new_cache

@@ -1,0 +1,90 @@
+"""One layer: attention and mixture of experts, each inside its own hyper-connection (report, section 2)."""
+
+from typing import NamedTuple
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float, Int32
+
+from dsv4_jax.config import AttentionKind, ModelConfig, RouterKind
+from dsv4_jax.model.attention import Attention
+from dsv4_jax.model.cache import LayerCache
+from dsv4_jax.model.hyper_connection import HyperConnection, combine, expand
+from dsv4_jax.model.moe import MixtureOfExperts
+from dsv4_jax.model.norm import rms_norm
+from dsv4_jax.model.parameters import constant
+from dsv4_jax.model.rope import Rotation
+from dsv4_jax.model.span import Blocks, Span
+from dsv4_jax.numerics.policy import Policy
+
+
+class Surroundings(NamedTuple):
+    """What all layers share in one call, keyed by layer kind where it differs."""
+
+    span: Span
+    window_rotation: Rotation
+    compressed_rotation: Rotation
+    csa_blocks: Blocks
+    hca_blocks: Blocks
+
+    def rotation(self, kind: AttentionKind) -> Rotation:
+        """Angles at the tokens' positions for a layer of this kind."""
+        return self.window_rotation if kind == "window" else self.compressed_rotation
+
+    def blocks(self, kind: AttentionKind) -> Blocks | None:
+        """The blocks of a layer of this kind."""
+        return {"window": None, "csa": self.csa_blocks, "hca": self.hca_blocks}[kind]
+
+
+class Block(nnx.Module):
+    """A layer of one attention kind and one router kind; parameters carry `repeats` copies."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        policy: Policy,
+        attention: AttentionKind,
+        router: RouterKind,
+        *,
+        repeats: int,
+        rngs: nnx.Rngs,
+    ) -> None:
+        dims = {"layers": repeats, "hidden": config.hidden_size}
+        self.hc_attn = HyperConnection(config, repeats, rngs)
+        self.attn_norm = constant(dims, 1.0)
+        self.attn = Attention(config, policy, attention, repeats=repeats, rngs=rngs)
+        self.hc_ffn = HyperConnection(config, repeats, rngs)
+        self.ffn_norm = constant(dims, 1.0)
+        self.ffn = MixtureOfExperts(config, policy, router, repeats=repeats, rngs=rngs)
+        self.kind = attention
+        self.eps = config.rms_norm_eps
+
+    def __call__(
+        self,
+        streams: Float[Array, "B T N D"],
+        around: Surroundings,
+        cache: LayerCache | None,
+        repeat: Int32[Array, ""],
+        collect: frozenset[str],
+    ) -> tuple[Float[Array, "B T N D"], LayerCache | None, dict[str, jax.Array]]:
+        """Two sublayers; also returns what `collect` names (see `transformer.TAPS`)."""
+        maps = self.hc_attn(streams)
+        x = rms_norm(combine(streams, maps.pre), self.attn_norm[...], self.eps)
+        y, cache = self.attn(
+            x, around.span, around.rotation(self.kind), around.blocks(self.kind), cache, repeat
+        )
+        taps = {"attention_input": x, "attention_mixing": maps.comb}
+        streams = expand(streams, y, maps)
+
+        maps = self.hc_ffn(streams)
+        x = rms_norm(combine(streams, maps.pre), self.ffn_norm[...], self.eps)
+        y, routing = self.ffn(x, around.span, repeat)
+        streams = expand(streams, y, maps)
+        shape = x.shape[:2]
+        taps |= {
+            "expert_mixing": maps.comb,
+            "experts": routing.experts.reshape(*shape, -1),
+            "router_scores": routing.scores.reshape(*shape, -1),
+            "streams": streams,
+        }
+        return streams, cache, {name: taps[name] for name in sorted(collect & taps.keys())}

@@ -1,0 +1,193 @@
+"""What a sequence leaves behind: rings of recent rows, and the compressed entries emitted so far.
+
+The length is the only state that moves. Recent rows live in rings addressed by position (slot = position
+mod slots) with `max_rewind` spare slots, so taking back up to that many tokens is a change of length:
+whatever lies past the length is invisible and will be overwritten by the same positions.
+
+Every array carries a leading axis R of repeats of its layer (see `config.layer_stacks`), and readers and
+writers take the repeat index: inside the scan over layers nothing slices a whole layer out of the stack.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int32
+
+from dsv4_jax.config import AttentionKind, ModelConfig, layer_stacks
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["kv", "gate", "entries"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True)
+class CompressorCache:
+    """State of one compressor: raw rows of unfinished blocks and finished entries (inference, section 1)."""
+
+    kv: Float[Array, "R B M w Dc"]  # projected values, ring of M = w m + max_rewind rows
+    gate: Float[Array, "R B M w Dc"]  # gate logits without the positional bias, same ring
+    entries: Float[Array, "R B S Dc"]  # entry s covers tokens m s .. m s + m - 1
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["window", "compressor", "indexer"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class LayerCache:
+    """State of one layer (or of R repeats of it)."""
+
+    window: Float[Array, "R B slots Dh"]
+    compressor: CompressorCache | None  # CSA and HCA
+    indexer: CompressorCache | None  # CSA
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["length", "written", "layers"],
+    meta_fields=["max_length", "max_rewind"],
+)
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """The cache of a batch of sequences, each with its own length.
+
+    `length` counts the tokens each row holds; `written` is its high-water mark, kept only to check rewinds.
+    """
+
+    length: Int32[Array, "B"]
+    written: Int32[Array, "B"]
+    layers: tuple[tuple[LayerCache, ...], ...]  # [stack][unit position]
+    max_length: int
+    max_rewind: int
+
+    def rewind(self, num_tokens: int | Int32[Array, "B"]) -> "Cache":
+        """Takes back the last tokens of each row; bit-exact, as if they had never been appended.
+
+        Args:
+            num_tokens: one count for all rows, or i32[B].
+
+        Raises:
+            ValueError: if a row would go below zero or further back than its ring still holds. Checked
+                when the lengths are concrete; under a jit the caller answers for it.
+        """
+        length = self.length - jnp.asarray(num_tokens, jnp.int32)
+        if not isinstance(length, jax.core.Tracer):
+            taken, left = np.broadcast_to(np.asarray(num_tokens), length.shape), np.asarray(length)
+            oldest = np.maximum(np.asarray(self.written) - self.max_rewind, 0)
+            problems = [
+                f"row {b}: rewinding {taken[b]} of {int(self.length[b])} tokens; the cache allows going "
+                f"back to length {oldest[b]} (max_rewind={self.max_rewind})"
+                for b in range(len(left))
+                if taken[b] < 0 or left[b] < oldest[b]
+            ]
+            if problems:
+                raise ValueError("; ".join(problems))
+        return dataclasses.replace(self, length=length)
+
+
+def new_cache(
+    config: ModelConfig, batch: int, max_length: int, dtype: np.dtype, max_rewind: int = 8
+) -> Cache:
+    """An empty cache.
+
+    Args:
+        config: the model's.
+        batch: B rows.
+        max_length: tokens a row can hold; entries are allocated for floor(max_length / m).
+        dtype: of every row and entry.
+        max_rewind: tokens that can be taken back at any time (drafts), >= 0.
+
+    Raises:
+        ValueError: for sizes below 1, or beyond `max_position_embeddings`.
+    """
+    problems = []
+    if batch < 1:
+        problems.append(f"batch={batch} must be at least 1")
+    if not 1 <= max_length <= config.max_position_embeddings:
+        limit = config.max_position_embeddings
+        problems.append(f"max_length={max_length} must be in 1..{limit} (max_position_embeddings)")
+    if max_rewind < 0:
+        problems.append(f"max_rewind={max_rewind} must not be negative")
+    if problems:
+        raise ValueError("; ".join(problems))
+
+    def compressor(repeats: int, ratio: int, branches: int, width: int) -> CompressorCache:
+        rows = (repeats, batch, branches * ratio + max_rewind, branches, width)
+        num_entries = max(max_length // ratio, 1)
+        return CompressorCache(
+            jnp.zeros(rows, dtype),
+            jnp.zeros(rows, dtype),
+            jnp.zeros((repeats, batch, num_entries, width), dtype),
+        )
+
+    def layer(kind: AttentionKind, repeats: int) -> LayerCache:
+        slots = max(config.sliding_window - 1 + max_rewind, 1)
+        window = jnp.zeros((repeats, batch, slots, config.head_dim), dtype)
+        if kind == "window":
+            return LayerCache(window, None, None)
+        if kind == "hca":
+            main = compressor(repeats, config.hca_ratio, 1, config.head_dim)
+            return LayerCache(window, main, None)
+        main = compressor(repeats, config.csa_ratio, 2, config.head_dim)
+        return LayerCache(
+            window, main, compressor(repeats, config.csa_ratio, 2, config.index_head_dim)
+        )
+
+    # A length and a mark of its own: a donated cache must not hold one buffer twice.
+    return Cache(
+        length=jnp.zeros((batch,), jnp.int32),
+        written=jnp.zeros((batch,), jnp.int32),
+        layers=tuple(
+            tuple(layer(attention, stack.repeats) for attention, _ in stack.kinds)
+            for stack in layer_stacks(config)
+        ),
+        max_length=max_length,
+        max_rewind=max_rewind,
+    )
+
+
+def read_ring(
+    ring: Float[Array, "R B M ..."], repeat: Int32[Array, ""], positions: Int32[Array, "B P"]
+) -> Float[Array, "B P ..."]:
+    """Rows at these positions; positions the ring does not hold return some other row (mask them)."""
+    rows = jnp.arange(positions.shape[0])[:, None]
+    return ring.at[repeat, rows, positions % ring.shape[2]].get(mode="promise_in_bounds")
+
+
+def write_ring(
+    ring: Float[Array, "R B M ..."],
+    repeat: Int32[Array, ""],
+    new: Float[Array, "B T ..."],
+    start: Int32[Array, "B"],
+    num_valid: Int32[Array, "B"],
+) -> Float[Array, "R B M ..."]:
+    """Writes the valid rows of `new` at positions start + t; of more than M rows the last M stay."""
+    batch, num_new = new.shape[:2]
+    slots = ring.shape[2]
+    # The last min(T, M) valid rows of each row: no slot is then written twice.
+    kept = min(num_new, slots)
+    first = jnp.maximum(num_valid - kept, 0)
+    token = first[:, None] + jnp.arange(kept)
+    rows = jnp.arange(batch)[:, None]
+    slot = jnp.where(token < num_valid[:, None], (start[:, None] + token) % slots, slots)
+    if kept < num_new:
+        new = new.at[rows, token].get(mode="clip")
+    return ring.at[repeat, rows, slot].set(new.astype(ring.dtype), mode="drop")
+
+
+def write_entries(
+    entries: Float[Array, "R B S Dc"],
+    repeat: Int32[Array, ""],
+    new: Float[Array, "B P Dc"],
+    first: Int32[Array, "B"],
+    count: Int32[Array, "B"],
+) -> Float[Array, "R B S Dc"]:
+    """Writes the first `count` of the new entries at first, first + 1, ...; the rest is dropped."""
+    batch, num_new = new.shape[:2]
+    offset = jnp.arange(num_new)
+    slot = jnp.where(offset < count[:, None], first[:, None] + offset, entries.shape[2])
+    rows = jnp.arange(batch)[:, None]
+    return entries.at[repeat, rows, slot].set(new.astype(entries.dtype), mode="drop")

@@ -1,0 +1,123 @@
+"""The compressor: m consecutive tokens become one entry by gated softmax pooling (report, section 2.3)."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int32
+
+from dsv4_jax.config import ModelConfig
+from dsv4_jax.model.cache import CompressorCache, write_entries, write_ring
+from dsv4_jax.model.linear import project
+from dsv4_jax.model.norm import rms_norm
+from dsv4_jax.model.parameters import constant, matrix
+from dsv4_jax.model.rope import rotate
+from dsv4_jax.model.span import Blocks, Span, block_rows
+from dsv4_jax.numerics.policy import Policy
+
+
+def pool(
+    kv: Float[Array, "B P rows Dc"], logits: Float[Array, "B P rows Dc"]
+) -> Float[Array, "B P Dc"]:
+    """sum_j softmax_j(logits)[channel] * kv[j], float32, independently for every channel."""
+    weight = jax.nn.softmax(logits.astype(jnp.float32), axis=2)
+    return (weight * kv.astype(jnp.float32)).sum(axis=2)
+
+
+class Compressor(nnx.Module):
+    """Emits one entry a complete block of m tokens.
+
+    HCA (`branches` = 1) pools the m rows of the block. CSA and its indexer (`branches` = 2) pool 2m rows:
+    branch 0 of the previous block and branch 1 of the current one. Both roles add the positional bias of
+    the row's place in its own block.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        policy: Policy,
+        *,
+        ratio: int,
+        branches: int,
+        width: int,
+        repeats: int,
+        rngs: nnx.Rngs,
+    ) -> None:
+        out = {"layers": repeats, "branches": branches, "entry": width}
+        dims = out | {"hidden": config.hidden_size}
+        self.wkv = matrix(rngs, dims, policy.param_dtype, config.initializer_range)
+        self.wgate = matrix(rngs, dims, policy.param_dtype, config.initializer_range)
+        self.ape = constant(
+            {"layers": repeats, "ratio": ratio, "branches": branches, "entry": width}, 0.0
+        )
+        self.norm = constant({"layers": repeats, "entry": width}, 1.0)
+        self.ratio = ratio
+        self.branches = branches
+        self.eps = config.rms_norm_eps
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        span: Span,
+        blocks: Blocks,
+        cache: CompressorCache | None,
+        repeat: Int32[Array, ""],
+    ) -> tuple[Float[Array, "R B S Dc"], CompressorCache | None]:
+        """Projects the tokens, emits the blocks they complete, and stores rows and entries.
+
+        Args:
+            x: normalised sublayer input, compute dtype.
+            span, blocks: where the tokens stand; `blocks` for this compressor's ratio.
+            cache: None for whole sequences; otherwise its stack of states.
+            repeat: index into that stack.
+
+        Returns:
+            All entries visible to this call (the cache's stack, or [1, B, P, Dc] without one) and the
+            cache after it.
+        """
+        kv = project("btd,wcd->btwc", x, self.wkv[...])
+        gate = project("btd,wcd->btwc", x, self.wgate[...])
+        if cache is None:
+            return self._emit(kv, gate, blocks)[None], None
+        batch = kv.shape[0]
+        # Only a whole block makes an entry: most single-token steps complete none and skip the pooling.
+        joined = [
+            jnp.concatenate([ring[repeat], rows.astype(ring.dtype)], axis=1)
+            for ring, rows in ((cache.kv, kv), (cache.gate, gate))
+        ]
+        new = jax.lax.cond(
+            jnp.any(blocks.count > 0),
+            lambda: self._emit(*joined, blocks).astype(cache.entries.dtype),
+            lambda: jnp.zeros(
+                (batch, blocks.is_first.shape[1], kv.shape[-1]), cache.entries.dtype
+            ),
+        )
+        cache = CompressorCache(
+            write_ring(cache.kv, repeat, kv, span.start, span.num_valid),
+            write_ring(cache.gate, repeat, gate, span.start, span.num_valid),
+            write_entries(cache.entries, repeat, new, blocks.first, blocks.count),
+        )
+        return cache.entries, cache
+
+    def _emit(
+        self, kv: Float[Array, "B rows w Dc"], gate: Float[Array, "B rows w Dc"], blocks: Blocks
+    ) -> Float[Array, "B P Dc"]:
+        own = self.branches - 1
+        bias = self.ape[...]
+        values = block_rows(kv[:, :, own], blocks.source, self.ratio)
+        logits = block_rows(gate[:, :, own], blocks.source, self.ratio) + bias[:, own]
+        if self.branches == 2:
+            before = [self._previous(rows[:, :, 0], blocks) for rows in (kv, gate)]
+            absent = blocks.is_first[..., None, None]
+            values = jnp.concatenate([jnp.where(absent, 0, before[0]), values], axis=2)
+            earlier = jnp.where(absent, -jnp.inf, before[1] + bias[:, 0])
+            logits = jnp.concatenate([earlier, logits], axis=2)
+        entry = rms_norm(pool(values, logits).astype(kv.dtype), self.norm[...], self.eps)
+        return rotate(entry, blocks.rotation)
+
+    def _previous(
+        self, rows: Float[Array, "B rows Dc"], blocks: Blocks
+    ) -> Float[Array, "B P m Dc"]:
+        if blocks.previous is not None:
+            return block_rows(rows, blocks.previous, self.ratio)
+        grouped = block_rows(rows, None, self.ratio)
+        return jnp.concatenate([jnp.zeros_like(grouped[:, :1]), grouped[:, :-1]], axis=1)

@@ -1,0 +1,122 @@
+"""Manifold-constrained hyper-connections: N residual streams, mixed by doubly stochastic matrices.
+
+Report, section 2.2; mHC paper arXiv 2512.24880. Everything here is float32; streams are stored in the
+compute dtype. Per-token matrices are kept with tokens on the minor axis: a 4 x 4 matrix a token would
+leave every vector unit nearly empty.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Float32
+
+from dsv4_jax.config import ModelConfig
+from dsv4_jax.model.linear import project_float32
+from dsv4_jax.model.parameters import constant, matrix
+
+
+class StreamMaps(NamedTuple):
+    """One sublayer's per-token weights; tokens are the last two axes."""
+
+    pre: Float32[Array, "N B T"]  # stream j -> sublayer input
+    post: Float32[Array, "N B T"]  # sublayer output -> stream k
+    comb: Float32[Array, "N N B T"]  # comb[j, k]: from input stream j to output stream k
+
+
+def sinkhorn(
+    logits: Float32[Array, "N N B T"], num_iters: int, eps: float
+) -> Float32[Array, "N N B T"]:
+    """Projects each logits[:, :, b, t] towards the doubly stochastic matrices (report, section 2.2).
+
+    Row softmax, then columns, then `num_iters` - 1 times rows and columns; `eps` is added to the softmax
+    and to every denominator. The last step normalises columns (axis 0, over input streams j).
+    """
+    mix = jax.nn.softmax(logits, axis=1) + eps
+    mix = mix / (mix.sum(axis=0, keepdims=True) + eps)
+
+    def normalise(mix: jax.Array, _: None) -> tuple[jax.Array, None]:
+        mix = mix / (mix.sum(axis=1, keepdims=True) + eps)
+        return mix / (mix.sum(axis=0, keepdims=True) + eps), None
+
+    return jax.lax.scan(normalise, mix, None, length=num_iters - 1)[0]
+
+
+def _scores(
+    streams: Float[Array, "B T N D"], fn: Float32[Array, "rows N D"], eps: float
+) -> Float32[Array, "rows B T"]:
+    """(v fn^T) / rms(v) with v the flattened streams; dividing after the product is the same algebra."""
+    x = streams.astype(jnp.float32)
+    inverse_rms = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=(-2, -1)) + eps)
+    return project_float32("btnd,rnd->rbt", x, fn) * inverse_rms
+
+
+def combine(
+    streams: Float[Array, "B T N D"], pre: Float32[Array, "N B T"]
+) -> Float[Array, "B T D"]:
+    """sum_j pre[j] X[j]: float32 sum, one cast to the dtype of the streams."""
+    # Spelled out per stream: a batched 4-vector dot a token is far slower than N fused multiply-adds.
+    total = sum(
+        pre[j][..., None] * streams[:, :, j].astype(jnp.float32) for j in range(streams.shape[2])
+    )
+    return total.astype(streams.dtype)
+
+
+def expand(
+    streams: Float[Array, "B T N D"], update: Float[Array, "B T D"], maps: StreamMaps
+) -> Float[Array, "B T N D"]:
+    """X'[k] = post[k] y + sum_j comb[j, k] X[j] (report, section 2.2)."""
+    n = streams.shape[2]
+    y = update.astype(jnp.float32)
+    x = [streams[:, :, j].astype(jnp.float32) for j in range(n)]
+    mixed = [
+        maps.post[k][..., None] * y + sum(maps.comb[j, k][..., None] * x[j] for j in range(n))
+        for k in range(n)
+    ]
+    return jnp.stack([stream.astype(streams.dtype) for stream in mixed], axis=2)
+
+
+class HyperConnection(nnx.Module):
+    """The maps of one sublayer: fn f32[2N + N^2, N, D] rows (pre, post, comb row-major), base, scale."""
+
+    def __init__(self, config: ModelConfig, repeats: int, rngs: nnx.Rngs) -> None:
+        n = config.hc_mult
+        rows = {"layers": repeats, "hc_rows": (2 + n) * n}
+        dims = rows | {"streams": n, "hidden": config.hidden_size}
+        self.fn = matrix(rngs, dims, jnp.dtype("float32"), config.initializer_range)
+        self.base = constant(rows, 0.0)
+        self.scale = constant({"layers": repeats, "hc_parts": 3}, 0.01)
+        self.num_streams = n
+        self.num_iters = config.hc_sinkhorn_iters
+        self.eps = config.hc_eps
+        self.norm_eps = config.rms_norm_eps
+
+    def __call__(self, streams: Float[Array, "B T N D"]) -> StreamMaps:
+        """The maps computed from the streams that enter the sublayer (report, section 2.2)."""
+        n = self.num_streams
+        z = _scores(streams, self.fn[...], self.norm_eps)
+        base, scale = self.base[...][:, None, None], self.scale[...]
+        pre = jax.nn.sigmoid(z[:n] * scale[0] + base[:n]) + self.eps
+        post = 2 * jax.nn.sigmoid(z[n : 2 * n] * scale[1] + base[n : 2 * n])
+        logits = (z[2 * n :] * scale[2] + base[2 * n :]).reshape(n, n, *z.shape[1:])
+        return StreamMaps(pre, post, sinkhorn(logits, self.num_iters, self.eps))
+
+
+class StreamCollapse(nnx.Module):
+    """The head's collapse of N streams into one: sigmoid gates only (report, section 2.2)."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
+        n = config.hc_mult
+        dims = {"hc_rows": n, "streams": n, "hidden": config.hidden_size}
+        self.fn = matrix(rngs, dims, jnp.dtype("float32"), config.initializer_range)
+        self.base = constant({"hc_rows": n}, 0.0)
+        self.scale = constant({"hc_parts": 1}, 0.01)
+        self.eps = config.hc_eps
+        self.norm_eps = config.rms_norm_eps
+
+    def __call__(self, streams: Float[Array, "B T N D"]) -> Float[Array, "B T D"]:
+        """sum_j (sigmoid(z_j scale + base_j) + eps) X[j]."""
+        z = _scores(streams, self.fn[...], self.norm_eps)
+        gates = jax.nn.sigmoid(z * self.scale[...] + self.base[...][:, None, None]) + self.eps
+        return combine(streams, gates)

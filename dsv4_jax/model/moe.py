@@ -1,0 +1,96 @@
+"""Mixture of experts: Ke routed experts and one shared expert a token (report, section 2.1)."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int32
+
+from dsv4_jax.config import ModelConfig, RouterKind
+from dsv4_jax.model.linear import project
+from dsv4_jax.model.parameters import matrix
+from dsv4_jax.model.router import Router, Routing
+from dsv4_jax.model.span import Span
+from dsv4_jax.numerics.policy import Policy
+from pallas_kernels.grouped_matmul import expert_ffn
+
+
+class Experts(nnx.Module):
+    """The routed experts' weights: gate_up [E, 2, F, D] (0 = gate w1, 1 = up w3) and down [E, D, F]."""
+
+    def __init__(
+        self, config: ModelConfig, policy: Policy, *, repeats: int, rngs: nnx.Rngs
+    ) -> None:
+        std, dtype = config.initializer_range, policy.param_dtype
+        experts = {"layers": repeats, "experts": config.n_routed_experts}
+        width, hidden = {"expert_width": config.moe_intermediate_size}, {"hidden": config.hidden_size}
+        self.gate_up = matrix(rngs, experts | {"gate_up": 2} | width | hidden, dtype, std)
+        self.down = matrix(rngs, experts | hidden | width, dtype, std)
+
+
+class SharedExpert(nnx.Module):
+    """The expert every token uses; clamped like the routed ones."""
+
+    def __init__(
+        self, config: ModelConfig, policy: Policy, *, repeats: int, rngs: nnx.Rngs
+    ) -> None:
+        std, dtype = config.initializer_range, policy.param_dtype
+        width, hidden = {"expert_width": config.moe_intermediate_size}, {"hidden": config.hidden_size}
+        self.gate_up = matrix(rngs, {"layers": repeats, "gate_up": 2} | width | hidden, dtype, std)
+        self.down = matrix(rngs, {"layers": repeats} | hidden | width, dtype, std)
+        self.limit = config.swiglu_limit
+
+    def __call__(self, x: Float[Array, "tokens D"]) -> Float[Array, "tokens D"]:
+        """(silu(min(x w1, c)) * clip(x w3, -c, c)) w2; clamp, SiLU and product in float32."""
+        both = project("td,gfd->gtf", x, self.gate_up[...]).astype(jnp.float32)
+        gate, up = both[0], both[1]
+        if self.limit:
+            gate, up = jnp.minimum(gate, self.limit), jnp.clip(up, -self.limit, self.limit)
+        return project("tf,df->td", (jax.nn.silu(gate) * up).astype(x.dtype), self.down[...])
+
+
+class MixtureOfExperts(nnx.Module):
+    """One layer's feed-forward sublayer."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        policy: Policy,
+        kind: RouterKind,
+        *,
+        repeats: int,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.gate = Router(config, policy, kind, repeats=repeats, rngs=rngs)
+        self.experts = Experts(config, policy, repeats=repeats, rngs=rngs)
+        self.shared = SharedExpert(config, policy, repeats=repeats, rngs=rngs)
+        self.limit = config.swiglu_limit
+        self.num_experts = config.n_routed_experts
+
+    def __call__(
+        self, x: Float[Array, "B T D"], span: Span, repeat: Int32[Array, ""]
+    ) -> tuple[Float[Array, "B T D"], Routing]:
+        """Routed plus shared experts; the sum is float32. Padding takes no expert's time.
+
+        The routed weights may be this layer's, or the whole stack of repeats with `repeat` as the index:
+        a step that touches a few experts must not copy all of them out of the stack.
+        """
+        tokens = x.reshape(-1, x.shape[-1])
+        routing = self.gate(tokens, span.ids.reshape(-1))
+        gate_up, down = self.experts.gate_up[...], self.experts.down[...]
+        first_expert = None
+        if gate_up.ndim == 5:
+            gate_up = gate_up.reshape(-1, *gate_up.shape[2:])
+            down = down.reshape(-1, *down.shape[2:])
+            first_expert = repeat * self.num_experts
+        routed = expert_ffn(
+            tokens,
+            gate_up,
+            down,
+            routing.experts,
+            routing.weights,
+            swiglu_limit=self.limit,
+            valid=span.valid.reshape(-1),
+            first_expert=first_expert,
+        )
+        y = routed + self.shared(tokens).astype(jnp.float32)
+        return y.astype(x.dtype).reshape(x.shape), routing

@@ -1,0 +1,57 @@
+"""Multi-token prediction: one more block that guesses the token after the next (report, section 2.1)."""
+
+from flax import nnx
+from jaxtyping import Array, Float, Int32
+
+import jax
+import jax.numpy as jnp
+
+from dsv4_jax.config import ModelConfig
+from dsv4_jax.model.block import Block, Surroundings
+from dsv4_jax.model.hyper_connection import StreamCollapse
+from dsv4_jax.model.linear import project
+from dsv4_jax.model.norm import rms_norm
+from dsv4_jax.model.parameters import constant, matrix
+from dsv4_jax.numerics.policy import Policy
+
+
+class MultiTokenPrediction(nnx.Module):
+    """Joins the streams at token t with the embedding of token t + 1; window attention, learned routing.
+
+    Embedding and head are the backbone's; the collapse and the last norm are its own.
+    """
+
+    def __init__(self, config: ModelConfig, policy: Policy, rngs: nnx.Rngs) -> None:
+        std, dtype = config.initializer_range, policy.param_dtype
+        square = {"hidden_out": config.hidden_size, "hidden": config.hidden_size}
+        self.e_proj = matrix(rngs, square, dtype, std)
+        self.h_proj = matrix(rngs, square, dtype, std)
+        self.enorm = constant({"hidden": config.hidden_size}, 1.0)
+        self.hnorm = constant({"hidden": config.hidden_size}, 1.0)
+        self.norm = constant({"hidden": config.hidden_size}, 1.0)
+        self.hc_head = StreamCollapse(config, rngs)
+        self.block = Block(config, policy, "window", "learned", repeats=1, rngs=rngs)
+        self.eps = config.rms_norm_eps
+
+    def __call__(
+        self,
+        streams: Float[Array, "B T N D"],
+        next_embedding: Float[Array, "B T D"],
+        around: Surroundings,
+        collect: frozenset[str],
+    ) -> tuple[Float[Array, "B T D"], dict[str, jax.Array]]:
+        """Hidden states for the head; row t stands for token t + 2.
+
+        Args:
+            streams: backbone streams after the last layer, before collapse and norm.
+            next_embedding: embedding of token t + 1 beside the streams of token t.
+            around: positions of the tokens t.
+            collect: taps to return (`transformer.TAPS`).
+        """
+        e = project("btd,ed->bte", rms_norm(next_embedding, self.enorm[...], self.eps), self.e_proj[...])
+        h = project("btnd,ed->btne", rms_norm(streams, self.hnorm[...], self.eps), self.h_proj[...])
+        graph, state = nnx.split(self.block)
+        block = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[0], state))
+        x = (e[:, :, None] + h).astype(streams.dtype)
+        x, _, taps = block(x, around, None, jnp.int32(0), collect)
+        return rms_norm(self.hc_head(x), self.norm[...], self.eps), taps

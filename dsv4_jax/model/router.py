@@ -1,0 +1,104 @@
+"""Routing: square-root-softplus scores; experts by score plus bias, or by a table of token ids.
+
+Report, section 2.1. All of it is float32, whatever the compute dtype.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Float32, Int32
+
+from dsv4_jax.config import ModelConfig, RouterKind
+from dsv4_jax.model.linear import project_float32
+from dsv4_jax.model.parameters import constant, matrix
+from dsv4_jax.numerics.policy import Policy
+
+FLOOR = 1e-20
+"""Keeps the score sum and the slope of the square root finite when every softplus underflows."""
+
+
+class Routing(NamedTuple):
+    """Which experts a token uses, and how much."""
+
+    experts: Int32[Array, "tokens Ke"]
+    weights: Float32[Array, "tokens Ke"]
+    scores: Float32[Array, "tokens E"]  # unbiased, of every expert (balance loss)
+
+
+@jax.custom_jvp
+def sqrt_softplus(x: Float32[Array, "..."]) -> Float32[Array, "..."]:
+    """sqrt(log(1 + exp(x))), finite with a finite slope for every finite x.
+
+    The slope sigmoid(x) / (2 sqrt(softplus(x))) is stated by hand: autodiff would divide 0 by 0 once
+    softplus underflows (x below about -104).
+    """
+    return jnp.sqrt(jnp.where(x > 20.0, x, jnp.log1p(jnp.exp(jnp.minimum(x, 20.0)))))
+
+
+@sqrt_softplus.defjvp
+def _(primals, tangents):
+    (x,), (dx,) = primals, tangents
+    y = sqrt_softplus(x)
+    return y, jax.nn.sigmoid(x) / (2 * jnp.maximum(y, FLOOR)) * dx
+
+
+class Router(nnx.Module):
+    """Scores every expert and picks Ke of them; `kind` says how they are picked."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        policy: Policy,
+        kind: RouterKind,
+        *,
+        repeats: int,
+        rngs: nnx.Rngs,
+    ) -> None:
+        experts = {"layers": repeats, "experts": config.n_routed_experts}
+        dims = experts | {"hidden": config.hidden_size}
+        self.weight = matrix(rngs, dims, policy.param_dtype, config.initializer_range)
+        self.bias = constant(experts, 0.0) if kind == "learned" else None
+        self.tid2eid = None if kind == "learned" else balanced_table(config, repeats, rngs)
+        self.top_k = config.num_experts_per_tok
+        self.scaling = config.routed_scaling_factor
+
+    def __call__(self, x: Float[Array, "tokens D"], ids: Int32[Array, "tokens"]) -> Routing:
+        """Routes each token; ties in the biased score go to the lowest expert."""
+        scores = sqrt_softplus(project_float32("td,ed->te", x, self.weight[...]))
+        if self.tid2eid is not None:
+            experts = self.tid2eid[...].at[ids].get(mode="clip")
+        else:
+            biased = jax.lax.stop_gradient(scores + self.bias[...])
+            experts = jax.lax.top_k(biased, self.top_k)[1]
+        chosen = jnp.take_along_axis(scores, experts, axis=1)
+        total = jnp.maximum(chosen.sum(axis=1, keepdims=True), FLOOR)
+        return Routing(experts, self.scaling * chosen / total, scores)
+
+
+def balanced_table(config: ModelConfig, repeats: int, rngs: nnx.Rngs) -> nnx.Param:
+    """A hash table i32[R, V, Ke] for a new model: Ke distinct experts a token id, every expert equally often.
+
+    DeepSeek's own hash is not published. Consecutive runs of a shuffled cycle of experts are distinct,
+    and a random relabelling of the token ids makes neighbours unrelated.
+    """
+    key, shape = rngs.params(), (repeats, config.vocab_size, config.num_experts_per_tok)
+    return nnx.Param(
+        _draw_table(key, shape, config.n_routed_experts), dims=("layers", "vocab", "active_experts")
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _draw_table(key: jax.Array, shape: tuple[int, int, int], num: int) -> Int32[Array, "R V Ke"]:
+    repeats, vocab, top_k = shape
+
+    def one(key: jax.Array) -> Int32[Array, "V Ke"]:
+        by_expert, by_token = jax.random.split(key)
+        cycle = jax.random.permutation(by_expert, num).astype(jnp.int32)
+        # Token i takes places i Ke .. i Ke + Ke - 1 of the endlessly repeated cycle.
+        place = jax.random.permutation(by_token, vocab)[:, None] * top_k + jnp.arange(top_k)
+        return cycle[place % num]
+
+    return jnp.stack([one(each) for each in jax.random.split(key, repeats)])

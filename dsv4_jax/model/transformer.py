@@ -1,0 +1,234 @@
+"""The whole network: embedding, layer stacks, head. One forward function serves every use.
+
+Training and scoring run it without a cache, prefill and decode append to one; the layers do not know the
+difference. Layers are grouped into runs of a repeating unit (`config.layer_stacks`), and a run is one
+`lax.scan`, so tracing and compiling take the same time at any depth.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Float32, Int32
+
+from dsv4_jax.config import LayerStack, ModelConfig, layer_stacks
+from dsv4_jax.model import rope, span as spans
+from dsv4_jax.model.block import Block, Surroundings
+from dsv4_jax.model.cache import Cache, LayerCache
+from dsv4_jax.model.hyper_connection import StreamCollapse
+from dsv4_jax.model.linear import project_float32
+from dsv4_jax.model.mtp import MultiTokenPrediction
+from dsv4_jax.model.norm import rms_norm
+from dsv4_jax.model.parameters import constant, matrix
+from dsv4_jax.model.span import Span
+from dsv4_jax.numerics.policy import Policy
+
+TAPS = {
+    "streams": "residual streams after each layer, [B, T, N, D]",
+    "experts": "expert ids, i32[B, T, Ke]",
+    "router_scores": "unbiased scores of all experts, f32[B, T, E]",
+    "attention_input": "normalised input of the attention sublayer, [B, T, D]",
+    "attention_mixing": "comb of the attention sublayer, f32[N, N, B, T], input stream first",
+    "expert_mixing": "comb of the expert sublayer, f32[N, N, B, T], input stream first",
+}
+"""Intermediate values a forward pass can return, one dict a layer."""
+
+
+class Forward(NamedTuple):
+    """What a pass over the layers returns."""
+
+    streams: Float[Array, "B T N D"]  # after the last layer
+    cache: Cache | None
+    taps: list[dict[str, jax.Array]]  # one a layer, holding what was asked for
+
+
+class Stack(nnx.Module):
+    """The parameters of one run of layers: one Block a unit position, stacked over repeats."""
+
+    def __init__(
+        self, config: ModelConfig, policy: Policy, stack: LayerStack, rngs: nnx.Rngs
+    ) -> None:
+        self.blocks = nnx.List(
+            Block(config, policy, attention, router, repeats=stack.repeats, rngs=rngs)
+            for attention, router in stack.kinds
+        )
+
+
+class Transformer(nnx.Module):
+    """DeepSeek-V4. Parameters are drawn at construction; checkpoints replace them.
+
+    Args:
+        config: the architecture.
+        policy: dtypes, numerics, recomputation.
+        rngs: initial values (normal(0, initializer_range); biases and sinks 0, norms 1, mHC scale 0.01).
+    """
+
+    def __init__(self, config: ModelConfig, policy: Policy, rngs: nnx.Rngs) -> None:
+        table = {"vocab": config.vocab_size, "hidden": config.hidden_size}
+        self.embed = matrix(rngs, table, policy.param_dtype, config.initializer_range)
+        self.stacks = nnx.List(
+            Stack(config, policy, stack, rngs) for stack in layer_stacks(config)
+        )
+        self.hc_head = StreamCollapse(config, rngs)
+        self.norm = constant({"hidden": config.hidden_size}, 1.0)
+        self.head = matrix(rngs, table, policy.param_dtype, config.initializer_range)
+        self.mtp = nnx.List(
+            MultiTokenPrediction(config, policy, rngs)
+            for _ in range(config.num_nextn_predict_layers)
+        )
+        self.config = config
+        self.policy = policy
+
+    def embedding(self, ids: Int32[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Rows of the embedding table in the compute dtype; ids are clipped to the vocabulary."""
+        return self.embed[...].at[ids].get(mode="clip").astype(self.policy.compute_dtype)
+
+    def __call__(
+        self, span: Span, cache: Cache | None = None, collect: frozenset[str] = frozenset()
+    ) -> Forward:
+        """Runs the layers over the tokens of one call (report, section 2).
+
+        Args:
+            span: the tokens and where they stand (`span.appended`, `from_start`, `packed`).
+            cache: what came before, or None for whole sequences. The returned cache holds the call's
+                valid tokens too; capacity is the caller's to check.
+            collect: names from `TAPS`.
+
+        Raises:
+            ValueError: for packed rows with a cache, or unknown taps.
+        """
+        if cache is not None and span.is_packed:
+            raise ValueError("packed rows have no cache: append each sequence to a row of its own")
+        if unknown := collect - TAPS.keys():
+            raise ValueError(f"unknown taps {sorted(unknown)}; there are {sorted(TAPS)}")
+        around = self.surroundings(span, cache)
+        e = self.embedding(span.ids)
+        shape = (*e.shape[:2], self.config.hc_mult, e.shape[2])
+        streams = jnp.broadcast_to(e[:, :, None], shape)
+        layer_caches: list[tuple[LayerCache, ...]] = []
+        taps: list[dict[str, jax.Array]] = []
+        for index, stack in enumerate(layer_stacks(self.config)):
+            before = None if cache is None else cache.layers[index]
+            streams, after, seen = run_stack(
+                self.stacks[index],
+                stack.repeats,
+                streams,
+                around,
+                before,
+                collect,
+                remat=self.policy.remat == "unit",
+            )
+            layer_caches.append(after)
+            taps += seen
+        if cache is not None:
+            length = span.start + span.num_valid
+            written = jnp.maximum(cache.written, length)
+            cache = Cache(
+                length, written, tuple(layer_caches), cache.max_length, cache.max_rewind
+            )
+        return Forward(streams, cache, taps)
+
+    def surroundings(self, span: Span, cache: Cache | None) -> Surroundings:
+        """Angles and blocks of a call, computed once for all layers."""
+        c = self.config
+        compressed = rope.compressed_frequencies(c)
+
+        def blocks(ratio: int, branches: int) -> spans.Blocks:
+            if span.is_packed:
+                return spans.blocks_packed(span, ratio, compressed)
+            if cache is None:
+                return spans.blocks_in_place(span, ratio, compressed)
+            slots = branches * ratio + cache.max_rewind
+            return spans.blocks_appended(span, ratio, slots, compressed)
+
+        return Surroundings(
+            span,
+            rope.rotation(span.position, rope.window_frequencies(c)),
+            rope.rotation(span.position, compressed),
+            blocks(c.csa_ratio, 2),
+            blocks(c.hca_ratio, 1),
+        )
+
+    def hidden(self, streams: Float[Array, "B T N D"]) -> Float[Array, "B T D"]:
+        """The streams collapsed and normalised: the head's input."""
+        return rms_norm(self.hc_head(streams), self.norm[...], self.config.rms_norm_eps)
+
+    def logits(self, hidden: Float[Array, "B T D"]) -> Float32[Array, "B T V"]:
+        """Float32 head product (report, section 2.1); no cap, no tying."""
+        return project_float32("btd,vd->btv", hidden, self.head[...])
+
+    def predict_further(
+        self,
+        streams: Float[Array, "B T N D"],
+        span: Span,
+        collect: frozenset[str] = frozenset(),
+    ) -> tuple[Float[Array, "B T-1 D"], dict[str, jax.Array]]:
+        """MTP hidden states: row t, from the streams at t and token t + 1, predicts token t + 2.
+
+        Args:
+            streams: backbone streams after the last layer, of the same span.
+            span: without a cache. A row's last token has no successor, so T - 1 rows come back.
+
+        Raises:
+            ValueError: if the model has no MTP block.
+        """
+        if not self.mtp:
+            raise ValueError("this model has no MTP block (num_nextn_predict_layers = 0)")
+        valid = span.valid[:, :-1] & span.valid[:, 1:]
+        here = dataclasses.replace(
+            span, ids=span.ids[:, :-1], position=span.position[:, :-1], valid=valid
+        )
+        around = self.surroundings(here, None)
+        following = self.embedding(span.ids[:, 1:])
+        return self.mtp[0](streams[:, :-1], following, around, collect)
+
+
+def run_stack(
+    stack: Stack,
+    repeats: int,
+    streams: Float[Array, "B T N D"],
+    around: Surroundings,
+    caches: tuple[LayerCache, ...] | None,
+    collect: frozenset[str],
+    *,
+    remat: bool,
+) -> tuple[Float[Array, "B T N D"], tuple[LayerCache, ...] | None, list[dict[str, jax.Array]]]:
+    """Runs a unit of layers `repeats` times. Taps come back in layer order."""
+    graph, state = nnx.split(stack)
+    states = nnx.to_pure_dict(state)
+    whole = {}
+    if caches is not None and repeats > 1:
+        # A cached step touches few experts: their stack stays whole and is indexed, never sliced.
+        # Training slices it like everything else, so that a repeat's gradient has a repeat's size.
+        whole = {index: block["ffn"].pop("experts") for index, block in states["blocks"].items()}
+
+    def unit(streams, caches, sliced, repeat):
+        for index, experts in whole.items():
+            sliced["blocks"][index]["ffn"]["experts"] = experts
+        after, taps = [], []
+        for index, block in enumerate(nnx.merge(graph, sliced).blocks):
+            cache = None if caches is None else caches[index]
+            streams, cache, seen = block(streams, around, cache, repeat, collect)
+            after.append(cache)
+            taps.append(seen)
+        return streams, None if caches is None else tuple(after), taps
+
+    if remat:
+        unit = jax.checkpoint(unit)
+    if repeats == 1:
+        only = jax.tree.map(lambda leaf: leaf[0], states)
+        return unit(streams, caches, only, jnp.int32(0))
+
+    def step(carry, xs):
+        *carry, taps = unit(*carry, *xs)
+        return tuple(carry), taps
+
+    xs = (states, jnp.arange(repeats, dtype=jnp.int32))
+    # The cache is carried, not scanned: a carry is updated in place, a scanned output is a second copy.
+    (streams, caches), taps = jax.lax.scan(step, (streams, caches), xs)
+    by_layer = [
+        jax.tree.map(lambda leaf, r=r: leaf[r], seen) for r in range(repeats) for seen in taps
+    ]
+    return streams, caches, by_layer

@@ -1,0 +1,48 @@
+"""Which numbers a model computes with: one frozen `Policy`, decided once."""
+
+import dataclasses
+from typing import Literal
+
+import jax.numpy as jnp
+import numpy as np
+
+from dsv4_jax.errors import ConfigError
+
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """Dtypes, numerics mode and recomputation of one model instance. Never changes its parameters' meaning.
+
+    The float32 islands (norm statistics, RoPE, softmax, routing, mHC, head) are float32 in every policy;
+    see the model specification's numerics section of the report (2.4, 3.3).
+    """
+
+    param_dtype: np.dtype  # matrices; norms, sinks, mHC and biases are always float32
+    compute_dtype: np.dtype  # activations and matmul inputs; accumulation is float32
+    cache_dtype: np.dtype  # window entries, raw compressor rows, compressed entries, indexer keys
+    numerics: Literal["reference"] = "reference"
+    remat: Literal["none", "unit"] = "none"  # 'unit': recompute each repeated unit of layers in backward
+
+    @staticmethod
+    def of(dtype: str = "bfloat16", numerics: str = "reference", remat: str = "none") -> "Policy":
+        """The usual policy: one dtype for parameters, activations and cache.
+
+        Raises:
+            ConfigError: for a dtype other than float32 or bfloat16, or an unknown numerics or remat mode.
+        """
+        problems = []
+        name = str(dtype) if isinstance(dtype, str) else jnp.dtype(dtype).name
+        if name not in DTYPES:
+            problems.append(f"dtype={name!r} must be one of {', '.join(DTYPES)}")
+        if numerics != "reference":
+            problems.append(
+                f"numerics={numerics!r} is not available: this version implements 'reference' only"
+            )
+        if remat not in ("none", "unit"):
+            problems.append(f"remat={remat!r} must be 'none' or 'unit'")
+        if problems:
+            raise ConfigError("cannot build this numerics policy", problems)
+        chosen = jnp.dtype(name)
+        return Policy(chosen, chosen, chosen, "reference", remat)  # type: ignore[arg-type]

@@ -1,0 +1,28 @@
+"""Progress on stderr, so that stdout stays clean for results."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+@contextlib.contextmanager
+def byte_progress(title: str) -> Iterator[Callable[[str, int, int], None]]:
+    """Shows a bar while the block runs; gives a callback (tensor name, bytes done, all bytes)."""
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bars:
+        task = bars.add_task(title, total=None)
+
+        def update(name: str, done: int, total: int) -> None:
+            bars.update(task, completed=done, total=total)
+
+        yield update

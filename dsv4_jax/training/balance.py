@@ -1,0 +1,63 @@
+"""Balancing without a loss: after each step the selection bias of overloaded experts goes down a little.
+
+Inherited from DeepSeek-V3 (arXiv 2412.19437, section 2.1.2); V4 report, section 4.2.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float32, Num
+
+from dsv4_jax.config import ModelConfig, layer_stacks
+
+BIAS_SPEED = 0.001
+
+
+def updated_bias(
+    bias: Float32[Array, "*layers E"], loads: Num[Array, "*layers E"], speed: float = BIAS_SPEED
+) -> Float32[Array, "*layers E"]:
+    """bias_e + speed * sign(mean(n) - n_e); exactly equal load changes nothing.
+
+    Args:
+        bias: selection bias of one learned-routing layer, or of a stack of layers.
+        loads: n, routed valid tokens of each expert over the whole global batch.
+        speed: size of the step.
+    """
+    # E n_e against sum(n), so that equal loads compare equal: the mean itself is rounded.
+    loads = loads.astype(jnp.float32)
+    excess = loads.shape[-1] * loads - loads.sum(axis=-1, keepdims=True)
+    return bias - jnp.float32(speed) * jnp.sign(excess)
+
+
+def balanced_parameters(
+    config: ModelConfig, fixed: dict, loads: Sequence[Num[Array, "E"]], speed: float = BIAS_SPEED
+) -> dict:
+    """The parameters without gradients after one application of the rule; hash tables stay.
+
+    Args:
+        config: the architecture.
+        fixed: nested dict that holds `.../ffn/gate/bias` f32[R, E] of every learned-routing layer.
+        loads: of each learned-routing layer, in layer order, the MTP block's last.
+        speed: as in `updated_bias`.
+    """
+    learned = [i for i, kind in enumerate(config.router_kinds) if kind == "learned"]
+    by_layer = dict(zip(learned, loads, strict=False))  # the MTP block's are left over
+    by_path = {
+        ("stacks", i, "blocks", j, "ffn", "gate", "bias"): jnp.stack(
+            [by_layer[stack.layer_index(j, repeat)] for repeat in range(stack.repeats)]
+        )
+        for i, stack in enumerate(layer_stacks(config))
+        for j, (_, router) in enumerate(stack.kinds)
+        if router == "learned"
+    }
+    if config.num_nextn_predict_layers:
+        by_path["mtp", 0, "block", "ffn", "gate", "bias"] = loads[-1][None]
+
+    def update(path: tuple, leaf: jax.Array) -> jax.Array:
+        keys = tuple(key.key for key in path)
+        return updated_bias(leaf, by_path.pop(keys), speed) if keys[-1] == "bias" else leaf
+
+    updated = jax.tree_util.tree_map_with_path(update, fixed)
+    assert not by_path, f"no such parameters: {list(by_path)}"
+    return updated

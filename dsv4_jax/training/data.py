@@ -1,0 +1,114 @@
+"""Packed rows of a fixed length, drawn in an order that depends on a seed and the step alone.
+
+A row is `seq_len` consecutive tokens of documents laid end to end; what belongs to different documents
+gets different segment ids, and positions restart at each segment (also where a row cuts a document).
+Any batch can be made without making those before it, so a run restarts exactly from its step number.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+PADDING_SEGMENT = 0
+"""Segment id of positions that hold no token; those of tokens are positive."""
+
+
+class Batch(NamedTuple):
+    """Packed rows; numpy or jax arrays, i32[B, T] each."""
+
+    tokens: np.ndarray
+    segment_ids: np.ndarray  # 1, 2, ... from the left of each row; 0 where empty
+    positions: np.ndarray  # from 0 at the start of each segment; 0 where empty
+
+
+def _pack(tokens: np.ndarray, documents: np.ndarray, num_valid: np.ndarray) -> Batch:
+    """Rows i32[B, T] of tokens and of document numbers; only the first `num_valid` i32[B] of each count."""
+    num_rows, seq_len = tokens.shape
+    column = np.arange(seq_len, dtype=np.int32)
+    starts = np.zeros((num_rows, seq_len), bool)
+    starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    first = np.maximum.accumulate(np.where(starts, column, 0), axis=1)
+    valid = column < num_valid[:, None]
+    return Batch(
+        tokens=np.where(valid, tokens, 0).astype(np.int32),
+        segment_ids=np.where(valid, np.cumsum(starts, axis=1) + 1, PADDING_SEGMENT).astype(np.int32),
+        positions=np.where(valid, column - first, 0).astype(np.int32),
+    )
+
+
+def _concatenate(documents: Sequence[np.ndarray], order: Sequence[int]) -> np.ndarray:
+    """i32[2, tokens]: the tokens of the documents in this order, and the number of each one's document."""
+    tokens = np.concatenate([documents[index] for index in order])
+    numbers = np.repeat(np.arange(len(order)), [len(documents[index]) for index in order])
+    return np.stack([tokens, numbers]).astype(np.int32)
+
+
+class TrainingRows:
+    """Batches of full rows from shuffled documents, epoch after epoch, without end.
+
+    Within an epoch every row is drawn once; documents and rows are shuffled anew for each epoch. The
+    fewer than `seq_len` tokens at the end of an epoch are dropped.
+
+    Args:
+        documents: token ids i32[n] of each document, bos and eos included.
+        batch_size: B, rows a batch.
+        seq_len: T.
+        seed: of the order.
+
+    Raises:
+        ValueError: when all documents together are shorter than one row.
+    """
+
+    def __init__(
+        self, documents: Sequence[np.ndarray], batch_size: int, seq_len: int, seed: int
+    ) -> None:
+        self._documents = list(documents)
+        self._seed = seed
+        self._epoch: tuple[int, np.ndarray, np.ndarray] | None = None
+        self.batch_size = batch_size
+        self.seq_len = seq_len
+        num_tokens = sum(len(document) for document in self._documents)
+        self.rows_per_epoch = num_tokens // seq_len
+        if self.rows_per_epoch == 0:
+            raise ValueError(f"{num_tokens} tokens in all documents do not fill a row of {seq_len}")
+
+    def _rows_of_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The epoch's i32[2, tokens] and its order of rows."""
+        if self._epoch is None or self._epoch[0] != epoch:
+            generator = np.random.Generator(np.random.Philox(key=[self._seed, epoch]))
+            order = generator.permutation(len(self._documents))
+            stream = _concatenate(self._documents, order)
+            self._epoch = (epoch, stream, generator.permutation(self.rows_per_epoch))
+        return self._epoch[1:]
+
+    def batch(self, step: int) -> Batch:
+        """The batch of a training step, counted from 0; a pure function of the seed and `step`."""
+        rows = []
+        for index in range(step * self.batch_size, (step + 1) * self.batch_size):
+            stream, order = self._rows_of_epoch(index // self.rows_per_epoch)
+            start = order[index % self.rows_per_epoch] * self.seq_len
+            rows.append(stream[:, start : start + self.seq_len])
+        tokens, documents = np.stack(rows, axis=1)
+        return _pack(tokens, documents, np.full(self.batch_size, self.seq_len))
+
+
+def validation_batches(
+    documents: Sequence[np.ndarray], batch_size: int, seq_len: int
+) -> list[Batch]:
+    """Every token of the documents, in order, exactly once; the last rows are padded to full batches.
+
+    Args:
+        documents: token ids i32[n] of each document.
+        batch_size: B. seq_len: T.
+    """
+    stream = _concatenate(documents, range(len(documents)))
+    num_tokens = stream.shape[1]
+    tokens_per_batch = batch_size * seq_len
+    num_batches = -(-num_tokens // tokens_per_batch)
+    padded = np.zeros((2, num_batches * tokens_per_batch), np.int32)
+    padded[:, :num_tokens] = stream
+    tokens, numbers = padded.reshape(2, num_batches, batch_size, seq_len)
+    first = np.arange(num_batches * batch_size).reshape(num_batches, batch_size) * seq_len
+    num_valid = np.clip(num_tokens - first, 0, seq_len)
+    return [_pack(*row) for row in zip(tokens, numbers, num_valid, strict=True)]

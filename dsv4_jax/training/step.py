@@ -1,0 +1,153 @@
+"""One training step: forward, losses, gradients, AdamW and the balance rule in a single compiled call."""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jaxtyping import Array, Bool, Float32, Int32
+
+from dsv4_jax.config import ModelConfig
+from dsv4_jax.model import span as spans
+from dsv4_jax.model.transformer import Transformer
+from dsv4_jax.training.balance import balanced_parameters
+from dsv4_jax.training.data import Batch
+from dsv4_jax.training.loss import (
+    LossParts,
+    Targets,
+    balance_loss,
+    mean_cross_entropy,
+    row_loads,
+    shifted_targets,
+)
+from dsv4_jax.training.optimizer import AdamW, Params, merge_params, split_trainable
+
+ROUTING = frozenset({"experts", "router_scores"})
+
+
+class TrainState(NamedTuple):
+    """Everything a step changes; an exact restart needs this and nothing else."""
+
+    trained: Params  # nested dict: what gradients change
+    fixed: Params  # nested dict: router biases and hash tables
+    optimizer: optax.OptState
+    step: Int32[Array, ""]  # steps done
+
+    @property
+    def params(self) -> Params:
+        """The whole parameter tree of the model."""
+        return merge_params(self.trained, self.fixed)
+
+
+class StepReport(NamedTuple):
+    """What a step measured before its update, f32[] each."""
+
+    loss: Float32[Array, ""]  # the weighted total
+    main: Float32[Array, ""]  # nats per token
+    mtp: Float32[Array, ""]  # nats per token
+    balance: Float32[Array, ""]  # mean over learned layers, 1 = uniform
+    grad_norm: Float32[Array, ""]  # before clipping
+    learning_rate: Float32[Array, ""]
+
+
+def initial_state(params: Params, settings: AdamW) -> TrainState:
+    """The state before the first step. The parameters' buffers are used, and later donated, as they are."""
+    trained, fixed = split_trainable(params)
+    return TrainState(trained, fixed, settings.transform().init(trained), jnp.int32(0))
+
+
+class Routed(NamedTuple):
+    """How one learned-routing layer treated a batch."""
+
+    scores: Float32[Array, "B T E"]
+    experts: Int32[Array, "B T Ke"]
+    counts: Bool[Array, "B T"]  # tokens whose routing counts
+
+    def loads(self) -> Float32[Array, "E"]:
+        """Counted tokens of the batch that each expert received."""
+        return row_loads(self.experts, self.counts, self.scores.shape[-1]).sum(axis=0)
+
+
+def forward_losses(model: Transformer, batch: Batch) -> tuple[LossParts, list[Routed]]:
+    """The terms of the loss of one batch, and the routing of the learned layers (MTP block last)."""
+    tokens, segments = jnp.asarray(batch.tokens), jnp.asarray(batch.segment_ids)
+    span = spans.packed(tokens, segments)
+    forward = model(span, collect=ROUTING)
+    following = shifted_targets(tokens, segments, 1)
+    main = mean_cross_entropy(model.hidden(forward.streams), model.head[...], following)
+    routed = [
+        Routed(tap["router_scores"], tap["experts"], span.valid)
+        for kind, tap in zip(model.config.router_kinds, forward.taps, strict=True)
+        if kind == "learned"
+    ]
+    mtp = jnp.float32(0)
+    if model.mtp:
+        hidden, tap = model.predict_further(forward.streams, span, ROUTING)
+        targets = shifted_targets(tokens, segments, 2)
+        targets = Targets(targets.ids[:, :-1], targets.valid[:, :-1])
+        mtp = mean_cross_entropy(hidden, model.head[...], targets)
+        # The last token of a segment is joined with a stranger's embedding: it counts for nothing.
+        routed.append(Routed(tap["router_scores"], tap["experts"], following.valid[:, :-1]))
+    balance = sum((balance_loss(*layer) for layer in routed), start=jnp.float32(0))
+    return LossParts(main, mtp, balance), routed
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
+def train_step(
+    graph: nnx.GraphDef, config: ModelConfig, settings: AdamW, state: TrainState, batch: Batch
+) -> tuple[TrainState, StepReport]:
+    """One step. The given state is consumed (its buffers are donated).
+
+    Args:
+        graph: static structure of the `Transformer` that the parameters belong to.
+        config: its architecture.
+        settings: of the optimiser.
+        state: from `initial_state` or an earlier step.
+        batch: packed rows i32[B, T].
+
+    Returns:
+        The next state, and what the step measured before updating.
+    """
+
+    def loss(trained: Params) -> tuple[jax.Array, tuple[LossParts, list[jax.Array]]]:
+        model = nnx.merge(graph, merge_params(trained, state.fixed))
+        parts, routed = forward_losses(model, batch)
+        return parts.total(), (parts, [layer.loads() for layer in routed])
+
+    (total, (parts, loads)), grads = jax.value_and_grad(loss, has_aux=True)(state.trained)
+    updates, optimizer = settings.transform().update(grads, state.optimizer, state.trained)
+    report = StepReport(
+        total,
+        parts.main,
+        parts.mtp,
+        parts.balance / max(len(loads), 1),
+        optax.global_norm(grads),
+        settings.learning_rate(state.step),
+    )
+    trained = optax.apply_updates(state.trained, updates)
+    fixed = balanced_parameters(config, state.fixed, loads)
+    return TrainState(trained, fixed, optimizer, state.step + 1), report
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def validation_sums(
+    graph: nnx.GraphDef, params: Params, batch: Batch
+) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
+    """Sum of the negative log-likelihoods of a batch in nats, and the number of targets."""
+    model = nnx.merge(graph, params)
+    tokens, segments = jnp.asarray(batch.tokens), jnp.asarray(batch.segment_ids)
+    targets = shifted_targets(tokens, segments, 1)
+    hidden = model.hidden(model(spans.packed(tokens, segments)).streams)
+    count = targets.valid.sum(dtype=jnp.float32)
+    return mean_cross_entropy(hidden, model.head[...], targets) * count, count
+
+
+def validation_loss(graph: nnx.GraphDef, params: Params, batches: Sequence[Batch]) -> float:
+    """Mean negative log-likelihood in nats per target over all batches."""
+    sums = [validation_sums(graph, params, batch) for batch in batches]
+    total, count = np.sum(np.asarray(jax.device_get(sums), np.float64), axis=0)
+    return float(total / max(count, 1.0))

@@ -1,0 +1,507 @@
+"""Checkpoint directories: index against shards, links, files that change while they are read."""
+
+import gc
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dsv4_jax.checkpoint import shard_index
+from dsv4_jax.checkpoint.files import open_checkpoint
+from dsv4_jax.errors import CheckpointError
+
+INDEX = "model.safetensors.index.json"
+SHARD = "model-0000{}-of-00003.safetensors"
+FIRST, SECOND, THIRD = (SHARD.format(number) for number in (1, 2, 3))
+
+
+def save_shard(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    header, data = {}, b""
+    for name, array in tensors.items():
+        offsets = [len(data), len(data) + array.nbytes]
+        header[name] = {"dtype": "F32", "shape": array.shape, "data_offsets": offsets}
+        data += array.tobytes()
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+def tensor(value: int) -> np.ndarray:
+    return np.arange(value, value + 6, dtype=np.float32).reshape(2, 3)
+
+
+SHARDS = {
+    FIRST: {"a.w": tensor(0), "b.w": tensor(10)},
+    SECOND: {"c.w": tensor(20)},
+    THIRD: {"d.w": tensor(30), "e.w": tensor(40), "f.w": tensor(50)},
+}
+WEIGHT_MAP = {name: file for file, tensors in SHARDS.items() for name in tensors}
+TOTAL = 6 * 24
+
+
+def save_index(directory: Path, weight_map: object, total_size: object = TOTAL) -> None:
+    index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+    (directory / INDEX).write_text(json.dumps(index))
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    directory = tmp_path / "checkpoint"
+    directory.mkdir()
+    for file, tensors in SHARDS.items():
+        save_shard(directory / file, tensors)
+    save_index(directory, WEIGHT_MAP)
+    return directory
+
+
+@pytest.fixture
+def single(tmp_path: Path) -> Path:
+    directory = tmp_path / "checkpoint"
+    directory.mkdir()
+    save_shard(directory / "model.safetensors", SHARDS[THIRD])
+    return directory
+
+
+def refused(directory: Path, *words: str) -> tuple[str, ...]:
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(directory)
+    message = str(caught.value)
+    assert str(directory) in message
+    for word in words:
+        assert word in message, (word, message)
+    return caught.value.problems
+
+
+@pytest.mark.parametrize("copy", [False, True])
+def test_reads_every_tensor_of_every_shard(sharded: Path, copy: bool) -> None:
+    with open_checkpoint(sharded, copy=copy) as files:
+        assert set(files.tensors) == set(WEIGHT_MAP)
+        assert files.warnings == []
+        for file, tensors in SHARDS.items():
+            for name, expected in tensors.items():
+                array = files.read(name)
+                np.testing.assert_array_equal(array, expected)
+                assert files.tensors[name].path.name == file
+                with pytest.raises(ValueError, match="read-only"):
+                    array[0, 0] = 1
+        with pytest.raises(KeyError):
+            files.read("g.w")
+
+
+def test_single_file_and_other_files_beside_it(single: Path) -> None:
+    (single / "config.json").write_text("{}")
+    (single / "modeling.py").write_text("raise SystemExit('executed')")
+    (single / "inference").mkdir()
+    save_shard(single / "inference" / "other.safetensors", SHARDS[FIRST])
+    with open_checkpoint(single) as files:
+        assert set(files.tensors) == {"d.w", "e.w", "f.w"}
+
+
+def test_an_index_may_name_the_single_file(single: Path) -> None:
+    save_index(single, {name: "model.safetensors" for name in SHARDS[THIRD]}, 72)
+    with open_checkpoint(single) as files:
+        assert len(files.tensors) == 3 and not files.warnings
+
+
+@pytest.mark.parametrize("total", [TOTAL + 1, 0, -5, None, "144", True, 144.0, [1]])
+def test_wrong_total_size_is_a_warning(sharded: Path, total: object) -> None:
+    save_index(sharded, WEIGHT_MAP, total)
+    with open_checkpoint(sharded) as files:
+        assert len(files.warnings) == 1
+        assert "total_size" in files.warnings[0]
+
+
+def test_missing_metadata_is_a_warning(sharded: Path) -> None:
+    (sharded / INDEX).write_text(json.dumps({"weight_map": WEIGHT_MAP}))
+    with open_checkpoint(sharded) as files:
+        assert "total_size is None" in files.warnings[0]
+
+
+INDEX_TEXTS = {
+    "empty": ("", ["not JSON"]),
+    "not JSON": ("{weight_map}", ["not JSON"]),
+    "cut": (json.dumps({"weight_map": WEIGHT_MAP})[:-5], ["brackets"]),
+    "a list": (json.dumps([WEIGHT_MAP]), ["weight_map is expected"]),
+    "null": ("null", ["weight_map is expected"]),
+    "no weight_map": (json.dumps({"metadata": {"total_size": TOTAL}}), ["has None"]),
+    "weight_map is a list": (json.dumps({"weight_map": list(WEIGHT_MAP)}), ["weight_map"]),
+    "weight_map is a string": (json.dumps({"weight_map": FIRST}), [FIRST]),
+    "weight_map is empty": (json.dumps({"weight_map": {}}), ["lists 0 tensors"]),
+    "metadata is a list": (
+        json.dumps({"metadata": [], "weight_map": WEIGHT_MAP}),
+        ["metadata is []"],
+    ),
+    "deep": ('{"weight_map":' + "[" * 100_000, ["deeper than 8"]),
+    "nested": ('{"weight_map": {"a.w": ["x"]}}', ["shard ['x'] is no string"]),
+    "NaN": ('{"weight_map": {"a.w": NaN}}', ["NaN"]),
+    "tensor twice": (
+        json.dumps({"weight_map": WEIGHT_MAP})[:-2] + f', "c.w": "{FIRST}"}}}}',
+        ["'c.w' occurs twice"],
+    ),
+    "weight_map twice": (
+        json.dumps({"weight_map": WEIGHT_MAP})[:-1] + ', "weight_map": {"a.w": "x"}}',
+        ["'weight_map' occurs twice"],
+    ),
+    "shard is a number": (
+        json.dumps({"weight_map": WEIGHT_MAP | {"a.w": 3}}),
+        ["tensor 'a.w': shard 3 is no string"],
+    ),
+    "shard is null": (json.dumps({"weight_map": WEIGHT_MAP | {"a.w": None}}), ["'a.w'", "None"]),
+    "tensor name is a path": (
+        json.dumps({"weight_map": WEIGHT_MAP | {"../x": FIRST}}),
+        ["'../x' is not a tensor name"],
+    ),
+    "git-LFS pointer": ("version https://git-lfs.github.com/spec/v1\noid sha256:0", ["git-LFS"]),
+}
+
+
+@pytest.mark.parametrize("case", INDEX_TEXTS)
+def test_malformed_index(sharded: Path, case: str) -> None:
+    text, words = INDEX_TEXTS[case]
+    (sharded / INDEX).write_text(text)
+    refused(sharded, INDEX, *words)
+
+
+def test_index_is_not_utf8(sharded: Path) -> None:
+    (sharded / INDEX).write_bytes(b'{"weight_map": {"\xff": "x"}}')
+    refused(sharded, INDEX, "not UTF-8")
+
+
+def test_index_caps(sharded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard_index, "MAX_SHARDS", 2)
+    refused(sharded, "names 3 shards; at most 2")
+    monkeypatch.setattr(shard_index, "MAX_TENSORS", 5)
+    refused(sharded, "lists 6 tensors")
+    monkeypatch.setattr(shard_index, "MAX_INDEX_BYTES", 100)
+    refused(sharded, "at most 100 are accepted")
+
+
+def test_index_is_a_directory_or_cannot_be_read(sharded: Path) -> None:
+    (sharded / INDEX).unlink()
+    (sharded / INDEX).mkdir()
+    refused(sharded, INDEX, "is a directory")
+
+
+def test_a_broken_index_does_not_hide_broken_shards(sharded: Path) -> None:
+    (sharded / INDEX).write_text("{")
+    (sharded / SECOND).write_bytes(b"")
+    problems = refused(sharded, INDEX, f"{SECOND}: is empty")
+    assert len(problems) == 2
+
+
+@pytest.mark.parametrize(
+    "shard",
+    [
+        "/etc/passwd",
+        "/etc/passwd.safetensors",
+        "../outside.safetensors",
+        "sub/../../outside.safetensors",
+        "sub/inside.safetensors",
+        "./" + FIRST,
+        "..",
+        ".",
+        "",
+        ".hidden.safetensors",
+        "pytorch_model.bin",
+        FIRST + "\0",
+        FIRST + "\n",
+        "C:\\x.safetensors",
+        " " + FIRST,
+        FIRST.upper(),
+    ],
+)
+def test_shard_names_that_are_not_plain(sharded: Path, shard: str) -> None:
+    save_shard(sharded.parent / "outside.safetensors", {"a.w": tensor(0)})
+    (sharded / "sub").mkdir()
+    save_shard(sharded / "sub" / "inside.safetensors", {"a.w": tensor(0)})
+    save_index(sharded, WEIGHT_MAP | {"a.w": shard})
+    problems = refused(sharded, "is not a plain file name ending in .safetensors")
+    # nothing of the outside was opened: the only other problem is the tensor that nobody lists
+    assert len([problem for problem in problems if "outside" in problem]) <= 1
+
+
+def test_links(sharded: Path) -> None:
+    inside = sharded / "stored"
+    inside.mkdir()
+    shutil.move(sharded / SECOND, inside / "blob")
+    (sharded / SECOND).symlink_to("stored/blob")
+    with open_checkpoint(sharded) as files:
+        np.testing.assert_array_equal(files.read("c.w"), tensor(20))
+
+    outside = sharded.parent / "outside.safetensors"
+    shutil.move(inside / "blob", outside)
+    (sharded / SECOND).unlink()
+    (sharded / SECOND).symlink_to("../outside.safetensors")
+    refused(sharded, f"{SECOND}: is a link that leaves the directory")
+    (sharded / SECOND).unlink()
+    (sharded / SECOND).symlink_to(outside)
+    refused(sharded, f"{SECOND}: is a link that leaves the directory")
+    # two steps: a link inside to a link inside that leaves
+    (inside / "step").symlink_to(outside)
+    (sharded / SECOND).unlink()
+    (sharded / SECOND).symlink_to("stored/step")
+    refused(sharded, f"{SECOND}: is a link that leaves the directory")
+    outside.unlink()
+    refused(sharded, f"{SECOND}: is a link that leads nowhere")
+    (sharded / SECOND).unlink()
+    (sharded / SECOND).symlink_to(SECOND)
+    refused(sharded, f"{SECOND}: is a link that leads nowhere")
+
+    # a directory reached through a link is fine, and links within it are judged at their real place
+    (sharded / SECOND).unlink()
+    save_shard(sharded / SECOND, SHARDS[SECOND])
+    alias = sharded.parent / "alias"
+    alias.symlink_to(sharded)
+    with open_checkpoint(alias) as files:
+        assert len(files.tensors) == 6
+
+
+def test_index_link_that_leaves(sharded: Path) -> None:
+    shutil.move(sharded / INDEX, sharded.parent / "index")
+    (sharded / INDEX).symlink_to("../index")
+    refused(sharded, f"{INDEX}: is a link that leaves the directory")
+
+
+@pytest.mark.parametrize(
+    ("blobs", "fine"), [("blobs", True), ("refs", False), ("../models--b/blobs", False)]
+)
+def test_hub_cache_links_lead_to_the_blobs_of_their_repository(
+    sharded: Path, blobs: str, fine: bool
+) -> None:
+    repository = sharded.parent / "hub" / "models--org--name"
+    snapshot = repository / "snapshots" / "0123abc"
+    snapshot.mkdir(parents=True)
+    (repository / blobs).mkdir(parents=True)
+    for path in sharded.iterdir():
+        shutil.move(path, repository / blobs / f"{path.name}.blob")
+        target = os.path.relpath(repository / blobs / f"{path.name}.blob", snapshot)
+        (snapshot / path.name).symlink_to(target)
+    if fine:
+        with open_checkpoint(snapshot) as files:
+            assert len(files.tensors) == 6
+    else:
+        refused(snapshot, "is a link that leaves the directory")
+
+
+def test_missing_shard_is_one_problem_not_one_a_tensor(sharded: Path) -> None:
+    (sharded / THIRD).unlink()
+    problems = refused(sharded, f"{THIRD}: is named in {INDEX} but missing; download it again")
+    assert len(problems) == 1
+
+
+def test_extra_shard(sharded: Path) -> None:
+    save_shard(sharded / "extra.safetensors", {"x.w": tensor(0)})
+    assert len(refused(sharded, f"extra.safetensors: is in the directory but not in {INDEX}")) == 1
+
+
+def test_tensor_listed_but_absent(sharded: Path) -> None:
+    save_index(sharded, WEIGHT_MAP | {"g.w": SECOND})
+    assert len(refused(sharded, SECOND, "'g.w' is listed", "but not stored")) == 1
+
+
+def test_tensor_stored_but_not_listed(sharded: Path) -> None:
+    save_index(sharded, {name: file for name, file in WEIGHT_MAP.items() if name != "e.w"})
+    assert len(refused(sharded, f"{THIRD}: tensor 'e.w' is stored but not listed")) == 1
+
+
+def test_wrong_shard_named(sharded: Path) -> None:
+    save_index(sharded, WEIGHT_MAP | {"a.w": SECOND})
+    assert len(refused(sharded, SECOND, "'a.w' is listed", f"it is in {FIRST}")) == 1
+
+
+def test_tensor_in_two_shards(sharded: Path) -> None:
+    save_shard(sharded / SECOND, SHARDS[SECOND] | {"a.w": tensor(0)})
+    problems = refused(sharded, f"{FIRST}: tensor 'a.w' is also stored in {SECOND}")
+    assert len(problems) == 1
+
+
+def test_all_problems_over_all_shards(sharded: Path) -> None:
+    save_shard(sharded / FIRST, {"a.w": tensor(0)})  # b.w absent
+    (sharded / SECOND).write_bytes((sharded / SECOND).read_bytes()[:-1])
+    content = (sharded / THIRD).read_bytes()
+    (sharded / THIRD).write_bytes(content.replace(b"F32", b"F33"))
+    save_shard(sharded / "zzz.safetensors", {"x.w": tensor(0)})
+    problems = refused(
+        sharded, "'b.w' is listed", f"{SECOND}: is truncated", "'d.w'", "'e.w'", "'f.w'", "zzz"
+    )
+    assert len(problems) == 6
+
+
+def test_missing_index(sharded: Path) -> None:
+    (sharded / INDEX).unlink()
+    assert len(refused(sharded, f"{INDEX}: is missing", "3 other .safetensors files")) == 1
+    (sharded / ".replaced-0123").mkdir()
+    refused(sharded, "a save was interrupted, the former files are in .replaced-0123")
+
+
+def test_missing_index_is_said_with_the_shards_problems(sharded: Path) -> None:
+    (sharded / INDEX).unlink()
+    (sharded / FIRST).write_bytes(b"")
+    assert len(refused(sharded, f"{INDEX}: is missing", f"{FIRST}: is empty")) == 2
+
+
+def test_single_file_beside_shards_without_index(single: Path) -> None:
+    save_shard(single / FIRST, SHARDS[FIRST])
+    refused(single, f"{FIRST}: is beside model.safetensors without a {INDEX}")
+
+
+def test_not_a_checkpoint_directory(tmp_path: Path) -> None:
+    refused(tmp_path, f"{INDEX}: is missing, and so is model.safetensors; ")
+    refused(tmp_path / "none", "No such file or directory")
+    file = tmp_path / "file.safetensors"
+    save_shard(file, SHARDS[FIRST])
+    refused(file, "cannot be listed as a directory", "Not a directory")
+    with pytest.raises(CheckpointError, match="null byte"):
+        open_checkpoint("x\0y")
+
+
+# --- files that change -------------------------------------------------------------------------
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def replace(path: Path) -> None:
+    status = path.stat()
+    copy = path.with_suffix(".new")
+    shutil.copy(path, copy)
+    os.utime(copy, ns=(status.st_atime_ns, status.st_mtime_ns))
+    os.rename(copy, path)
+
+
+def rewrite(path: Path) -> None:
+    status = path.stat()
+    with path.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\xff")
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+
+
+CHANGES = [truncate, replace, rewrite, Path.unlink]
+EXPECTED = {Path.unlink: "vanished while it was read"}
+
+
+@pytest.mark.parametrize("copy", [False, True])
+@pytest.mark.parametrize("change", CHANGES)
+def test_change_between_header_and_first_read(
+    sharded: Path, change: Callable[[Path], None], copy: bool
+) -> None:
+    with open_checkpoint(sharded, copy=copy) as files:
+        change(sharded / THIRD)
+        np.testing.assert_array_equal(files.read("a.w"), tensor(0))
+        with pytest.raises(CheckpointError, match=THIRD):
+            files.read("d.w")
+
+
+@pytest.mark.parametrize("copy", [False, True])
+@pytest.mark.parametrize("change", CHANGES)
+def test_change_between_two_reads(
+    sharded: Path, change: Callable[[Path], None], copy: bool
+) -> None:
+    expected = EXPECTED.get(change, "was replaced, rewritten or truncated while it was read")
+    with pytest.raises(CheckpointError, match=f"{THIRD}: {expected}"):
+        with open_checkpoint(sharded, copy=copy) as files:
+            files.read("d.w")
+            change(sharded / THIRD)
+            files.read("e.w")
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_change_after_the_last_read_is_seen_at_the_end(
+    sharded: Path, change: Callable[[Path], None]
+) -> None:
+    with pytest.raises(CheckpointError, match=THIRD):
+        with open_checkpoint(sharded) as files:
+            files.read("a.w")
+            files.read("d.w")
+            change(sharded / THIRD)
+
+
+def test_an_error_inside_is_not_hidden_by_the_final_check(sharded: Path) -> None:
+    with pytest.raises(RuntimeError, match="mine"):
+        with open_checkpoint(sharded) as files:
+            files.read("d.w")
+            truncate(sharded / THIRD)
+            raise RuntimeError("mine")
+
+
+def test_mapping_or_reading_fails(sharded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import mmap
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(19, "No such device")
+
+    with open_checkpoint(sharded) as files, monkeypatch.context() as patch:
+        patch.setattr(mmap, "mmap", fail)
+        with pytest.raises(CheckpointError, match="cannot be mapped .No such device.; copy=True"):
+            files.read("a.w")
+    with open_checkpoint(sharded, copy=True) as files, monkeypatch.context() as patch:
+        patch.setattr(os, "preadv", fail)
+        with pytest.raises(CheckpointError, match=f"{FIRST}: reading byte .* failed"):
+            files.read("a.w")
+
+
+def test_short_reads_are_continued_and_an_early_end_is_an_error(
+    sharded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    preadv = os.preadv
+
+    def a_byte(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        return preadv(descriptor, [buffers[0][:1]], offset)
+
+    with open_checkpoint(sharded, copy=True) as files, monkeypatch.context() as patch:
+        patch.setattr(os, "preadv", a_byte)
+        np.testing.assert_array_equal(files.read("e.w"), tensor(40))
+        patch.setattr(os, "preadv", lambda *_: 0)
+        with pytest.raises(CheckpointError, match="24 bytes more; download it again"):
+            files.read("e.w")
+
+
+def test_views_outlive_the_files(sharded: Path) -> None:
+    with open_checkpoint(sharded) as files:
+        array = files.read("d.w")
+    gc.collect()
+    np.testing.assert_array_equal(array, tensor(30))
+
+
+def test_mapped_reads_copy_nothing_and_pages_can_be_dropped(tmp_path: Path) -> None:
+    big = np.arange(1 << 20, dtype=np.float32)
+    save_shard(tmp_path / "model.safetensors", {"head.w": tensor(0), "big.w": big})
+    with open_checkpoint(tmp_path) as files:
+        files.drop_pages("big.w")  # nothing is mapped yet
+        first, second = files.read("big.w"), files.read("big.w")
+        assert np.shares_memory(first, second)
+        np.testing.assert_array_equal(first, big)
+        files.drop_pages("big.w")
+        files.drop_pages("head.w")  # smaller than a page: keeps its neighbours
+        np.testing.assert_array_equal(first, big)
+        np.testing.assert_array_equal(files.read("head.w"), tensor(0))
+    with open_checkpoint(tmp_path, copy=True) as files:
+        assert not np.shares_memory(files.read("big.w"), files.read("big.w"))
+
+
+def test_threads_share_a_checkpoint(sharded: Path) -> None:
+    failures = []
+
+    def read_all() -> None:
+        for _ in range(20):
+            for tensors in SHARDS.values():
+                for name, expected in tensors.items():
+                    if not np.array_equal(files.read(name), expected):
+                        failures.append(name)
+
+    before = len(os.listdir("/proc/self/fd"))
+    with open_checkpoint(sharded) as files:
+        threads = [threading.Thread(target=read_all) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(os.listdir("/proc/self/fd")) <= before + 2 * len(SHARDS)
+    assert not failures
+    assert len(os.listdir("/proc/self/fd")) == before

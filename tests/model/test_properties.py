@@ -1,0 +1,374 @@
+"""One forward, many ways: whole, chunked, token by token, ragged, packed and rewound runs must agree.
+
+Values agree to 1e-5 (the same float32 sums in another order); what must not matter at all (later tokens,
+padding, other documents, tokens taken back) must leave every bit in place.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+
+from dsv4_jax.config import ModelConfig, tiny
+from dsv4_jax.language_model import LanguageModel
+from dsv4_jax.model import span as spans
+from tests.model.equivalence import append, chunked, even_plan, full, largest_difference
+from tests.model.equivalence import padded, random_rows
+from tests.model.telling_weights import telling_model
+
+TOLERANCE = 1e-5
+
+WIDTH = 40  # whole rows
+CHUNK = 17  # longer than every ring of SMALL below
+REWIND = 3
+
+SMALL: ModelConfig = dataclasses.replace(
+    tiny(5),
+    attention_kinds=("window", "csa", "hca"),
+    router_kinds=("hash", "learned", "learned"),
+    sliding_window=7,
+    csa_ratio=4,
+    hca_ratio=6,
+    index_topk=3,
+    vocab_size=61,
+)
+BATCH = 3
+
+# Section 16 of the specification: lengths around m, W and 2m for the released 4 / 128 / window 128.
+REAL: ModelConfig = dataclasses.replace(
+    tiny(5),
+    attention_kinds=("window", "csa", "hca"),
+    router_kinds=("hash", "learned", "learned"),
+    index_topk=6,
+    vocab_size=61,
+)
+AWKWARD_LENGTHS = (1, 3, 4, 5, 7, 8, 127, 128, 129, 255, 256, 257)
+
+quick = settings(
+    max_examples=12,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+lengths = st.lists(st.integers(1, WIDTH), min_size=BATCH, max_size=BATCH)
+
+
+@pytest.fixture(scope="module")
+def small() -> LanguageModel:
+    return telling_model(SMALL)
+
+
+@pytest.fixture(scope="module")
+def real() -> LanguageModel:
+    return telling_model(REAL)
+
+
+# ---- whole = chunked = token by token ------------------------------------------------------------------
+
+
+@quick
+@given(data=st.data(), lengths=lengths, seed=st.integers(0, 2**16))
+def test_any_ragged_chunking_equals_the_whole(small, data, lengths, seed):
+    rows = random_rows(SMALL.vocab_size, lengths, seed)
+    left, plan = list(lengths), []
+    while any(left):
+        counts = [data.draw(st.integers(0, min(n, CHUNK))) for n in left]
+        if not any(counts):
+            counts = [min(n, 1) for n in left]
+        plan.append(counts)
+        left = [n - c for n, c in zip(left, counts, strict=True)]
+    cache = small.new_cache(BATCH, WIDTH, max_rewind=REWIND)
+    got, cache = chunked(small, rows, plan, CHUNK, cache)
+    assert cache.length.tolist() == lengths
+    assert largest_difference(got, full(small, rows, WIDTH)) <= TOLERANCE
+
+
+def test_token_by_token_equals_the_whole(small):
+    rows = random_rows(SMALL.vocab_size, (WIDTH, 23, 6), seed=1)
+    cache = small.new_cache(BATCH, WIDTH, max_rewind=REWIND)
+    got, _ = chunked(small, rows, even_plan([len(row) for row in rows], 1), 1, cache)
+    assert largest_difference(got, full(small, rows, WIDTH)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("width", [1, 100])
+def test_awkward_lengths_at_the_released_ratios(real, width, record_property):
+    rows = random_rows(REAL.vocab_size, AWKWARD_LENGTHS, seed=2)
+    cache = real.new_cache(len(rows), max(AWKWARD_LENGTHS))
+    got, _ = chunked(real, rows, even_plan(AWKWARD_LENGTHS, width), width, cache)
+    worst = largest_difference(got, full(real, rows, max(AWKWARD_LENGTHS)))
+    record_property("max_abs_logit_difference", worst)
+    assert worst <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "length",
+    [1, 3, 129] + [pytest.param(n, marks=pytest.mark.slow) for n in (4, 5, 7, 8, 127, 128, 255, 256)],
+)
+def test_a_row_of_exactly_this_length(real, length):
+    """Without any padding: shorter than a block there is no entry at all, and shapes become empty."""
+    row = random_rows(REAL.vocab_size, AWKWARD_LENGTHS, seed=2)[AWKWARD_LENGTHS.index(length)]
+    others = random_rows(REAL.vocab_size, AWKWARD_LENGTHS, seed=2)
+    want = full(real, others, max(AWKWARD_LENGTHS))[AWKWARD_LENGTHS.index(length)]
+    got = np.asarray(real.logits(row[None]))[0]
+    assert largest_difference([got], [want]) <= TOLERANCE
+
+
+# ---- packed = separate ---------------------------------------------------------------------------------
+
+PACKING = st.lists(st.tuples(st.integers(1, 19), st.booleans()), min_size=1, max_size=8)
+
+
+def pack(pieces: list[tuple[int, bool]], seed: int) -> tuple[np.ndarray, np.ndarray, list[slice]]:
+    """Runs of (length, is padding) cut to WIDTH -> ids [1, WIDTH], segment ids, document slices."""
+    ids = np.random.default_rng(seed).integers(0, SMALL.vocab_size, (1, WIDTH))
+    segments, documents, at = np.zeros((1, WIDTH), np.int32), [], 0
+    for index, (length, is_padding) in enumerate(pieces):
+        here = slice(at, min(at + length, WIDTH))
+        if here.stop > here.start and not is_padding:
+            # Only neighbours must differ; an id may come back for another document.
+            segments[0, here] = 1 + index % 3
+            documents.append(here)
+        at = here.stop
+    return ids, segments, documents
+
+
+def separately(model: LanguageModel, ids: np.ndarray, documents: list[slice]) -> list[np.ndarray]:
+    """Each document of a packed row in a row of its own, BATCH rows at a time."""
+    rows = [ids[0, here] for here in documents]
+    filled = rows + [rows[0]] * (-len(rows) % BATCH)
+    out: list[np.ndarray] = []
+    for start in range(0, len(filled), BATCH):
+        out += full(model, filled[start : start + BATCH], WIDTH)
+    return out[: len(rows)]
+
+
+@quick
+@given(pieces=PACKING, seed=st.integers(0, 2**16))
+def test_packed_documents_equal_separate_rows(small, pieces, seed):
+    ids, segments, documents = pack(pieces, seed)
+    if documents:
+        logits = np.asarray(small.logits(ids, segment_ids=segments))[0]
+        want = separately(small, ids, documents)
+        assert largest_difference([logits[here] for here in documents], want) <= TOLERANCE
+
+
+FIXED_PACKING = [(9, False), (2, True), (13, False), (1, False), (12, False), (3, True)]
+
+
+def test_packed_gradients_equal_separate_gradients(small):
+    ids, segments, documents = pack(FIXED_PACKING, seed=5)
+    rng = np.random.default_rng(6)
+    weights = rng.normal(size=(WIDTH, SMALL.vocab_size)).astype(np.float32)
+    rows = [ids[0, here] for here in documents]
+    row_weights = np.zeros((len(rows), WIDTH, SMALL.vocab_size), np.float32)
+    packed_weights = np.zeros((1, WIDTH, SMALL.vocab_size), np.float32)
+    for b, here in enumerate(documents):
+        row_weights[b, : len(rows[b])] = packed_weights[0, here] = weights[here]
+
+    @jax.jit
+    def gradient(parameters, span, weights):
+        def loss(parameters):
+            model = nnx.merge(small._graph, parameters)
+            logits = model.logits(model.hidden(model(span).streams))
+            return (jax.nn.log_softmax(logits) * weights).sum()
+
+        return jax.grad(loss, allow_int=True)(parameters)
+
+    counts = jnp.array([len(row) for row in rows], jnp.int32)
+    separate_ids = jnp.asarray(padded(rows, WIDTH, SMALL.vocab_size), jnp.int32)
+    packed_span = spans.packed(jnp.asarray(ids, jnp.int32), jnp.asarray(segments))
+    got = gradient(small.parameters, packed_span, packed_weights)
+    want = gradient(small.parameters, spans.from_start(separate_ids, counts), row_weights)
+    compared = 0
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True
+    ):
+        if a.dtype == jax.dtypes.float0:
+            continue
+        a, b = np.asarray(a), np.asarray(b)
+        name = jax.tree_util.keystr(path)
+        assert np.isfinite(a).all() and np.isfinite(b).all(), name
+        assert np.abs(a - b).max() <= TOLERANCE * max(1.0, np.abs(b).max()), name
+        compared += bool(np.abs(b).max() > 0)
+    assert compared >= 50, "most parameters must receive a gradient for this to mean anything"
+
+
+# ---- what must not matter ------------------------------------------------------------------------------
+
+
+@quick
+@given(at=st.integers(0, WIDTH - 1), seed=st.integers(0, 2**16))
+def test_causality_is_bit_exact(small, at, seed):
+    rows = random_rows(SMALL.vocab_size, [WIDTH] * BATCH, seed)
+    changed = [row.copy() for row in rows]
+    for row in changed:
+        row[at] = (row[at] + 1) % SMALL.vocab_size
+    before, after = full(small, rows, WIDTH), full(small, changed, WIDTH)
+    for a, b in zip(before, after, strict=True):
+        np.testing.assert_array_equal(a[:at], b[:at])
+        assert (a[at] != b[at]).any(), "a token must change its own logits"
+
+
+def test_causality_is_bit_exact_at_the_released_ratios(real):
+    base = random_rows(REAL.vocab_size, AWKWARD_LENGTHS, seed=3)
+    last = np.array([len(row) - 1 for row in base])
+    changed = [row.copy() for row in base]
+    for row in changed:
+        row[-1] = (row[-1] + 1) % REAL.vocab_size
+    before, after = (full(real, rows, max(AWKWARD_LENGTHS)) for rows in (base, changed))
+    for a, b, end in zip(before, after, last, strict=True):
+        np.testing.assert_array_equal(a[:end], b[:end])
+        assert (a[end] != b[end]).any()
+
+
+@quick
+@given(lengths=lengths, seed=st.integers(0, 2**16))
+def test_padding_changes_nothing(small, lengths, seed):
+    rows = random_rows(SMALL.vocab_size, lengths, seed)
+    counts = np.array(lengths)
+    outs = [
+        np.asarray(small.logits(padded(rows, WIDTH, SMALL.vocab_size, seed=filler), counts))
+        for filler in (1, 2)
+    ]
+    for b, count in enumerate(counts):
+        np.testing.assert_array_equal(outs[0][b, :count], outs[1][b, :count])
+
+
+def test_padding_leaves_no_trace_in_the_cache(small):
+    rows = random_rows(SMALL.vocab_size, (11, 4, 17), seed=8)
+    counts = np.array([len(row) for row in rows])
+    caches, logits = [], []
+    for filler in (1, 2):
+        cache = small.new_cache(BATCH, WIDTH, max_rewind=REWIND)
+        ids = padded(rows, CHUNK, SMALL.vocab_size, seed=filler)
+        out, cache = small.extend(cache, ids, counts)
+        logits.append(np.asarray(out))
+        caches.append(cache)
+    for b, count in enumerate(counts):
+        np.testing.assert_array_equal(logits[0][b, :count], logits[1][b, :count])
+    for a, b in zip(jax.tree.leaves(caches[0]), jax.tree.leaves(caches[1]), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@quick
+@given(pieces=PACKING, which=st.integers(0, 7), seed=st.integers(0, 2**16))
+def test_foreign_documents_change_nothing(small, pieces, which, seed):
+    ids, segments, documents = pack(pieces, seed)
+    if not documents:
+        return
+    mine = documents[which % len(documents)]
+    other = np.random.default_rng(seed + 1).integers(0, SMALL.vocab_size, ids.shape)
+    other[0, mine] = ids[0, mine]
+    outs = [np.asarray(small.logits(tokens, segment_ids=segments))[0] for tokens in (ids, other)]
+    np.testing.assert_array_equal(outs[0][mine], outs[1][mine])
+
+
+def test_rows_of_a_batch_do_not_meet(small):
+    """A batch row's tokens change nothing in another row, whatever their lengths."""
+    rows = random_rows(SMALL.vocab_size, (31, 17, 8), seed=9)
+    others = [rows[0], *random_rows(SMALL.vocab_size, (40, 1), seed=10)]
+    first, second = full(small, rows, WIDTH)[0], full(small, others, WIDTH)[0]
+    assert largest_difference([first], [second]) <= TOLERANCE
+
+
+# ---- rewind --------------------------------------------------------------------------------------------
+
+
+@quick
+@given(
+    first=st.lists(st.integers(0, 17), min_size=BATCH, max_size=BATCH),
+    wrong=st.lists(st.integers(0, REWIND), min_size=BATCH, max_size=BATCH),
+    seed=st.integers(0, 2**16),
+)
+def test_rewind_is_bit_exact(small, first, wrong, seed):
+    """Tokens taken back leave every later logit as if they had never been."""
+    rows = random_rows(SMALL.vocab_size, first, seed)
+    drafts = random_rows(SMALL.vocab_size, wrong, seed + 1)
+    rest = random_rows(SMALL.vocab_size, (16, 9, 14), seed + 2)
+
+    def start():
+        return append(small, small.new_cache(BATCH, WIDTH, max_rewind=REWIND), rows, CHUNK)[1]
+
+    drafted = append(small, start(), drafts, CHUNK)[1].rewind(np.array(wrong))
+    assert drafted.length.tolist() == list(first)
+    got, got_cache = append(small, drafted, rest, CHUNK)
+    want, want_cache = append(small, start(), rest, CHUNK)
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_array_equal(a, b)
+    more = random_rows(SMALL.vocab_size, (5, 5, 5), seed + 3)
+    for a, b in zip(
+        append(small, got_cache, more, CHUNK)[0],
+        append(small, want_cache, more, CHUNK)[0],
+        strict=True,
+    ):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_rewind_beyond_the_ring_is_refused(small):
+    cache = small.new_cache(BATCH, WIDTH, max_rewind=REWIND)
+    rows = random_rows(SMALL.vocab_size, (9, 2, 5), seed=11)
+    cache = append(small, cache, rows, CHUNK)[1]
+    with pytest.raises(ValueError, match=r"row 0: rewinding 4 of 9 tokens"):
+        cache.rewind(np.array([REWIND + 1, 0, 0]))
+    with pytest.raises(ValueError, match=r"row 1: rewinding 3 of 2 tokens"):
+        cache.rewind(REWIND)
+    cache = cache.rewind(np.array([2, 2, 2]))
+    with pytest.raises(ValueError, match="row 0"):  # the mark stays: 9 - 3 is the furthest
+        cache.rewind(np.array([2, 0, 0]))
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """Random sequences of ragged appends and rewinds against the full forward of what remains."""
+
+    model: LanguageModel
+
+    @initialize(seed=st.integers(0, 2**16))
+    def begin(self, seed: int) -> None:
+        self.rng = np.random.default_rng(seed)
+        self.cache = self.model.new_cache(BATCH, WIDTH, max_rewind=REWIND)
+        self.rows = [np.zeros(0, int) for _ in range(BATCH)]
+        self.marks = [0] * BATCH
+
+    def _append(self, counts: list[int], width: int) -> None:
+        counts = [min(n, WIDTH - len(row)) for n, row in zip(counts, self.rows, strict=True)]
+        pieces = [self.rng.integers(0, SMALL.vocab_size, n) for n in counts]
+        got, self.cache = append(self.model, self.cache, pieces, width)
+        self.rows = [np.concatenate(pair) for pair in zip(self.rows, pieces, strict=True)]
+        self.marks = [max(m, len(row)) for m, row in zip(self.marks, self.rows, strict=True)]
+        want = full(self.model, self.rows, WIDTH)
+        want = [w[len(w) - n :] for w, n in zip(want, counts, strict=True)]
+        assert largest_difference(got, want) <= TOLERANCE
+
+    @rule(counts=st.lists(st.integers(0, CHUNK), min_size=BATCH, max_size=BATCH))
+    def append_ragged(self, counts: list[int]) -> None:
+        self._append(counts, CHUNK)
+
+    @rule(counts=st.lists(st.integers(0, 1), min_size=BATCH, max_size=BATCH))
+    def append_one(self, counts: list[int]) -> None:
+        self._append(counts, 1)
+
+    @precondition(lambda self: any(self.marks))
+    @rule(wanted=st.lists(st.integers(0, REWIND), min_size=BATCH, max_size=BATCH))
+    def rewind(self, wanted: list[int]) -> None:
+        allowed = [
+            min(k, len(row), len(row) - max(mark - REWIND, 0))
+            for k, row, mark in zip(wanted, self.rows, self.marks, strict=True)
+        ]
+        self.cache = self.cache.rewind(np.array(allowed))
+        self.rows = [row[: len(row) - k] for row, k in zip(self.rows, allowed, strict=True)]
+        assert self.cache.length.tolist() == [len(row) for row in self.rows]
+
+
+def test_random_cache_operations(small):
+    machine = type("Machine", (CacheMachine,), {"model": small})
+    case = machine.TestCase()
+    case.settings = settings(
+        max_examples=15, stateful_step_count=14, deadline=None, derandomize=True
+    )
+    case.runTest()

@@ -1,0 +1,154 @@
+"""Losses against plain formulas: values, gradients, masks, chunking."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsv4_jax.training.loss import (
+    BALANCE_WEIGHT,
+    MTP_WEIGHT,
+    LossParts,
+    Targets,
+    balance_loss,
+    mean_cross_entropy,
+    row_loads,
+    shifted_targets,
+)
+
+
+def plain_cross_entropy(hidden, head, targets):
+    logits = jnp.einsum("btd,vd->btv", hidden, head, precision="highest")
+    picked = jnp.take_along_axis(jax.nn.log_softmax(logits), targets.ids[..., None], axis=-1)[..., 0]
+    valid = targets.valid.astype(jnp.float32)
+    return -jnp.sum(picked * valid) / jnp.maximum(valid.sum(), 1)
+
+
+def random_problem(batch=3, length=7, width=5, vocab=11, seed=0):
+    rng = np.random.default_rng(seed)
+    hidden = rng.normal(size=(batch, length, width)).astype(np.float32) * 3
+    head = rng.normal(size=(vocab, width)).astype(np.float32)
+    ids = rng.integers(0, vocab, (batch, length)).astype(np.int32)
+    return jnp.array(hidden), jnp.array(head), Targets(jnp.array(ids), jnp.array(rng.random(ids.shape) < 0.7))
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 7, 21, 1000])
+def test_cross_entropy_and_gradients_match_the_plain_formula(chunk):
+    hidden, head, targets = random_problem()
+
+    def ours(hidden, head):
+        return 1.7 * mean_cross_entropy(hidden, head, targets, chunk)
+
+    def plain(hidden, head):
+        return 1.7 * plain_cross_entropy(hidden, head, targets)
+
+    got, got_grads = jax.value_and_grad(ours, (0, 1))(hidden, head)
+    want, want_grads = jax.value_and_grad(plain, (0, 1))(hidden, head)
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    np.testing.assert_allclose(ours(hidden, head), want, rtol=1e-6)  # the path without gradients
+    for a, b in zip(got_grads, want_grads, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_invalid_targets_have_no_influence_at_all():
+    hidden, head, targets = random_problem(seed=1)
+    other = Targets(jnp.where(targets.valid, targets.ids, 0), targets.valid)
+    moved = jnp.where(targets.valid[..., None], hidden, 1e3)
+    grad = jax.grad(mean_cross_entropy)(hidden, head, targets, 4)
+    assert not np.asarray(grad)[~np.asarray(targets.valid)].any()
+    np.testing.assert_array_equal(
+        mean_cross_entropy(hidden, head, targets, 4), mean_cross_entropy(moved, head, other, 4)
+    )
+
+
+def test_no_target_is_zero_with_zero_gradients_and_large_logits_stay_finite():
+    hidden, head, targets = random_problem(seed=2)
+    empty = Targets(targets.ids, jnp.zeros_like(targets.valid))
+    loss, grad = jax.value_and_grad(mean_cross_entropy)(hidden, head, empty)
+    assert loss == 0 and not np.asarray(grad).any()
+    loss, grad = jax.value_and_grad(mean_cross_entropy)(hidden * 1e4, head, targets)
+    assert np.isfinite(loss) and np.isfinite(grad).all()
+
+
+def test_half_precision_inputs_are_computed_in_float32():
+    hidden, head, targets = random_problem(seed=3)
+    hidden, head = hidden.astype(jnp.bfloat16), head.astype(jnp.bfloat16)
+    want = plain_cross_entropy(hidden.astype(jnp.float32), head.astype(jnp.float32), targets)
+    loss, grads = jax.value_and_grad(mean_cross_entropy, (0, 1))(hidden, head, targets, 4)
+    assert loss.dtype == jnp.float32
+    np.testing.assert_allclose(loss, want, rtol=1e-6)
+    assert all(grad.dtype == jnp.bfloat16 for grad in grads)
+
+
+def test_logits_are_never_whole_in_memory():
+    hidden = jax.ShapeDtypeStruct((4, 512, 8), jnp.float32)
+    head = jax.ShapeDtypeStruct((3001, 8), jnp.float32)
+    targets = Targets(
+        jax.ShapeDtypeStruct((4, 512), jnp.int32), jax.ShapeDtypeStruct((4, 512), jnp.bool_)
+    )
+    step = jax.jit(jax.grad(lambda h, w, t: mean_cross_entropy(h, w, t, 64), (0, 1)))
+    temporary = step.lower(hidden, head, targets).compile().memory_analysis().temp_size_in_bytes
+    assert temporary < 4 * 512 * 3001 * 4 / 4  # the logits alone would be 24.6 MB
+
+
+@pytest.mark.parametrize("offset", [1, 2])
+def test_targets_stay_inside_their_segment(offset):
+    tokens = jnp.arange(10, 20, dtype=jnp.int32)[None]
+    segments = jnp.array([[1, 1, 1, 2, 3, 3, 3, 3, 0, 0]])
+    targets = shifted_targets(tokens, segments, offset)
+    expected = {1: [0, 1, 4, 5, 6], 2: [0, 4, 5]}[offset]
+    assert np.flatnonzero(targets.valid[0]).tolist() == expected
+    for t in expected:
+        assert targets.ids[0, t] == tokens[0, t + offset]
+
+
+def test_targets_longer_than_the_row_do_not_exist():
+    targets = shifted_targets(jnp.ones((2, 1), jnp.int32), jnp.ones((2, 1), jnp.int32), 2)
+    assert targets.ids.shape == (2, 1) and not targets.valid.any()
+
+
+def plain_balance_loss(scores, experts, valid):
+    """Loops as the formula is written."""
+    scores, experts, valid = (np.asarray(x) for x in (scores, experts, valid))
+    num_experts, top_k = scores.shape[-1], experts.shape[-1]
+    losses = []
+    for s, chosen, ok in zip(scores, experts, valid, strict=True):
+        if not ok.any():
+            continue
+        s, chosen = s[ok], chosen[ok]
+        f = np.array([(chosen == e).sum() for e in range(num_experts)]) * num_experts
+        f = f / (top_k * len(s))
+        p = (s / s.sum(-1, keepdims=True)).mean(0)
+        losses.append((f * p).sum())
+    return np.mean(losses) if losses else 0.0
+
+
+def test_balance_loss_matches_the_formula_with_padding_and_an_empty_row():
+    rng = np.random.default_rng(0)
+    scores = jnp.array(rng.random((4, 9, 6)), jnp.float32)
+    experts = jnp.array([[rng.permutation(6)[:2] for _ in range(9)] for _ in range(4)], jnp.int32)
+    valid = jnp.array(rng.random((4, 9)) < 0.6).at[2].set(False)
+    got = balance_loss(scores, experts, valid)
+    np.testing.assert_allclose(got, plain_balance_loss(scores, experts, valid), rtol=1e-6)
+    assert balance_loss(scores, experts, jnp.zeros_like(valid)) == 0
+    loads = row_loads(experts, valid, 6)
+    assert loads.shape == (4, 6)
+    np.testing.assert_array_equal(loads.sum(1), 2 * valid.sum(1))
+
+
+def test_balance_loss_is_one_when_uniform_and_its_gradient_pushes_the_busy_expert_down():
+    experts = jnp.arange(8, dtype=jnp.int32).reshape(1, 8, 1) % 4
+    scores = jnp.ones((1, 8, 4))
+    valid = jnp.ones((1, 8), bool)
+    np.testing.assert_allclose(balance_loss(scores, experts, valid), 1.0, rtol=1e-6)
+    busy = jnp.zeros((1, 8, 1), jnp.int32)
+    grad = jax.grad(balance_loss)(scores, busy, valid)
+    assert (grad[..., 0] > 0).all() and (grad[..., 1:] < 0).all()
+    zero = jax.value_and_grad(balance_loss)(jnp.zeros_like(scores), experts, valid)
+    assert all(np.isfinite(part).all() for part in zero)
+
+
+def test_terms_are_weighted_as_specified():
+    parts = LossParts(jnp.float32(2.0), jnp.float32(3.0), jnp.float32(10.0))
+    np.testing.assert_allclose(parts.total(), 2.0 + 0.3 * 3.0 + 1e-4 * 10.0, rtol=1e-6)
+    assert (MTP_WEIGHT, BALANCE_WEIGHT) == (0.3, 1e-4)

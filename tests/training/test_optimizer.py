@@ -1,0 +1,79 @@
+"""AdamW: the schedule, what decays, what has no gradient, and one step against the formula."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from dsv4_jax.config import tiny
+from dsv4_jax.model.transformer import Transformer
+from dsv4_jax.numerics.policy import Policy
+from dsv4_jax.training.optimizer import AdamW, decay_mask, merge_params, split_trainable
+
+
+@pytest.fixture(scope="module")
+def shapes():
+    abstract = nnx.eval_shape(lambda: Transformer(tiny(), Policy.of("float32"), nnx.Rngs(0)))
+    return nnx.to_pure_dict(nnx.split(abstract)[1])
+
+
+def paths(tree):
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {"/".join(str(key.key) for key in path): leaf for path, leaf in leaves}
+
+
+def test_what_decays_in_the_real_parameter_tree(shapes):
+    trained, _ = split_trainable(shapes)
+    decays = {path.rsplit("/")[-1] for path, flag in paths(decay_mask(trained)).items() if flag}
+    stays = {path.rsplit("/")[-1] for path, flag in paths(decay_mask(trained)).items() if not flag}
+    assert decays == {
+        "embed", "head", "fn", "wq_a", "wq_b", "wkv", "wgate", "wo_a", "wo_b", "weight",
+        "weights_proj", "gate_up", "down", "e_proj", "h_proj",
+    }  # fmt: skip
+    assert stays == {
+        "attn_norm", "ffn_norm", "q_norm", "kv_norm", "norm", "enorm", "hnorm",
+        "attn_sink", "ape", "base", "scale",
+    }  # fmt: skip
+
+
+def test_router_bias_and_hash_tables_are_left_out_and_nothing_is_lost(shapes):
+    trained, fixed = split_trainable(shapes)
+    assert {path.rsplit("/")[-1] for path in paths(fixed)} == {"bias", "tid2eid"}
+    assert all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(trained))
+    assert paths(merge_params(trained, fixed)) == paths(shapes)
+    assert paths(merge_params(fixed, trained)) == paths(shapes)
+    with pytest.raises(ValueError, match="bias"):
+        merge_params(fixed, fixed)
+
+
+@pytest.mark.parametrize("shape", ["linear", "cosine"])
+def test_schedule_rises_to_the_peak_and_ends_at_a_tenth(shape):
+    settings = AdamW(2e-3, num_steps=100, warmup_fraction=0.1, shape=shape)
+    rates = np.array([settings.learning_rate(step) for step in range(100)])
+    np.testing.assert_allclose(rates[:10], 2e-3 * np.arange(1, 11) / 10, rtol=1e-5)
+    assert rates.argmax() == 9 and (np.diff(rates[9:]) < 0).all()
+    np.testing.assert_allclose(rates[-1], 2e-4, rtol=1e-4)
+    np.testing.assert_allclose(settings.learning_rate(500), 2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3])
+def test_very_short_runs_have_a_usable_rate(num_steps):
+    settings = AdamW(1e-3, num_steps=num_steps)
+    rates = [float(settings.learning_rate(step)) for step in range(num_steps)]
+    assert all(1e-4 * 0.99 <= rate <= 1e-3 * 1.01 for rate in rates)
+
+
+def test_first_step_is_the_formula_and_respects_the_clip():
+    settings = AdamW(0.1, num_steps=10, warmup_fraction=0.1)
+    params = {"wq_a": jnp.array([2.0, -4.0]), "q_norm": jnp.array([1.0])}
+    grads = {"wq_a": jnp.array([300.0, -400.0]), "q_norm": jnp.array([0.0])}
+    transform = settings.transform()
+    updates, _ = transform.update(grads, transform.init(params), params)
+    # After clipping the first Adam step is sign(g), whatever the norm; decay only on the matrix.
+    new = optax.apply_updates(params, updates)
+    np.testing.assert_allclose(new["wq_a"], [2 - 0.1 * (1 + 0.2), -4 + 0.1 * (1 + 0.4)], rtol=1e-5)
+    np.testing.assert_allclose(new["q_norm"], [1.0])
+    moment = optax.tree_utils.tree_get(transform.update(grads, transform.init(params), params)[1], "mu")
+    np.testing.assert_allclose(moment["wq_a"], [0.06, -0.08], rtol=1e-5)  # (1 - 0.9) * g / 500
