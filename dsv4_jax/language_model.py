@@ -17,24 +17,8 @@ from dsv4_jax.inference import generate as generation
 from dsv4_jax.inference.sampling import sample
 from dsv4_jax.model import span as spans
 from dsv4_jax.model.cache import Cache, new_cache
-from dsv4_jax.model.transformer import Transformer
+from dsv4_jax.model.initial import Parameters, graph_of, initial_parameters
 from dsv4_jax.numerics.policy import Policy
-
-Parameters = dict[str, Any]
-"""Nested dict of arrays, the pure state of `Transformer`."""
-
-
-@functools.lru_cache(maxsize=32)
-def graph_of(config: ModelConfig, policy: Policy) -> tuple[Any, Parameters]:
-    """The static structure of the network and the shapes of its parameters, without allocating any."""
-    abstract = nnx.eval_shape(lambda: Transformer(config, policy, nnx.Rngs(0)))
-    graph, state = nnx.split(abstract)
-    return graph, nnx.to_pure_dict(state)
-
-
-def initial_parameters(config: ModelConfig, policy: Policy, seed: int) -> Parameters:
-    """Freshly drawn parameters."""
-    return nnx.to_pure_dict(nnx.split(Transformer(config, policy, nnx.Rngs(seed)))[1])
 
 
 class LanguageModel:
@@ -205,9 +189,7 @@ class LanguageModel:
         """
         stops = self._stops(stop_token_ids)
         if isinstance(tokens, str):
-            return "".join(
-                self.stream_text(tokens, max_new_tokens, temperature, seed, stops, top_p)
-            )
+            return "".join(self.stream_text(tokens, max_new_tokens, temperature, seed, stops, top_p))
         steps = list(self.stream(tokens, max_new_tokens, temperature, seed, stops, top_p))
         batch = len(tokens)
         out = np.stack(steps, axis=1) if steps else np.zeros((batch, 0), np.int32)
@@ -280,7 +262,16 @@ class LanguageModel:
     def decode(self, cache, logits, key, index, temperature, top_p, running, stops):
         """`inference.generate.Steps.decode`: draws a token a row and appends it."""
         return _decode(
-            self._graph, self.parameters, cache, logits, key, index, temperature, top_p, running, stops
+            self._graph,
+            self.parameters,
+            cache,
+            logits,
+            key,
+            index,
+            temperature,
+            top_p,
+            running,
+            stops,
         )
 
     def _stops(self, stop_token_ids: Sequence[int] | None) -> tuple[int, ...]:
@@ -290,9 +281,7 @@ class LanguageModel:
 
     # ---- disk ------------------------------------------------------------------------------------
 
-    def save(
-        self, path: str | Path, layout: Literal["official", "transformers"] = "official"
-    ) -> None:
+    def save(self, path: str | Path, layout: Literal["official", "transformers"] = "official") -> None:
         """Writes a checkpoint folder, complete or not at all (see `checkpoint.save`)."""
         from dsv4_jax.checkpoint.save import save_checkpoint
 
@@ -413,9 +402,7 @@ def _checked_counts(num_valid: Any, shape: tuple[int, ...]) -> Int32[Array, "B"]
         return jnp.full(shape[:1], shape[1], jnp.int32)
     counts = np.asarray(num_valid)
     if counts.shape != shape[:1] or counts.min() < 0 or counts.max() > shape[1]:
-        raise ValueError(
-            f"num_valid={counts.tolist()} must hold {shape[0]} counts in 0..{shape[1]}"
-        )
+        raise ValueError(f"num_valid={counts.tolist()} must hold {shape[0]} counts in 0..{shape[1]}")
     return jnp.asarray(counts, jnp.int32)
 
 

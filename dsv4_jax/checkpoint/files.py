@@ -24,7 +24,7 @@ from dsv4_jax.checkpoint.shard_index import (
 )
 from dsv4_jax.checkpoint.staging import REPLACED_PREFIX
 from dsv4_jax.checkpoint.stored_file import StoredFile, refusal
-from dsv4_jax.checkpoint.strict_json import shown
+from dsv4_jax.checkpoint.strict_json import plain, shown
 from dsv4_jax.errors import CheckpointError
 
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors")
@@ -155,7 +155,7 @@ def open_checkpoint(directory: str | Path, *, copy: bool = False) -> CheckpointF
     if index is not None:
         problems += disagreements(weight_map, stored)
         problems += [
-            f"{name}: is in the directory but not in {INDEX_FILE}"
+            f"{plain(name)}: is in the directory but not in {INDEX_FILE}"
             for name in sorted(found.difference(named))
         ]
     if problems:
@@ -180,7 +180,7 @@ def _listing(directory: Path) -> set[str]:
         return set(os.listdir(directory))
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        problem = f"{directory.name}: cannot be listed as a directory ({reason})"
+        problem = f"{directory}: cannot be listed as a directory ({reason})"
         raise _refused(directory, [problem]) from error
 
 
@@ -198,7 +198,7 @@ def _index_of(
         return None, list(error.problems)
     if SINGLE_FILE in found:
         return None, [
-            f"{name}: is beside {SINGLE_FILE} without a {INDEX_FILE}"
+            f"{plain(name)}: is beside {SINGLE_FILE} without a {INDEX_FILE}"
             for name in sorted(found - {SINGLE_FILE})
         ]
     others = f" beside {len(found)} other .safetensors files" if found else ""

@@ -20,6 +20,7 @@ from dsv4_jax.checkpoint.manifest import Manifest, Options, open_manifest
 from dsv4_jax.checkpoint.release import DraftHead
 from dsv4_jax.checkpoint.tensor_rules import Entry
 from dsv4_jax.checkpoint.values import Findings, place_in, read_entry
+from dsv4_jax.checkpoint.write import Progress
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.errors import CheckpointError
 
@@ -30,8 +31,6 @@ ALIGNMENT = 64
 """Bytes; JAX on a CPU takes over host buffers so aligned instead of copying them."""
 
 TOKENIZER_FILE = "tokenizer.json"
-
-Progress = Callable[[str, int, int], None]
 
 Parameters = dict[str | int, object]
 """Nested dict of arrays; list positions are int keys, as in `nnx.to_pure_dict`."""
@@ -112,7 +111,7 @@ def load_checkpoint(
         config=manifest.config,
         parameters=nested(flat),
         stored=stored_dtypes(manifest),
-        warnings=(*manifest.warnings, *findings.all_warnings()),
+        warnings=(*manifest.warnings, *findings.warnings()),
         layout=manifest.layout,
         tokenizer_file=tokenizer if tokenizer.is_file() else None,
     )

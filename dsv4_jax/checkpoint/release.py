@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable
 from typing import Literal
 
 from dsv4_jax.checkpoint.layout import own_name
-from dsv4_jax.config_io import DSPARK_NOTE, VISION_REFUSAL
+from dsv4_jax.config_io import DSPARK_NOTE, VISION_NOTE, VISION_REFUSAL
 
 DraftHead = Literal["refuse", "ignore"]
 
@@ -69,9 +69,7 @@ def recognise(
     kept = [name for name in names if not name.removeprefix("model.").startswith("vision.")]
     if len(kept) < len(names):
         if text_only:
-            warnings.append(
-                f"{len(names) - len(kept)} vision tensors are left out: text-only loading"
-            )
+            warnings.append(VISION_NOTE)
         else:
             refusals.append(VISION_REFUSAL)
 

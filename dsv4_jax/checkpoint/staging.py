@@ -171,7 +171,7 @@ class StagedFiles:
             yield
         except OSError as error:
             reason = error.strerror or str(error)
-            raise self.refused(f"{name or self.directory.name}: {reason}") from error
+            raise self.refused(f"{name or self.directory}: {reason}") from error
 
 
 class StagedOutput:

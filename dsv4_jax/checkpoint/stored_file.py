@@ -85,18 +85,16 @@ class StoredFile:
             statuses = (os.stat(self.path), os.fstat(self._descriptor))
         except OSError as error:
             raise refusal(self.path, f"vanished while it was read ({_reason(error)})") from error
-        for status in statuses:
-            found = dataclasses.asdict(FileIdentity.of(status))
-            changes = [
-                f"{name} {value} -> {found[name]}"
-                for name, value in dataclasses.asdict(self.identity).items()
-                if value != found[name]
-            ]
-            if changes:
-                raise refusal(
-                    self.path,
-                    "was replaced, rewritten or truncated while it was read: " + ", ".join(changes),
+        for found in map(FileIdentity.of, statuses):
+            if found != self.identity:
+                after = dataclasses.asdict(found)
+                changes = ", ".join(
+                    f"{field} {before} -> {after[field]}"
+                    for field, before in dataclasses.asdict(self.identity).items()
+                    if before != after[field]
                 )
+                problem = f"was replaced, rewritten or truncated while it was read: {changes}"
+                raise refusal(self.path, problem)
 
     def read_into(self, start: int, target: memoryview) -> None:
         """Copies `len(target)` bytes from byte `start` into `target`."""

@@ -31,7 +31,12 @@ class RepeatedKeys(dict):
 
 def shown(value: object) -> str:
     """`value` for an error message: quoted, plain ASCII, cut to a few lines at most."""
-    return _REPR.repr(value).encode("ascii", "backslashreplace").decode()
+    return plain(_REPR.repr(value))
+
+
+def plain(text: str) -> str:
+    """`text` in ASCII: file names may hold bytes that no terminal encoding can print."""
+    return text.encode("ascii", "backslashreplace").decode()
 
 
 def repeated_keys(value: object) -> tuple[str, ...]:

@@ -22,13 +22,12 @@ class Findings:
     """What reading found so far."""
 
     problems: list[str] = dataclasses.field(default_factory=list)
-    warnings: list[str] = dataclasses.field(default_factory=list)
     all_zero: list[str] = dataclasses.field(default_factory=list)
     inexact_scales: list[str] = dataclasses.field(default_factory=list)
 
-    def all_warnings(self) -> list[str]:
-        """Warnings, with those that concern many tensors in one sentence each."""
-        result = list(self.warnings)
+    def warnings(self) -> list[str]:
+        """What is odd but harmless, one sentence for all the tensors that it concerns."""
+        result = []
         for held, what in (
             (self.all_zero, "all zero"),
             (self.inexact_scales, "scales other than powers of two; dequantised all the same"),
@@ -59,7 +58,7 @@ def read_entry(
         entry: the tensor, matched with its header.
         read: name in the files -> stored array.
         target: writable, of shape `entry.spec.shape`, C-contiguous in its last two dims.
-        findings: receives problems (the values are not usable) and warnings.
+        findings: receives problems (values that are not usable) and what is odd but harmless.
         num_experts: E, the bound of the hash tables' entries.
         scan_weights: look for NaN and infinity in bfloat16 tensors too.
     """

@@ -8,9 +8,9 @@ import numpy as np
 
 from dsv4_jax.checkpoint import names
 from dsv4_jax.checkpoint.files import CheckpointFiles
-from dsv4_jax.checkpoint.load import Progress
 from dsv4_jax.checkpoint.manifest import Manifest, Options, open_manifest
 from dsv4_jax.checkpoint.values import Findings, read_entry
+from dsv4_jax.checkpoint.write import Progress
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.errors import CheckpointError
 
@@ -68,7 +68,7 @@ def verify_checkpoint(
         formats[entry.format] = formats.get(entry.format, 0) + 1
     return Verification(
         problems=tuple(findings.problems),
-        warnings=(*manifest.warnings, *findings.all_warnings()),
+        warnings=(*manifest.warnings, *findings.warnings()),
         config=manifest.config,
         layout=manifest.layout,
         num_tensors=len(read),

@@ -155,10 +155,10 @@ def _directory_problems(directory: Path, overwrite: bool) -> list[str]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        return [f"{directory.name}: cannot be listed as a directory ({error.strerror})"]
+        return [f"{directory}: cannot be listed as a directory ({error.strerror})"]
     present = sorted(name for name in present if not name.startswith(INCOMING_PREFIX))
     if present and not overwrite:
-        return [f"{directory.name}: is not empty ({shown(present)}); overwrite=True replaces it"]
+        return [f"{directory}: is not empty ({shown(present)}); overwrite=True replaces it"]
     return [
         f"{name}: is no file of a checkpoint written here and would make it ambiguous; move it"
         for name in present

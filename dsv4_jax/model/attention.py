@@ -65,20 +65,18 @@ def softmax_attention(
     Logits, maximum, sums and accumulation are float32; the sink is not scaled and takes part in the
     maximum. Probabilities meet the values in the compute dtype.
     """
-    scale = q.shape[-1] ** -0.5
-    logits = jnp.einsum("bchd,bkd->bchk", q, keys, preferred_element_type=jnp.float32) * scale
-    return _weigh(logits, visible[:, :, None], keys, "bchk,bkd->bchd", sink)
+    weight, total = _sink_softmax(q, keys, visible, sink)
+    out = jnp.einsum("bchk,bkd->bchd", weight.astype(keys.dtype), keys, preferred_element_type=jnp.float32)
+    return (out / total).astype(keys.dtype)
 
 
-def _weigh(logits, visible, values, equation, sink):
-    logits = jnp.where(visible, logits, -jnp.inf)
+def _sink_softmax(q, keys, visible, sink):
+    """Unnormalised weights f32[B, c, H, K] and their sum, the sink included, f32[B, c, H, 1]."""
+    logits = jnp.einsum("bchd,bkd->bchk", q, keys, preferred_element_type=jnp.float32)
+    logits = jnp.where(visible[:, :, None], logits * q.shape[-1] ** -0.5, -jnp.inf)
     top = jax.lax.stop_gradient(jnp.maximum(logits.max(axis=-1), sink))[..., None]
     weight = jnp.exp(logits - top)
-    total = weight.sum(axis=-1, keepdims=True) + jnp.exp(sink[:, None] - top)
-    out = jnp.einsum(
-        equation, weight.astype(values.dtype), values, preferred_element_type=jnp.float32
-    )
-    return (out / total).astype(values.dtype)
+    return weight, weight.sum(axis=-1, keepdims=True) + jnp.exp(sink[:, None] - top)
 
 
 def hybrid_attention(
@@ -110,17 +108,12 @@ def hybrid_attention(
     """
     batch, length = queries.position.shape
     block = query_block(length)
-    attend = functools.partial(
-        _attend_block, line, entries, index_keys, sink, window=window, top_k=top_k
-    )
-    if block >= length:
-        return attend(jnp.int32(0), queries)
     num_blocks = -(-length // block)
     padding = num_blocks * block - length
     line = jnp.pad(line, ((0, 0), (0, padding), (0, 0)))
-    attend = functools.partial(
-        _attend_block, line, entries, index_keys, sink, window=window, top_k=top_k
-    )
+    attend = functools.partial(_attend_block, line, entries, index_keys, sink, window=window, top_k=top_k)
+    if num_blocks == 1:
+        return attend(jnp.int32(0), queries)
 
     def split(x: jax.Array) -> jax.Array:
         x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
@@ -140,19 +133,15 @@ def query_block(length: int) -> int:
 def _attend_block(line, entries, index_keys, sink, start, queries, *, window, top_k):
     count = queries.position.shape[1]
     near = jax.lax.dynamic_slice_in_dim(line, start, count + window - 1, axis=1)
-    # Query a stands at window - 1 + a in `near`, so key j lies `distance` tokens before it.
-    distance = jnp.arange(count)[:, None] + (window - 1) - jnp.arange(count + window - 1)
-    reach = jnp.minimum(queries.position, window - 1)[..., None]
-    near_visible = (distance >= 0) & (distance <= reach)
+    near_visible = _window_visible(queries.position, window)
     if entries is None or entries.stack.shape[2] == 0:
         return softmax_attention(queries.q, near, near_visible, sink)
 
     def attend_prefix(size: int) -> jax.Array:
-        index = jnp.arange(size)
-        visible = (index >= queries.lo[..., None]) & (index < queries.hi[..., None])
+        visible = _entries_visible(queries, size)
         values = entries.prefix(size)
         if index_keys is not None and size > top_k:
-            scores = index_scores(queries.index_q, queries.index_weights, index_keys.prefix(size))
+            scores = _scores(queries, index_keys, size)
             if size > GATHER_BEYOND * top_k:
                 return _attend_gathered(queries, near, near_visible, values, scores, visible, sink, top_k)
             visible = select(scores, visible, top_k)
@@ -169,6 +158,58 @@ def _attend_block(line, entries, index_keys, sink, start, queries, *, window, to
     needed = queries.hi.max()
     branch = sum((needed > size).astype(jnp.int32) for size in sizes[:-1])
     return jax.lax.switch(branch, [functools.partial(attend_prefix, size) for size in sizes])
+
+
+def _window_visible(position: Int32[Array, "B c"], window: int) -> Bool[Array, "B c K"]:
+    """Which of the c + W - 1 window entries each query sees: the last W of its own segment."""
+    count = position.shape[1]
+    # Query a stands at place window - 1 + a, so the key at place j lies `distance` tokens before it.
+    distance = jnp.arange(count)[:, None] + (window - 1) - jnp.arange(count + window - 1)
+    return (distance >= 0) & (distance <= jnp.minimum(position, window - 1)[..., None])
+
+
+def _entries_visible(queries: Queries, size: int) -> Bool[Array, "B c size"]:
+    index = jnp.arange(size)
+    return (index >= queries.lo[..., None]) & (index < queries.hi[..., None])
+
+
+def _scores(queries: Queries, index_keys: Entries, size: int) -> Float32[Array, "B c size"]:
+    return jax.lax.stop_gradient(
+        index_scores(queries.index_q, queries.index_weights, index_keys.prefix(size))
+    )
+
+
+def view(
+    queries: Queries,
+    line: Float[Array, "B past+T Dh"],
+    entries: Entries | None,
+    index_keys: Entries | None,
+    sink: Float32[Array, "H"],
+    *,
+    window: int,
+    top_k: int,
+    collect: frozenset[str],
+) -> dict[str, jax.Array]:
+    """What the queries look at, for inspection: dense, so for short calls only.
+
+    Returns:
+        "selected": bool[B, T, S], the entries the indexer chose (CSA layers);
+        "attention": f32[B, T, H, W - 1 + T + S], probabilities over the window entries, then the entries.
+    """
+    taps = {}
+    keys, visible = line, _window_visible(queries.position, window)
+    if entries is not None:
+        size = entries.stack.shape[2]
+        chosen = _entries_visible(queries, size)
+        if index_keys is not None:
+            chosen = select(_scores(queries, index_keys, size), chosen, top_k) if size > top_k else chosen
+            taps["selected"] = chosen
+        keys = jnp.concatenate([line, entries.prefix(size).astype(line.dtype)], axis=1)
+        visible = jnp.concatenate([visible, chosen], axis=2)
+    if "attention" in collect:
+        weight, total = _sink_softmax(queries.q, keys, visible, sink)
+        taps["attention"] = weight / total
+    return {name: taps[name] for name in sorted(collect & taps.keys())}
 
 
 def prefix_sizes(capacity: int) -> tuple[int, ...]:
@@ -190,9 +231,9 @@ def _attend_gathered(queries, near, near_visible, values, scores, visible, sink,
         q, near_seen, chosen, seen = xs  # [B, H, Dh], [B, K], [B, Ki], [B, Ki]
         picked = values.at[batch[:, None], chosen].get(mode="promise_in_bounds")
         keys = jnp.concatenate([near, picked.astype(near.dtype)], axis=1)
-        return softmax_attention(
-            q[:, None], keys, jnp.concatenate([near_seen, seen], axis=1)[:, None], sink
-        )[:, 0]
+        return softmax_attention(q[:, None], keys, jnp.concatenate([near_seen, seen], axis=1)[:, None], sink)[
+            :, 0
+        ]
 
     by_query = [jnp.moveaxis(x, 1, 0) for x in (queries.q, near_visible, index, best > -jnp.inf)]
     return jnp.moveaxis(jax.lax.map(one_query, tuple(by_query)), 0, 1)
@@ -208,21 +249,20 @@ class Attention(nnx.Module):
         kind: AttentionKind,
         *,
         repeats: int,
-        rngs: nnx.Rngs,
     ) -> None:
         c, std, dtype = config, config.initializer_range, policy.param_dtype
         layers, hidden = {"layers": repeats}, {"hidden": c.hidden_size}
         rank, head = {"q_rank": c.q_lora_rank}, {"head_dim": c.head_dim}
         heads = {"groups": c.o_groups, "heads_per_group": c.heads_per_group}
         out_rank = {"groups": c.o_groups, "o_rank": c.o_lora_rank}
-        self.wq_a = matrix(rngs, layers | rank | hidden, dtype, std)
+        self.wq_a = matrix(layers | rank | hidden, dtype, std)
         self.q_norm = constant(layers | rank, 1.0)
-        self.wq_b = matrix(rngs, layers | heads | head | rank, dtype, std)
-        self.wkv = matrix(rngs, layers | head | hidden, dtype, std)
+        self.wq_b = matrix(layers | heads | head | rank, dtype, std)
+        self.wkv = matrix(layers | head | hidden, dtype, std)
         self.kv_norm = constant(layers | head, 1.0)
         heads_in = {"heads_per_group": c.heads_per_group} | head
-        self.wo_a = matrix(rngs, layers | out_rank | heads_in, dtype, std)
-        self.wo_b = matrix(rngs, layers | hidden | out_rank, dtype, std)
+        self.wo_a = matrix(layers | out_rank | heads_in, dtype, std)
+        self.wo_b = matrix(layers | hidden | out_rank, dtype, std)
         self.attn_sink = constant(layers | heads, 0.0)
         if kind == "window":
             self.compressor = None
@@ -234,9 +274,8 @@ class Attention(nnx.Module):
                 branches=2 if kind == "csa" else 1,
                 width=c.head_dim,
                 repeats=repeats,
-                rngs=rngs,
             )
-        self.indexer = Indexer(config, policy, repeats=repeats, rngs=rngs) if kind == "csa" else None
+        self.indexer = Indexer(config, policy, repeats=repeats) if kind == "csa" else None
         self.window = c.sliding_window
         self.top_k = c.index_topk
         self.eps = c.rms_norm_eps
@@ -249,7 +288,8 @@ class Attention(nnx.Module):
         blocks: Blocks | None,
         cache: LayerCache | None,
         repeat: Int32[Array, ""],
-    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+        collect: frozenset[str],
+    ) -> tuple[Float[Array, "B T D"], LayerCache | None, dict[str, jax.Array]]:
         """Attention of the tokens of one call (report, section 2.3).
 
         Args:
@@ -259,6 +299,7 @@ class Attention(nnx.Module):
             blocks: the layer kind's blocks; None for window layers.
             cache: None, or the layer's stack of states, updated in the returned copy.
             repeat: index into that stack.
+            collect: "selected" and "attention" are returned by this sublayer (see `view`).
         """
         batch, length = x.shape[:2]
         by_head = Rotation(rotation.cos[:, :, None], rotation.sin[:, :, None])
@@ -303,16 +344,12 @@ class Attention(nnx.Module):
             index_q,
             index_weights,
         )
-        o = hybrid_attention(
-            queries,
-            jnp.concatenate([past, kv], axis=1),
-            entries,
-            index_keys,
-            self.attn_sink[...].reshape(-1),
-            window=self.window,
-            top_k=self.top_k,
-        )
+        line = jnp.concatenate([past, kv], axis=1)
+        seen = (queries, line, entries, index_keys, self.attn_sink[...].reshape(-1))
+        sizes = {"window": self.window, "top_k": self.top_k}
+        o = hybrid_attention(*seen, **sizes)
+        taps = view(*seen, **sizes, collect=collect) if collect & {"selected", "attention"} else {}
         # The values were rotated at their own positions; turning back by the query's leaves the offset.
         o = rotate(o, by_head.inverse).reshape(batch, length, groups, per_group, head_dim)
         a = project("btgjd,gojd->btgo", o, self.wo_a[...])
-        return project("btgo,dgo->btd", a, self.wo_b[...]), new_cache
+        return project("btgo,dgo->btd", a, self.wo_b[...]), new_cache, taps

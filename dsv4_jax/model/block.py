@@ -47,15 +47,14 @@ class Block(nnx.Module):
         router: RouterKind,
         *,
         repeats: int,
-        rngs: nnx.Rngs,
     ) -> None:
         dims = {"layers": repeats, "hidden": config.hidden_size}
-        self.hc_attn = HyperConnection(config, repeats, rngs)
+        self.hc_attn = HyperConnection(config, repeats)
         self.attn_norm = constant(dims, 1.0)
-        self.attn = Attention(config, policy, attention, repeats=repeats, rngs=rngs)
-        self.hc_ffn = HyperConnection(config, repeats, rngs)
+        self.attn = Attention(config, policy, attention, repeats=repeats)
+        self.hc_ffn = HyperConnection(config, repeats)
         self.ffn_norm = constant(dims, 1.0)
-        self.ffn = MixtureOfExperts(config, policy, router, repeats=repeats, rngs=rngs)
+        self.ffn = MixtureOfExperts(config, policy, router, repeats=repeats)
         self.kind = attention
         self.eps = config.rms_norm_eps
 
@@ -70,10 +69,10 @@ class Block(nnx.Module):
         """Two sublayers; also returns what `collect` names (see `transformer.TAPS`)."""
         maps = self.hc_attn(streams)
         x = rms_norm(combine(streams, maps.pre), self.attn_norm[...], self.eps)
-        y, cache = self.attn(
-            x, around.span, around.rotation(self.kind), around.blocks(self.kind), cache, repeat
+        y, cache, taps = self.attn(
+            x, around.span, around.rotation(self.kind), around.blocks(self.kind), cache, repeat, collect
         )
-        taps = {"attention_input": x, "attention_mixing": maps.comb}
+        taps |= {"attention_mixing": maps.comb}
         streams = expand(streams, y, maps)
 
         maps = self.hc_ffn(streams)

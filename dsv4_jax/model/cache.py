@@ -19,9 +19,7 @@ from jaxtyping import Array, Float, Int32
 from dsv4_jax.config import AttentionKind, ModelConfig, layer_stacks
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["kv", "gate", "entries"], meta_fields=[]
-)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["kv", "gate", "entries"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class CompressorCache:
     """State of one compressor: raw rows of unfinished blocks and finished entries (inference, section 1)."""
@@ -132,9 +130,7 @@ def new_cache(
             main = compressor(repeats, config.hca_ratio, 1, config.head_dim)
             return LayerCache(window, main, None)
         main = compressor(repeats, config.csa_ratio, 2, config.head_dim)
-        return LayerCache(
-            window, main, compressor(repeats, config.csa_ratio, 2, config.index_head_dim)
-        )
+        return LayerCache(window, main, compressor(repeats, config.csa_ratio, 2, config.index_head_dim))
 
     # A length and a mark of its own: a donated cache must not hold one buffer twice.
     return Cache(

@@ -15,9 +15,7 @@ from dsv4_jax.model.span import Blocks, Span, block_rows
 from dsv4_jax.numerics.policy import Policy
 
 
-def pool(
-    kv: Float[Array, "B P rows Dc"], logits: Float[Array, "B P rows Dc"]
-) -> Float[Array, "B P Dc"]:
+def pool(kv: Float[Array, "B P rows Dc"], logits: Float[Array, "B P rows Dc"]) -> Float[Array, "B P Dc"]:
     """sum_j softmax_j(logits)[channel] * kv[j], float32, independently for every channel."""
     weight = jax.nn.softmax(logits.astype(jnp.float32), axis=2)
     return (weight * kv.astype(jnp.float32)).sum(axis=2)
@@ -40,15 +38,12 @@ class Compressor(nnx.Module):
         branches: int,
         width: int,
         repeats: int,
-        rngs: nnx.Rngs,
     ) -> None:
         out = {"layers": repeats, "branches": branches, "entry": width}
         dims = out | {"hidden": config.hidden_size}
-        self.wkv = matrix(rngs, dims, policy.param_dtype, config.initializer_range)
-        self.wgate = matrix(rngs, dims, policy.param_dtype, config.initializer_range)
-        self.ape = constant(
-            {"layers": repeats, "ratio": ratio, "branches": branches, "entry": width}, 0.0
-        )
+        self.wkv = matrix(dims, policy.param_dtype, config.initializer_range)
+        self.wgate = matrix(dims, policy.param_dtype, config.initializer_range)
+        self.ape = constant({"layers": repeats, "ratio": ratio, "branches": branches, "entry": width}, 0.0)
         self.norm = constant({"layers": repeats, "entry": width}, 1.0)
         self.ratio = ratio
         self.branches = branches
@@ -87,9 +82,7 @@ class Compressor(nnx.Module):
         new = jax.lax.cond(
             jnp.any(blocks.count > 0),
             lambda: self._emit(*joined, blocks).astype(cache.entries.dtype),
-            lambda: jnp.zeros(
-                (batch, blocks.is_first.shape[1], kv.shape[-1]), cache.entries.dtype
-            ),
+            lambda: jnp.zeros((batch, blocks.is_first.shape[1], kv.shape[-1]), cache.entries.dtype),
         )
         cache = CompressorCache(
             write_ring(cache.kv, repeat, kv, span.start, span.num_valid),
@@ -114,9 +107,7 @@ class Compressor(nnx.Module):
         entry = rms_norm(pool(values, logits).astype(kv.dtype), self.norm[...], self.eps)
         return rotate(entry, blocks.rotation)
 
-    def _previous(
-        self, rows: Float[Array, "B rows Dc"], blocks: Blocks
-    ) -> Float[Array, "B P m Dc"]:
+    def _previous(self, rows: Float[Array, "B rows Dc"], blocks: Blocks) -> Float[Array, "B P m Dc"]:
         if blocks.previous is not None:
             return block_rows(rows, blocks.previous, self.ratio)
         grouped = block_rows(rows, None, self.ratio)

@@ -25,9 +25,7 @@ class StreamMaps(NamedTuple):
     comb: Float32[Array, "N N B T"]  # comb[j, k]: from input stream j to output stream k
 
 
-def sinkhorn(
-    logits: Float32[Array, "N N B T"], num_iters: int, eps: float
-) -> Float32[Array, "N N B T"]:
+def sinkhorn(logits: Float32[Array, "N N B T"], num_iters: int, eps: float) -> Float32[Array, "N N B T"]:
     """Projects each logits[:, :, b, t] towards the doubly stochastic matrices (report, section 2.2).
 
     Row softmax, then columns, then `num_iters` - 1 times rows and columns; `eps` is added to the softmax
@@ -52,14 +50,10 @@ def _scores(
     return project_float32("btnd,rnd->rbt", x, fn) * inverse_rms
 
 
-def combine(
-    streams: Float[Array, "B T N D"], pre: Float32[Array, "N B T"]
-) -> Float[Array, "B T D"]:
+def combine(streams: Float[Array, "B T N D"], pre: Float32[Array, "N B T"]) -> Float[Array, "B T D"]:
     """sum_j pre[j] X[j]: float32 sum, one cast to the dtype of the streams."""
     # Spelled out per stream: a batched 4-vector dot a token is far slower than N fused multiply-adds.
-    total = sum(
-        pre[j][..., None] * streams[:, :, j].astype(jnp.float32) for j in range(streams.shape[2])
-    )
+    total = sum(pre[j][..., None] * streams[:, :, j].astype(jnp.float32) for j in range(streams.shape[2]))
     return total.astype(streams.dtype)
 
 
@@ -80,11 +74,11 @@ def expand(
 class HyperConnection(nnx.Module):
     """The maps of one sublayer: fn f32[2N + N^2, N, D] rows (pre, post, comb row-major), base, scale."""
 
-    def __init__(self, config: ModelConfig, repeats: int, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModelConfig, repeats: int) -> None:
         n = config.hc_mult
         rows = {"layers": repeats, "hc_rows": (2 + n) * n}
         dims = rows | {"streams": n, "hidden": config.hidden_size}
-        self.fn = matrix(rngs, dims, jnp.dtype("float32"), config.initializer_range)
+        self.fn = matrix(dims, jnp.dtype("float32"), config.initializer_range)
         self.base = constant(rows, 0.0)
         self.scale = constant({"layers": repeats, "hc_parts": 3}, 0.01)
         self.num_streams = n
@@ -106,10 +100,10 @@ class HyperConnection(nnx.Module):
 class StreamCollapse(nnx.Module):
     """The head's collapse of N streams into one: sigmoid gates only (report, section 2.2)."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         n = config.hc_mult
         dims = {"hc_rows": n, "streams": n, "hidden": config.hidden_size}
-        self.fn = matrix(rngs, dims, jnp.dtype("float32"), config.initializer_range)
+        self.fn = matrix(dims, jnp.dtype("float32"), config.initializer_range)
         self.base = constant({"hc_rows": n}, 0.0)
         self.scale = constant({"hc_parts": 1}, 0.01)
         self.eps = config.hc_eps

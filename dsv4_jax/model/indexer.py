@@ -22,15 +22,13 @@ MAX_SCORE_ELEMENTS = 2**24
 class Indexer(nnx.Module):
     """Queries from the query latent, keys from a compressor of its own, one weight a head from the input."""
 
-    def __init__(
-        self, config: ModelConfig, policy: Policy, *, repeats: int, rngs: nnx.Rngs
-    ) -> None:
+    def __init__(self, config: ModelConfig, policy: Policy, *, repeats: int) -> None:
         heads = {"layers": repeats, "index_heads": config.index_n_heads}
         std = config.initializer_range
         query = heads | {"index_head_dim": config.index_head_dim, "q_rank": config.q_lora_rank}
-        self.wq_b = matrix(rngs, query, policy.param_dtype, std)
+        self.wq_b = matrix(query, policy.param_dtype, std)
         weights = heads | {"hidden": config.hidden_size}
-        self.weights_proj = matrix(rngs, weights, policy.param_dtype, std)
+        self.weights_proj = matrix(weights, policy.param_dtype, std)
         self.compressor = Compressor(
             config,
             policy,
@@ -38,7 +36,6 @@ class Indexer(nnx.Module):
             branches=2,
             width=config.index_head_dim,
             repeats=repeats,
-            rngs=rngs,
         )
         self.scale = (config.index_head_dim * config.index_n_heads) ** -0.5
 

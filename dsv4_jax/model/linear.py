@@ -5,9 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
 
-def project(
-    equation: str, x: Float[Array, "..."], weight: Float[Array, "..."]
-) -> Float[Array, "..."]:
+def project(equation: str, x: Float[Array, "..."], weight: Float[Array, "..."]) -> Float[Array, "..."]:
     """einsum with float32 accumulation and one cast back to the dtype of `x`.
 
     `preferred_element_type` is stated because a bf16 x bf16 -> bf16 dot runs at float32 speed on CPUs.

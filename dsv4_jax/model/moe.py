@@ -17,26 +17,28 @@ from pallas_kernels.grouped_matmul import expert_ffn
 class Experts(nnx.Module):
     """The routed experts' weights: gate_up [E, 2, F, D] (0 = gate w1, 1 = up w3) and down [E, D, F]."""
 
-    def __init__(
-        self, config: ModelConfig, policy: Policy, *, repeats: int, rngs: nnx.Rngs
-    ) -> None:
+    def __init__(self, config: ModelConfig, policy: Policy, *, repeats: int) -> None:
         std, dtype = config.initializer_range, policy.param_dtype
         experts = {"layers": repeats, "experts": config.n_routed_experts}
-        width, hidden = {"expert_width": config.moe_intermediate_size}, {"hidden": config.hidden_size}
-        self.gate_up = matrix(rngs, experts | {"gate_up": 2} | width | hidden, dtype, std)
-        self.down = matrix(rngs, experts | hidden | width, dtype, std)
+        width, hidden = (
+            {"expert_width": config.moe_intermediate_size},
+            {"hidden": config.hidden_size},
+        )
+        self.gate_up = matrix(experts | {"gate_up": 2} | width | hidden, dtype, std)
+        self.down = matrix(experts | hidden | width, dtype, std)
 
 
 class SharedExpert(nnx.Module):
     """The expert every token uses; clamped like the routed ones."""
 
-    def __init__(
-        self, config: ModelConfig, policy: Policy, *, repeats: int, rngs: nnx.Rngs
-    ) -> None:
+    def __init__(self, config: ModelConfig, policy: Policy, *, repeats: int) -> None:
         std, dtype = config.initializer_range, policy.param_dtype
-        width, hidden = {"expert_width": config.moe_intermediate_size}, {"hidden": config.hidden_size}
-        self.gate_up = matrix(rngs, {"layers": repeats, "gate_up": 2} | width | hidden, dtype, std)
-        self.down = matrix(rngs, {"layers": repeats} | hidden | width, dtype, std)
+        width, hidden = (
+            {"expert_width": config.moe_intermediate_size},
+            {"hidden": config.hidden_size},
+        )
+        self.gate_up = matrix({"layers": repeats, "gate_up": 2} | width | hidden, dtype, std)
+        self.down = matrix({"layers": repeats} | hidden | width, dtype, std)
         self.limit = config.swiglu_limit
 
     def __call__(self, x: Float[Array, "tokens D"]) -> Float[Array, "tokens D"]:
@@ -58,11 +60,10 @@ class MixtureOfExperts(nnx.Module):
         kind: RouterKind,
         *,
         repeats: int,
-        rngs: nnx.Rngs,
     ) -> None:
-        self.gate = Router(config, policy, kind, repeats=repeats, rngs=rngs)
-        self.experts = Experts(config, policy, repeats=repeats, rngs=rngs)
-        self.shared = SharedExpert(config, policy, repeats=repeats, rngs=rngs)
+        self.gate = Router(config, policy, kind, repeats=repeats)
+        self.experts = Experts(config, policy, repeats=repeats)
+        self.shared = SharedExpert(config, policy, repeats=repeats)
         self.limit = config.swiglu_limit
         self.num_experts = config.n_routed_experts
 

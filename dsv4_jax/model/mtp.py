@@ -1,10 +1,9 @@
 """Multi-token prediction: one more block that guesses the token after the next (report, section 2.1)."""
 
-from flax import nnx
-from jaxtyping import Array, Float, Int32
-
 import jax
 import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
 
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.model.block import Block, Surroundings
@@ -21,16 +20,16 @@ class MultiTokenPrediction(nnx.Module):
     Embedding and head are the backbone's; the collapse and the last norm are its own.
     """
 
-    def __init__(self, config: ModelConfig, policy: Policy, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModelConfig, policy: Policy) -> None:
         std, dtype = config.initializer_range, policy.param_dtype
         square = {"hidden_out": config.hidden_size, "hidden": config.hidden_size}
-        self.e_proj = matrix(rngs, square, dtype, std)
-        self.h_proj = matrix(rngs, square, dtype, std)
+        self.e_proj = matrix(square, dtype, std)
+        self.h_proj = matrix(square, dtype, std)
         self.enorm = constant({"hidden": config.hidden_size}, 1.0)
         self.hnorm = constant({"hidden": config.hidden_size}, 1.0)
         self.norm = constant({"hidden": config.hidden_size}, 1.0)
-        self.hc_head = StreamCollapse(config, rngs)
-        self.block = Block(config, policy, "window", "learned", repeats=1, rngs=rngs)
+        self.hc_head = StreamCollapse(config)
+        self.block = Block(config, policy, "window", "learned", repeats=1)
         self.eps = config.rms_norm_eps
 
     def __call__(

@@ -3,7 +3,6 @@
 Report, section 2.1. All of it is float32, whatever the compute dtype.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -13,7 +12,7 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from dsv4_jax.config import ModelConfig, RouterKind
 from dsv4_jax.model.linear import project_float32
-from dsv4_jax.model.parameters import constant, matrix
+from dsv4_jax.model.parameters import constant, expert_table, matrix
 from dsv4_jax.numerics.policy import Policy
 
 FLOOR = 1e-20
@@ -55,13 +54,14 @@ class Router(nnx.Module):
         kind: RouterKind,
         *,
         repeats: int,
-        rngs: nnx.Rngs,
     ) -> None:
         experts = {"layers": repeats, "experts": config.n_routed_experts}
         dims = experts | {"hidden": config.hidden_size}
-        self.weight = matrix(rngs, dims, policy.param_dtype, config.initializer_range)
+        self.weight = matrix(dims, policy.param_dtype, config.initializer_range)
+        table = {"layers": repeats, "vocab": config.vocab_size}
+        table |= {"active_experts": config.num_experts_per_tok}
         self.bias = constant(experts, 0.0) if kind == "learned" else None
-        self.tid2eid = None if kind == "learned" else balanced_table(config, repeats, rngs)
+        self.tid2eid = None if kind == "learned" else expert_table(table, config.n_routed_experts)
         self.top_k = config.num_experts_per_tok
         self.scaling = config.routed_scaling_factor
 
@@ -76,29 +76,3 @@ class Router(nnx.Module):
         chosen = jnp.take_along_axis(scores, experts, axis=1)
         total = jnp.maximum(chosen.sum(axis=1, keepdims=True), FLOOR)
         return Routing(experts, self.scaling * chosen / total, scores)
-
-
-def balanced_table(config: ModelConfig, repeats: int, rngs: nnx.Rngs) -> nnx.Param:
-    """A hash table i32[R, V, Ke] for a new model: Ke distinct experts a token id, every expert equally often.
-
-    DeepSeek's own hash is not published. Consecutive runs of a shuffled cycle of experts are distinct,
-    and a random relabelling of the token ids makes neighbours unrelated.
-    """
-    key, shape = rngs.params(), (repeats, config.vocab_size, config.num_experts_per_tok)
-    return nnx.Param(
-        _draw_table(key, shape, config.n_routed_experts), dims=("layers", "vocab", "active_experts")
-    )
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _draw_table(key: jax.Array, shape: tuple[int, int, int], num: int) -> Int32[Array, "R V Ke"]:
-    repeats, vocab, top_k = shape
-
-    def one(key: jax.Array) -> Int32[Array, "V Ke"]:
-        by_expert, by_token = jax.random.split(key)
-        cycle = jax.random.permutation(by_expert, num).astype(jnp.int32)
-        # Token i takes places i Ke .. i Ke + Ke - 1 of the endlessly repeated cycle.
-        place = jax.random.permutation(by_token, vocab)[:, None] * top_k + jnp.arange(top_k)
-        return cycle[place % num]
-
-    return jnp.stack([one(each) for each in jax.random.split(key, repeats)])

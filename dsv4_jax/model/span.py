@@ -51,9 +51,7 @@ class Blocks(NamedTuple):
     hi: Int32[Array, "B T"]
 
 
-def appended(
-    ids: Int32[Array, "B T"], start: Int32[Array, "B"], num_valid: Int32[Array, "B"]
-) -> Span:
+def appended(ids: Int32[Array, "B T"], start: Int32[Array, "B"], num_valid: Int32[Array, "B"]) -> Span:
     """Tokens that continue each row of a cache at its own length; those past `num_valid` are padding."""
     offset = jnp.arange(ids.shape[1], dtype=jnp.int32)
     position = start[:, None] + offset
@@ -69,9 +67,7 @@ def packed(ids: Int32[Array, "B T"], segment_ids: Int32[Array, "B T"]) -> Span:
     """Rows of several sequences: runs of equal segment id; id 0 is padding."""
     batch, length = ids.shape
     index = jnp.arange(length, dtype=jnp.int32)
-    changed = jnp.concatenate(
-        [jnp.ones((batch, 1), bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1
-    )
+    changed = jnp.concatenate([jnp.ones((batch, 1), bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1)
     segment_start = jax.lax.cummax(jnp.where(changed, index, 0), axis=1)
     valid = segment_ids > 0
     start = jnp.zeros((batch,), jnp.int32)

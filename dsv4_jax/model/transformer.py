@@ -14,7 +14,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int32
 
 from dsv4_jax.config import LayerStack, ModelConfig, layer_stacks
-from dsv4_jax.model import rope, span as spans
+from dsv4_jax.model import rope
+from dsv4_jax.model import span as spans
 from dsv4_jax.model.block import Block, Surroundings
 from dsv4_jax.model.cache import Cache, LayerCache
 from dsv4_jax.model.hyper_connection import StreamCollapse
@@ -29,7 +30,8 @@ TAPS = {
     "streams": "residual streams after each layer, [B, T, N, D]",
     "experts": "expert ids, i32[B, T, Ke]",
     "router_scores": "unbiased scores of all experts, f32[B, T, E]",
-    "attention_input": "normalised input of the attention sublayer, [B, T, D]",
+    "selected": "entries the indexer chose, bool[B, T, S] (CSA layers)",
+    "attention": "probabilities over window entries, then entries, f32[B, T, H, W - 1 + T + S]",
     "attention_mixing": "comb of the attention sublayer, f32[N, N, B, T], input stream first",
     "expert_mixing": "comb of the expert sublayer, f32[N, N, B, T], input stream first",
 }
@@ -47,36 +49,30 @@ class Forward(NamedTuple):
 class Stack(nnx.Module):
     """The parameters of one run of layers: one Block a unit position, stacked over repeats."""
 
-    def __init__(
-        self, config: ModelConfig, policy: Policy, stack: LayerStack, rngs: nnx.Rngs
-    ) -> None:
+    def __init__(self, config: ModelConfig, policy: Policy, stack: LayerStack) -> None:
         self.blocks = nnx.List(
-            Block(config, policy, attention, router, repeats=stack.repeats, rngs=rngs)
+            Block(config, policy, attention, router, repeats=stack.repeats)
             for attention, router in stack.kinds
         )
 
 
 class Transformer(nnx.Module):
-    """DeepSeek-V4. Parameters are drawn at construction; checkpoints replace them.
+    """DeepSeek-V4. Build it with `initial.graph_of`; parameters come from a draw or a checkpoint.
 
     Args:
         config: the architecture.
         policy: dtypes, numerics, recomputation.
-        rngs: initial values (normal(0, initializer_range); biases and sinks 0, norms 1, mHC scale 0.01).
     """
 
-    def __init__(self, config: ModelConfig, policy: Policy, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModelConfig, policy: Policy) -> None:
         table = {"vocab": config.vocab_size, "hidden": config.hidden_size}
-        self.embed = matrix(rngs, table, policy.param_dtype, config.initializer_range)
-        self.stacks = nnx.List(
-            Stack(config, policy, stack, rngs) for stack in layer_stacks(config)
-        )
-        self.hc_head = StreamCollapse(config, rngs)
+        self.embed = matrix(table, policy.param_dtype, config.initializer_range)
+        self.stacks = nnx.List(Stack(config, policy, stack) for stack in layer_stacks(config))
+        self.hc_head = StreamCollapse(config)
         self.norm = constant({"hidden": config.hidden_size}, 1.0)
-        self.head = matrix(rngs, table, policy.param_dtype, config.initializer_range)
+        self.head = matrix(table, policy.param_dtype, config.initializer_range)
         self.mtp = nnx.List(
-            MultiTokenPrediction(config, policy, rngs)
-            for _ in range(config.num_nextn_predict_layers)
+            MultiTokenPrediction(config, policy) for _ in range(config.num_nextn_predict_layers)
         )
         self.config = config
         self.policy = policy
@@ -125,9 +121,7 @@ class Transformer(nnx.Module):
         if cache is not None:
             length = span.start + span.num_valid
             written = jnp.maximum(cache.written, length)
-            cache = Cache(
-                length, written, tuple(layer_caches), cache.max_length, cache.max_rewind
-            )
+            cache = Cache(length, written, tuple(layer_caches), cache.max_length, cache.max_rewind)
         return Forward(streams, cache, taps)
 
     def surroundings(self, span: Span, cache: Cache | None) -> Surroundings:
@@ -177,9 +171,7 @@ class Transformer(nnx.Module):
         if not self.mtp:
             raise ValueError("this model has no MTP block (num_nextn_predict_layers = 0)")
         valid = span.valid[:, :-1] & span.valid[:, 1:]
-        here = dataclasses.replace(
-            span, ids=span.ids[:, :-1], position=span.position[:, :-1], valid=valid
-        )
+        here = dataclasses.replace(span, ids=span.ids[:, :-1], position=span.position[:, :-1], valid=valid)
         around = self.surroundings(here, None)
         following = self.embedding(span.ids[:, 1:])
         return self.mtp[0](streams[:, :-1], following, around, collect)
@@ -228,7 +220,5 @@ def run_stack(
     xs = (states, jnp.arange(repeats, dtype=jnp.int32))
     # The cache is carried, not scanned: a carry is updated in place, a scanned output is a second copy.
     (streams, caches), taps = jax.lax.scan(step, (streams, caches), xs)
-    by_layer = [
-        jax.tree.map(lambda leaf, r=r: leaf[r], seen) for r in range(repeats) for seen in taps
-    ]
+    by_layer = [jax.tree.map(lambda leaf, r=r: leaf[r], seen) for r in range(repeats) for seen in taps]
     return streams, caches, by_layer

@@ -298,6 +298,15 @@ def test_extra_shard(sharded: Path) -> None:
     assert len(refused(sharded, f"extra.safetensors: is in the directory but not in {INDEX}")) == 1
 
 
+def test_file_names_that_cannot_be_printed(sharded: Path) -> None:
+    (sharded / os.fsdecode(b"\xff\xfe.safetensors")).write_bytes(b"")
+    problems = refused(sharded, "is in the directory but not in")
+    assert all(problem.isascii() for problem in problems)
+    (sharded / INDEX).unlink()
+    problems = refused(sharded, "is not a plain file name")
+    assert all(problem.isascii() for problem in problems)
+
+
 def test_tensor_listed_but_absent(sharded: Path) -> None:
     save_index(sharded, WEIGHT_MAP | {"g.w": SECOND})
     assert len(refused(sharded, SECOND, "'g.w' is listed", "but not stored")) == 1

@@ -36,6 +36,11 @@ def check(directory: Path) -> bool:
     return True
 
 
+def distinct(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    assert len(dict(pairs)) == len(pairs), "an accepted header has repeated keys"
+    return dict(pairs)
+
+
 def check_single(content: bytes) -> bool:
     with tempfile.TemporaryDirectory() as name:
         path = Path(name) / "model.safetensors"
@@ -48,6 +53,7 @@ def check_single(content: bytes) -> bool:
                 assert tensor.start == cursor < tensor.end
                 cursor = tensor.end
             assert cursor == len(content)
+            json.loads(content[8 : header.data_start], object_pairs_hook=distinct)
             # whatever we accept, the public library accepts, with the same bytes
             theirs = dict(safetensors.deserialize(content))
             assert theirs.keys() == header.tensors.keys()

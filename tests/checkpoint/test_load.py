@@ -13,7 +13,7 @@ import pytest
 from dsv4_jax.checkpoint import names, storage
 from dsv4_jax.checkpoint.load import aligned, load_checkpoint
 from dsv4_jax.checkpoint.save import flattened
-from dsv4_jax.config_io import DSPARK_NOTE
+from dsv4_jax.config_io import DSPARK_NOTE, VISION_NOTE
 from dsv4_jax.numerics.policy import Policy
 from tests.checkpoint import synthetic
 
@@ -90,6 +90,47 @@ def test_mapped_copied_and_sharded_files_give_the_same(tmp_path):
         jax.tree.map(np.testing.assert_array_equal, trees[0], other)
 
 
+def random_fp8(rng, shape):
+    codes = rng.integers(0, 0x7F, shape, dtype=np.uint8)
+    return codes.view(ml_dtypes.float8_e4m3fn)
+
+
+def random_scales(rng, shape):
+    return rng.integers(120, 127, shape, dtype=np.uint8).view(ml_dtypes.float8_e8m0fnu)
+
+
+@pytest.mark.parametrize("layout", ["hybrid", "transformers"])
+def test_fp8_in_the_layouts_of_transformers(tmp_path, layout):
+    """Scales are called weight_scale_inv; stacked experts have one grid over gate and up rows."""
+    config = synthetic.smallest_config(
+        hidden_size=160, moe_intermediate_size=96, num_nextn_predict_layers=0
+    )
+    rng = np.random.default_rng(5)
+    tensors, expected = {}, {}
+    official = synthetic.make_tensors(config)
+    by_place = {(s.path, s.index): official[s.name] for s in names.official_tensors(config)}
+    for spec in names.layout_tensors(config, layout):
+        if spec.scale_name is None:
+            tensors[spec.name] = expected[spec.name] = by_place[spec.path, spec.index]
+            continue
+        grid = (*spec.shape[:-2], -(-spec.shape[-2] // 128), -(-spec.shape[-1] // 128))
+        scale_name = spec.scale_name.replace(".scale", ".weight_scale_inv")
+        tensors[spec.name] = random_fp8(rng, spec.shape)
+        tensors[scale_name] = random_scales(rng, grid)
+        blocks = np.repeat(np.repeat(tensors[scale_name].astype(np.float32), 128, -2), 128, -1)
+        blocks = blocks[..., : spec.shape[-2], : spec.shape[-1]]
+        expected[spec.name] = tensors[spec.name].astype(np.float32) * blocks
+    fields = synthetic.config_dict(config, FP8)
+    synthetic.write_directory(tmp_path, fields, tensors)
+    if layout == "transformers":
+        assert tensors["model.layers.1.mlp.experts.gate_up_proj_scale_inv"].shape == (3, 2, 2)
+    loaded = load_checkpoint(tmp_path, POLICIES[0])
+    assert (loaded.layout, loaded.warnings) == (layout, ())
+    flat = flattened(loaded.parameters)
+    for spec in names.layout_tensors(config, layout):
+        np.testing.assert_array_equal(part_of(flat, spec), expected[spec.name], err_msg=spec.name)
+
+
 def test_converter_aliases_and_window_norm(tmp_path):
     config = synthetic.smallest_config()
     tensors = synthetic.make_tensors(config, storage.PREVIEW)
@@ -143,7 +184,7 @@ def test_text_model_of_a_vision_variant(tmp_path):
     synthetic.write_directory(tmp_path, fields, tensors)
     loaded = load_checkpoint(tmp_path, POLICIES[1], text_only=True)
     assert loaded.config == config
-    assert loaded.warnings == ("1 vision tensors are left out: text-only loading",)
+    assert loaded.warnings == (VISION_NOTE,)
 
 
 def test_unsigned_fp4_bytes(tmp_path):

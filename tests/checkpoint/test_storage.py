@@ -44,7 +44,9 @@ def test_nothing_is_allocated():
 
 
 def test_flash_tensors_one_by_one():
-    found = {t.name: (t.dtype, t.shape) for t in storage.stored_tensors(v4_flash(), storage.PREVIEW)}
+    found = {
+        t.name: (t.dtype, t.shape) for t in storage.stored_tensors(v4_flash(), storage.PREVIEW)
+    }
     for name, expected in {
         "embed.weight": ("BF16", (129280, 4096)),
         "layers.0.attn_norm.weight": ("BF16", (4096,)),

@@ -1,0 +1,71 @@
+"""The structure of a model without its memory, and freshly drawn parameters."""
+
+import functools
+import zlib
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dsv4_jax.config import ModelConfig
+from dsv4_jax.model.transformer import Transformer
+from dsv4_jax.numerics.policy import Policy
+
+Parameters = dict[str, Any]
+"""Nested dict of arrays, the pure state of `Transformer`; list positions are int keys."""
+
+
+@functools.lru_cache(maxsize=32)
+def _abstract(config: ModelConfig, policy: Policy) -> tuple[Any, nnx.State]:
+    return nnx.split(nnx.eval_shape(lambda: Transformer(config, policy)))
+
+
+def graph_of(config: ModelConfig, policy: Policy) -> tuple[Any, Parameters]:
+    """The static structure of the network and the shapes of its parameters; nothing is allocated.
+
+    Returns:
+        `graph` for `nnx.merge(graph, parameters)`, and a nested dict of `jax.ShapeDtypeStruct`.
+    """
+    graph, state = _abstract(config, policy)
+    return graph, nnx.to_pure_dict(state)
+
+
+def initial_parameters(config: ModelConfig, policy: Policy, seed: int) -> Parameters:
+    """Draws a new model on the host.
+
+    Every parameter's values depend on the seed and its own path alone, so adding a layer kind or a part
+    leaves the others as they were. V4's initialisation is not published: matrices are
+    normal(0, initializer_range), biases and sinks 0, norms 1, mHC scale 0.01 (mHC paper).
+
+    Args:
+        seed: any int >= 0.
+    """
+    drawn: Parameters = {}
+    for path, declared in nnx.to_flat_state(_abstract(config, policy)[1]):
+        stream = np.random.default_rng([seed, zlib.crc32("/".join(map(str, path)).encode())])
+        node = drawn
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = jnp.asarray(_draw(declared, stream))
+    return drawn
+
+
+def _draw(declared: nnx.Param, stream: np.random.Generator) -> np.ndarray:
+    shape, dtype = declared.get_value().shape, declared.get_value().dtype
+    described = declared.get_metadata()
+    if "stddev" in described:
+        values = stream.standard_normal(shape, np.float32)
+        return (values * np.float32(described["stddev"])).astype(dtype)
+    if "num_experts" in described:
+        return np.stack([_balanced(shape[1:], described["num_experts"], stream) for _ in range(shape[0])])
+    return np.full(shape, described["fill"], dtype)
+
+
+def _balanced(shape: tuple[int, int], num_experts: int, stream: np.random.Generator) -> np.ndarray:
+    """i32[V, Ke]: token i takes Ke neighbours of an endlessly repeated cycle of experts, so they differ
+    and every expert is used equally often. DeepSeek's own hash function is not published."""
+    vocab, top_k = shape
+    cycle = stream.permutation(num_experts).astype(np.int32)
+    place = stream.permutation(vocab)[:, None] * top_k + np.arange(top_k)
+    return cycle[place % num_experts]

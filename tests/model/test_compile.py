@@ -1,0 +1,85 @@
+"""Compile-time promises: depth costs nothing to trace, and a decode step works on the cache in place."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsv4_jax import language_model as compiled
+from dsv4_jax.config import layer_stacks, tiny
+from dsv4_jax.language_model import LanguageModel
+from dsv4_jax.model.cache import new_cache
+from dsv4_jax.model.initial import graph_of
+from dsv4_jax.numerics.policy import Policy
+
+POLICY = Policy.of("float32")
+
+
+def abstract_decode(config, batch=2, max_length=512):
+    cache = jax.eval_shape(lambda: new_cache(config, batch, max_length, POLICY.cache_dtype))
+    logits = jax.ShapeDtypeStruct((batch, config.vocab_size), jnp.float32)
+    scalar = jax.ShapeDtypeStruct((), jnp.float32)
+    return (
+        cache,
+        logits,
+        jax.eval_shape(lambda: jax.random.key(0)),
+        jax.ShapeDtypeStruct((), jnp.int32),
+        scalar,
+        scalar,
+        jax.ShapeDtypeStruct((batch,), bool),
+        jax.ShapeDtypeStruct((1,), jnp.int32),
+    )
+
+
+def count_equations(jaxpr) -> int:
+    inner = 0
+    for equation in jaxpr.eqns:
+        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=is_jaxpr):
+            if is_jaxpr(value):
+                inner += count_equations(getattr(value, "jaxpr", value))
+    return len(jaxpr.eqns) + inner
+
+
+def is_jaxpr(value) -> bool:
+    return hasattr(value, "eqns") or hasattr(value, "jaxpr")
+
+
+def traced_size(num_layers: int) -> int:
+    config = tiny(num_layers)
+    graph, parameters = graph_of(config, POLICY)
+    traced = jax.make_jaxpr(compiled._decode.__wrapped__, static_argnums=0)(
+        graph, parameters, *abstract_decode(config)
+    )
+    return count_equations(traced.jaxpr)
+
+
+def test_depth_is_scanned():
+    assert [(len(s.kinds), s.repeats) for s in layer_stacks(tiny(43))][-1] == (2, 20)
+
+
+def test_tracing_does_not_grow_with_depth():
+    shallow, deep = traced_size(11), traced_size(43)
+    assert shallow > 500  # the count sees inside scans and conditionals
+    assert deep == shallow
+
+
+def test_decode_updates_the_cache_in_place():
+    config = tiny(11)
+    graph, parameters = graph_of(config, POLICY)
+    args = abstract_decode(config, max_length=32768)
+    memory = compiled._decode.lower(graph, parameters, *args).compile().memory_analysis()
+    cache_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(args[0]))
+    assert memory.alias_size_in_bytes >= cache_bytes
+    assert memory.temp_size_in_bytes < cache_bytes / 4
+
+
+@pytest.fixture(scope="module")
+def model():
+    return LanguageModel.random(tiny(4, csa_ratio=2, hca_ratio=4, sliding_window=4, index_topk=3), POLICY)
+
+
+def test_decode_compiles_once_as_the_cache_grows(model):
+    before = compiled._decode._cache_size()
+    out = model.generate(np.arange(6)[None] % 512, 20, stop_token_ids=())
+    assert out.shape == (1, 20)
+    assert compiled._decode._cache_size() - before <= 1
