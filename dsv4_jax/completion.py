@@ -55,9 +55,7 @@ def stream(model: "LanguageModel", prompt: str | list[int], sampling: Sampling) 
         yield from iterator
 
 
-def complete(
-    model: "LanguageModel", prompt: str | list[int], sampling: Sampling
-) -> dict[str, object]:
+def complete(model: "LanguageModel", prompt: str | list[int], sampling: Sampling) -> dict[str, object]:
     """The whole continuation as a JSON-ready record; errors as `stream`."""
     start = time.perf_counter()
     pieces = list(stream(model, prompt, sampling))

@@ -41,9 +41,7 @@ class Keys:
             return None
         return value
 
-    def list_of(
-        self, name: str, accepts: Callable[[object], bool], wanted: str
-    ) -> list[object] | None:
+    def list_of(self, name: str, accepts: Callable[[object], bool], wanted: str) -> list[object] | None:
         """A list whose items all satisfy `accepts`, or None if absent or wrong."""
         value = self.raw.get(name)
         if value is None:

@@ -111,9 +111,7 @@ def _kinds_of_ratios(
     if ratios is None:
         return None
     if len(ratios) < num_layers:
-        keys.problems.append(
-            f"compress_ratios names {len(ratios)} layers; num_hidden_layers={num_layers}"
-        )
+        keys.problems.append(f"compress_ratios names {len(ratios)} layers; num_hidden_layers={num_layers}")
         return None
     beyond = [ratio for ratio in ratios[num_layers:] if ratio != 0]
     if beyond:
@@ -162,9 +160,7 @@ def _read_routers(keys: Keys, num_layers: int) -> tuple[str, ...] | None:
     if num_hash is None:
         return None
     if not 0 <= num_hash <= num_layers:
-        keys.problems.append(
-            f"num_hash_layers={num_hash} must lie in 0 .. num_hidden_layers={num_layers}"
-        )
+        keys.problems.append(f"num_hash_layers={num_hash} must lie in 0 .. num_hidden_layers={num_layers}")
         return None
     by_count = ("hash",) * num_hash + ("learned",) * (num_layers - num_hash)
     if by_type is not None and by_type != by_count:

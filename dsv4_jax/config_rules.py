@@ -195,8 +195,7 @@ def _yarn_problem(value: object) -> str | None:
     original = value.original_max_position_embeddings
     if not is_int(original) or not 1 <= original <= MAX_DIM:
         wrong.append(
-            f"original_max_position_embeddings={shown(original)} must be an integer"
-            f" in 1 .. {MAX_DIM}"
+            f"original_max_position_embeddings={shown(original)} must be an integer in 1 .. {MAX_DIM}"
         )
     return "yarn: " + "; ".join(wrong) if wrong else None
 

@@ -92,8 +92,7 @@ def diagnose() -> Diagnosis:
     try:
         backend = jax.default_backend()
         devices = tuple(
-            Device(device.platform, device.device_kind, _device_memory(device))
-            for device in jax.devices()
+            Device(device.platform, device.device_kind, _device_memory(device)) for device in jax.devices()
         )
         if int(jax.jit(lambda x: x + 1)(jnp.int32(1))) != 2:
             problems.append(f"{backend}: 1 + 1 is not 2 on the default device")
@@ -103,9 +102,7 @@ def diagnose() -> Diagnosis:
     return Diagnosis(
         python=platform.python_version(),
         system=f"{platform.system()} {platform.machine()}",
-        cpu_count=len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count() or 1,
+        cpu_count=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         memory_bytes=_host_memory(),
         versions=versions,
         default_backend=backend,

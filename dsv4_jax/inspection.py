@@ -18,9 +18,7 @@ from dsv4_jax.config_rules import is_int
 FP8_GROUP = 64  # channels that share a scale in a stored KV entry
 INDEX_FP8_GROUP = 128  # channels that share a float32 scale in a stored indexer key
 MXFP4_GROUP = 32  # channels that share an E8M0 scale
-SCALE_BYTES_MULTIPLE = (
-    8  # the scales of a KV entry are padded to this: 7 + 1 in the released models
-)
+SCALE_BYTES_MULTIPLE = 8  # the scales of a KV entry are padded to this: 7 + 1 in the released models
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,9 +217,7 @@ def cache_cost(config: ModelConfig, chosen: CacheFormat) -> CacheCost:
     window = chosen.entry_bytes * config.sliding_window
     return CacheCost(
         format=chosen,
-        bytes_per_token=Fraction(
-            num_csa * (chosen.entry_bytes + chosen.index_key_bytes), config.csa_ratio
-        )
+        bytes_per_token=Fraction(num_csa * (chosen.entry_bytes + chosen.index_key_bytes), config.csa_ratio)
         + Fraction(num_hca * chosen.entry_bytes, config.hca_ratio),
         window_bytes=window * config.num_hidden_layers,
         mtp_window_bytes=window * config.num_nextn_predict_layers,
@@ -247,9 +243,7 @@ def allocated_cache(config: ModelConfig, dtype: str = "bfloat16") -> AllocatedCa
     from dsv4_jax.model.cache import new_cache
 
     page = math.lcm(config.csa_ratio, config.hca_ratio)
-    roomy = dataclasses.replace(
-        config, max_position_embeddings=max(config.max_position_embeddings, 2 * page)
-    )
+    roomy = dataclasses.replace(config, max_position_embeddings=max(config.max_position_embeddings, 2 * page))
 
     def allocated(max_length: int) -> int:
         cache = jax.eval_shape(lambda: new_cache(roomy, 1, max_length, jnp.dtype(dtype)))

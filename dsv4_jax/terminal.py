@@ -17,9 +17,7 @@ def byte_progress(title: str) -> Iterator[Callable[[str, int, int], None]]:
         DownloadColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as bars:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
         task = bars.add_task(title, total=None)
 
         def update(name: str, done: int, total: int) -> None:

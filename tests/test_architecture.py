@@ -275,6 +275,4 @@ def test_forbidden_content_is_found(module, text):
 
 
 def test_environment_may_be_read_on_top():
-    assert (
-        content_violations(Source("dsv4_jax.cli", "import os\nos.environ\nre.compile('x')")) == []
-    )
+    assert content_violations(Source("dsv4_jax.cli", "import os\nos.environ\nre.compile('x')")) == []

@@ -70,9 +70,7 @@ def run(capsys, *arguments: str) -> tuple[int, str, str]:
 
 
 def test_help_is_quick_because_nothing_heavy_is_imported():
-    script = (
-        "import sys, dsv4_jax.cli; print([m for m in ('jax', 'flax', 'numpy') if m in sys.modules])"
-    )
+    script = "import sys, dsv4_jax.cli; print([m for m in ('jax', 'flax', 'numpy') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
@@ -248,10 +246,7 @@ def test_verify_a_sound_checkpoint(capsys, verification):
     )  # fmt: skip
     code, out, err = run(capsys, "verify", "some/dir")
     assert code == 0 and err == ""
-    assert (
-        out
-        == "warning: odd\nsound: 3 tensors, 12,345 bytes, official names (1 fp4, 2 plain weights)\n"
-    )
+    assert out == "warning: odd\nsound: 3 tensors, 12,345 bytes, official names (1 fp4, 2 plain weights)\n"
     code, out, _ = run(capsys, "verify", "some/dir", "--json")
     assert code == 0 and json.loads(out)["sound"] is True
 
@@ -309,9 +304,7 @@ def test_doctor(capsys, monkeypatch):
 
     code, out, _ = run(capsys, "doctor", "--json")
     record = json.loads(out)
-    assert (
-        record["default_backend"] and record["devices"] and record["versions"]["jax"] != "missing"
-    )
+    assert record["default_backend"] and record["devices"] and record["versions"]["jax"] != "missing"
     assert code == (2 if record["problems"] else 0)
     _, out, _ = run(capsys, "doctor")
     for wanted in ("python", "jaxlib", "devices", "kernels", "compiled"):

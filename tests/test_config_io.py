@@ -19,9 +19,7 @@ CONFIGS = {
     "ratios_2_8": config.tiny(csa_ratio=2, hca_ratio=8),
     "equal_ratios": config.tiny(csa_ratio=4, hca_ratio=4),
     "swapped_ratios": config.tiny(csa_ratio=128, hca_ratio=4),
-    "no_mtp_no_tokens": config.tiny(
-        num_nextn_predict_layers=0, bos_token_id=None, eos_token_id=None
-    ),
+    "no_mtp_no_tokens": config.tiny(num_nextn_predict_layers=0, bos_token_id=None, eos_token_id=None),
     "hash_in_the_middle": config.tiny(4, router_kinds=("learned", "hash", "learned", "hash")),
     "window_only": config.tiny(4, attention_kinds=("window",) * 4),
     # 10 / 49 * 49 truncates to 9 in floating point
@@ -304,8 +302,7 @@ WRONG = [
         "rope_parameters.main.factor=2.0 must be absent",
     ),
     (
-        TRANSFORMERS
-        | {"rope_parameters": {"main": MAIN, "compress": COMPRESS | {"rope_type": "default"}}},
+        TRANSFORMERS | {"rope_parameters": {"main": MAIN, "compress": COMPRESS | {"rope_type": "default"}}},
         "rope_parameters.compress.rope_type='default' must be 'yarn'",
     ),
     (TRANSFORMERS | {"rope_parameters": {"main": MAIN}}, "the YaRN block is missing"),
@@ -470,9 +467,7 @@ def test_duplicate_keys_at_any_depth(tmp_path):
 
 JSON_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-9, 2**70) | st.floats() | st.text(max_size=5),
-    lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2)
-    ),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
     max_leaves=5,
 )
 
@@ -480,9 +475,7 @@ JSON_VALUES = st.recursive(
 @settings(max_examples=150, deadline=None)
 @given(
     base=st.sampled_from([OFFICIAL, TRANSFORMERS]),
-    changes=st.dictionaries(
-        st.sampled_from(sorted(OFFICIAL | TRANSFORMERS)), JSON_VALUES, max_size=4
-    ),
+    changes=st.dictionaries(st.sampled_from(sorted(OFFICIAL | TRANSFORMERS)), JSON_VALUES, max_size=4),
     nested=st.dictionaries(st.sampled_from([*YARN, "rope_theta", "main"]), JSON_VALUES, max_size=2),
 )
 def test_fuzzed_values_are_accepted_or_refused_but_never_crash(base, changes, nested):

@@ -41,12 +41,8 @@ def test_mtp_block():
 
 
 def test_pieces_of_a_layer():
-    assert FLASH.layer == inspection.LayerCounts(
-        106_956_352, 8_393_216, 4_260_352, 10_749_056, 25_165_824
-    )
-    assert PRO.layer == inspection.LayerCounts(
-        299_894_912, 14_684_672, 7_406_080, 16_712_832, 66_060_288
-    )
+    assert FLASH.layer == inspection.LayerCounts(106_956_352, 8_393_216, 4_260_352, 10_749_056, 25_165_824)
+    assert PRO.layer == inspection.LayerCounts(299_894_912, 14_684_672, 7_406_080, 16_712_832, 66_060_288)
 
 
 def test_bytes_per_token():

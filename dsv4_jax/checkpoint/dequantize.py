@@ -24,9 +24,7 @@ _FP8_VALUES = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astyp
 _FP4_MAGNITUDES = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], np.float32)
 _FP4_VALUES = np.concatenate([_FP4_MAGNITUDES, -_FP4_MAGNITUDES])
 # [byte]: both values of a byte, low nibble first, as one 64-bit word
-_FP4_PAIRS = np.stack([np.tile(_FP4_VALUES, 16), np.repeat(_FP4_VALUES, 16)], axis=1).view(
-    np.uint64
-)[:, 0]
+_FP4_PAIRS = np.stack([np.tile(_FP4_VALUES, 16), np.repeat(_FP4_VALUES, 16)], axis=1).view(np.uint64)[:, 0]
 _E8M0_VALUES = np.append(np.ldexp(np.float32(1), np.arange(-127, 128)), np.float32(np.nan))
 
 
@@ -99,11 +97,7 @@ def dequantize_into(target: np.ndarray, weight: np.ndarray, scale: np.ndarray) -
     """
     fp8 = weight.dtype == ml_dtypes.float8_e4m3fn
     shape = target.shape
-    expected = (
-        (shape, fp8_scale_shape(shape))
-        if fp8
-        else (fp4_packed_shape(shape), fp4_scale_shape(shape))
-    )
+    expected = (shape, fp8_scale_shape(shape)) if fp8 else (fp4_packed_shape(shape), fp4_scale_shape(shape))
     if (weight.shape, scale.shape) != expected or (not fp8 and shape[-1] % FP4_GROUP):
         raise ValueError(
             f"weight {weight.dtype} {weight.shape} with scale {scale.shape} does not fill {shape}"

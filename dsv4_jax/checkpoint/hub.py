@@ -69,9 +69,7 @@ def parse_address(address: str) -> tuple[str, str]:
     """
     match = _ADDRESS.fullmatch(address)
     if match is None or ".." in address:
-        raise CheckpointError(
-            f"cannot use the address {address!r}", ["it must read hf://org/name@revision"]
-        )
+        raise CheckpointError(f"cannot use the address {address!r}", ["it must read hf://org/name@revision"])
     if match["revision"] is None:
         raise CheckpointError(
             f"cannot use the address {address!r}",

@@ -75,11 +75,7 @@ def open_manifest(
 
 
 def _refuse_gguf(directory: pathlib.Path) -> None:
-    if (
-        directory.is_dir()
-        and any(directory.glob("*.gguf"))
-        and not any(directory.glob("*.safetensors"))
-    ):
+    if directory.is_dir() and any(directory.glob("*.gguf")) and not any(directory.glob("*.safetensors")):
         problem = f"the weights are quantised by GGUF, which is not supported; {OFFICIAL_HOME}"
         raise CheckpointError(f"checkpoint {directory} cannot be used", [problem])
 
@@ -112,9 +108,7 @@ def build_manifest(
     if release.has_dspark or naming.layout != "official":
         config = dataclasses.replace(config, num_nextn_predict_layers=0)
     if options.require_mtp and config.num_nextn_predict_layers == 0:
-        problems.append(
-            f"an MTP block was asked for; this checkpoint ({naming.layout} layout) has none"
-        )
+        problems.append(f"an MTP block was asked for; this checkpoint ({naming.layout} layout) has none")
 
     specs = names.layout_tensors(config, naming.layout)
     known = {spec.name for spec in specs} | {spec.scale_name for spec in specs}

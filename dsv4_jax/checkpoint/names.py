@@ -147,9 +147,7 @@ LAYER_ROWS = (
     _linear("attn.wo_a", "self_attn.o_a_proj", "attn/wo_a", "(G O) (J Dh)"),
     _linear("attn.wo_b", "self_attn.o_b_proj", "attn/wo_b", "D (G O)"),
     *_compressor("attn.compressor", "self_attn.compressor", "attn/compressor", "Dh", "compressed"),
-    _linear(
-        "attn.indexer.wq_b", f"{_NATIVE_INDEXER}.q_b_proj", "attn/indexer/wq_b", "(Hi Di) Q", "csa"
-    ),
+    _linear("attn.indexer.wq_b", f"{_NATIVE_INDEXER}.q_b_proj", "attn/indexer/wq_b", "(Hi Di) Q", "csa"),
     _weight(
         "attn.indexer.weights_proj",
         f"{_NATIVE_INDEXER}.scorer.weights_proj",
@@ -157,9 +155,7 @@ LAYER_ROWS = (
         "Hi D",
         "csa",
     ),
-    *_compressor(
-        "attn.indexer.compressor", _NATIVE_INDEXER, "attn/indexer/compressor", "Di", "csa"
-    ),
+    *_compressor("attn.indexer.compressor", _NATIVE_INDEXER, "attn/indexer/compressor", "Di", "csa"),
     _weight("ffn.gate", "mlp.gate", "ffn/gate/weight", "E D"),
     Row("ffn.gate.bias", f"mlp.gate.{_BIAS}", "ffn/gate/bias", "E", "float32", "learned"),
     Row("ffn.gate.tid2eid", "mlp.gate.tid2eid", "ffn/gate/tid2eid", "V Ke", "table", "hash"),

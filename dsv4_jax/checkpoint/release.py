@@ -63,9 +63,7 @@ def recognise(
     refusals, warnings = [], []
     method = foreign_quantization(names)
     if method is not None:
-        refusals.append(
-            f"the weights are quantised by {method}, which is not supported; {OFFICIAL_HOME}"
-        )
+        refusals.append(f"the weights are quantised by {method}, which is not supported; {OFFICIAL_HOME}")
     kept = [name for name in names if not name.removeprefix("model.").startswith("vision.")]
     if len(kept) < len(names):
         if text_only:
@@ -87,9 +85,7 @@ def recognise(
             warnings.append(DSPARK_NOTE)
         copies = set(draft)
     else:
-        copies = {
-            name for name, own in draft.items() if "emb" in own or own.endswith("head.weight")
-        }
+        copies = {name for name, own in draft.items() if "emb" in own or own.endswith("head.weight")}
     return Release([name for name in kept if name not in copies], has_dspark, refusals, warnings)
 
 

@@ -67,9 +67,7 @@ def save_checkpoint(
             directory that must not be written; nothing is changed then.
     """
     flat = flattened(parameters)
-    problems = (
-        [] if layout in names.LAYOUTS else [f"layout={layout!r} must be one of {names.LAYOUTS}"]
-    )
+    problems = [] if layout in names.LAYOUTS else [f"layout={layout!r} must be one of {names.LAYOUTS}"]
     problems += parameter_problems(config, flat)
     if problems:
         raise CheckpointError(f"cannot save to {directory}", problems)
@@ -100,9 +98,7 @@ def flattened(parameters: Mapping[str | int, object]) -> dict[names.Path, jax.Ar
     return flat
 
 
-def parameter_problems(
-    config: ModelConfig, flat: Mapping[names.Path, jax.Array | np.ndarray]
-) -> list[str]:
+def parameter_problems(config: ModelConfig, flat: Mapping[names.Path, jax.Array | np.ndarray]) -> list[str]:
     """Where a flat parameter tree is not that of the config."""
     expected = names.parameters(config)
     problems = [f"{_joined(path)} is missing" for path in expected if path not in flat]
@@ -143,9 +139,7 @@ def planned_tensors(
         yield spec.name, TensorPlan(dtype, spec.shape), functools.partial(_data, leaf, spec, dtype)
 
 
-def _records(
-    config: ModelConfig, stored: Mapping[str, str]
-) -> dict[tuple[names.Path, tuple[int, ...]], str]:
+def _records(config: ModelConfig, stored: Mapping[str, str]) -> dict[tuple[names.Path, tuple[int, ...]], str]:
     """Recorded dtype by place; a stacked tensor has one only if all its parts agree."""
     found: dict[tuple[names.Path, tuple[int, ...]], set[str | None]] = {}
     for spec in names.official_tensors(config):
@@ -202,9 +196,7 @@ def extra_files(
     try:
         return files | {name: path.read_bytes() for name, path in sources.items()}
     except OSError as error:
-        raise CheckpointError(
-            "cannot copy the small files of a checkpoint", [str(error)]
-        ) from error
+        raise CheckpointError("cannot copy the small files of a checkpoint", [str(error)]) from error
 
 
 def _json(fields: Mapping[str, object]) -> bytes:

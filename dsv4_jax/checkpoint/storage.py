@@ -89,9 +89,7 @@ def _stored(spec: names.TensorSpec, release: Release) -> Iterator[StoredTensor]:
     yield from quantized(spec.name, spec.scale_name, spec.shape, chosen)
 
 
-def quantized(
-    name: str, scale_name: str, shape: tuple[int, ...], how: Format
-) -> Iterator[StoredTensor]:
+def quantized(name: str, scale_name: str, shape: tuple[int, ...], how: Format) -> Iterator[StoredTensor]:
     """A weight of logical shape [.., O, I] in such a format, and its scales."""
     if how == "bf16":
         yield StoredTensor(name, "BF16", shape)
@@ -115,9 +113,7 @@ def _dspark(config: ModelConfig, release: Release) -> Iterator[StoredTensor]:
             kept = short == "norm.weight" or short.startswith("hc_head_")
             if short not in only_mtp or (stage == last and kept):
                 yield from _stored(spec, release)
-    yield from quantized(
-        "mtp.0.main_proj.weight", "mtp.0.main_proj.scale", (d, 3 * d), release.linears
-    )
+    yield from quantized("mtp.0.main_proj.weight", "mtp.0.main_proj.scale", (d, 3 * d), release.linears)
     yield StoredTensor("mtp.0.main_norm.weight", "BF16", (d,))
     yield StoredTensor(f"mtp.{last}.markov_head.markov_w1.weight", "BF16", (v, rank))
     yield StoredTensor(f"mtp.{last}.markov_head.markov_w2.weight", "BF16", (v, rank))

@@ -69,9 +69,7 @@ def check_tensor(
             )
             expected = spec.shape
         elif spec.shape[-1] % FP4_GROUP:
-            problems.append(
-                f"{where}: FP4 needs rows of a multiple of {FP4_GROUP}, not {spec.shape[-1]}"
-            )
+            problems.append(f"{where}: FP4 needs rows of a multiple of {FP4_GROUP}, not {spec.shape[-1]}")
     else:
         problems.append(f"{where}: dtype {tensor.dtype}, expected BF16, F32, F8_E4M3, or I8 (FP4)")
         expected = spec.shape
@@ -90,25 +88,17 @@ def _transposed_hint(found: tuple[int, ...], expected: tuple[int, ...]) -> str:
     return " (it looks transposed)" if len(expected) > 1 and found == swapped else ""
 
 
-def _scale_problems(
-    spec: TensorSpec, tensor: TensorInfo, scale: TensorInfo | None, how: Format
-) -> list[str]:
+def _scale_problems(spec: TensorSpec, tensor: TensorInfo, scale: TensorInfo | None, how: Format) -> list[str]:
     where = f"{tensor.path.name}: {tensor.name}"
     if how == "plain":
         if scale is None:
             return []
-        return [
-            f"{scale.path.name}: {scale.name}: scales beside {tensor.dtype} weights, without use"
-        ]
+        return [f"{scale.path.name}: {scale.name}: scales beside {tensor.dtype} weights, without use"]
     if scale is None:
-        return [
-            f"{where}: {how.upper()} weights without their scales ({spec.scale_name} is missing)"
-        ]
+        return [f"{where}: {how.upper()} weights without their scales ({spec.scale_name} is missing)"]
     problems = []
     if scale.dtype not in SCALE_DTYPES:
-        problems.append(
-            f"{scale.path.name}: {scale.name}: dtype {scale.dtype}, expected F8_E8M0 or F32"
-        )
+        problems.append(f"{scale.path.name}: {scale.name}: dtype {scale.dtype}, expected F8_E8M0 or F32")
     grid = fp8_scale_shape(spec.shape) if how == "fp8" else fp4_scale_shape(spec.shape)
     if scale.shape != grid:
         problems.append(

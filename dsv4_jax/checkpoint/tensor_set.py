@@ -40,14 +40,10 @@ def missing_problems(expected: Iterable[TensorSpec], found: Mapping[str, object]
             if experts and number.isdecimal():
                 holes.setdefault(head + experts, []).append(int(number))
             else:
-                tied = (
-                    " (V4 ties no embeddings)" if name in ("head.weight", "lm_head.weight") else ""
-                )
+                tied = " (V4 ties no embeddings)" if name in ("head.weight", "lm_head.weight") else ""
                 problems.append(f"{name} is missing{tied}")
         for head, numbers in holes.items():
-            problems.append(
-                f"{head}*: {len(numbers)} tensors of experts {_ranges(numbers)} are missing"
-            )
+            problems.append(f"{head}*: {len(numbers)} tensors of experts {_ranges(numbers)} are missing")
     return problems
 
 

@@ -80,10 +80,7 @@ def verify_checkpoint(
 def _scan(files: CheckpointFiles, manifest: Manifest, progress: Progress | None) -> Findings:
     findings, done = Findings(), 0
     total = sum(
-        t.num_bytes
-        for entry in manifest.entries
-        for t in (entry.tensor, entry.scale)
-        if t is not None
+        t.num_bytes for entry in manifest.entries for t in (entry.tensor, entry.scale) if t is not None
     )
     for entry in manifest.entries:
         dtype = np.dtype(np.int32 if entry.spec.kind == "table" else np.float32)

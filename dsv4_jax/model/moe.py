@@ -78,7 +78,7 @@ class MixtureOfExperts(nnx.Module):
         tokens = x.reshape(-1, x.shape[-1])
         routing = self.gate(tokens, span.ids.reshape(-1))
         gate_up, down = self.experts.gate_up[...], self.experts.down[...]
-        first_expert = None
+        first_expert: Int32[Array, ""] | int = 0
         if gate_up.ndim == 5:
             gate_up = gate_up.reshape(-1, *gate_up.shape[2:])
             down = down.reshape(-1, *down.shape[2:])
@@ -90,6 +90,7 @@ class MixtureOfExperts(nnx.Module):
             routing.experts,
             routing.weights,
             swiglu_limit=self.limit,
+            num_experts=self.num_experts,
             valid=span.valid.reshape(-1),
             first_expert=first_expert,
         )

@@ -1,13 +1,13 @@
-"""Products of a few rows with one matrix of a stack, read in place: the decode path.
+"""A row times one matrix of a stack, read where it lies: the decode path.
 
-XLA:CPU cannot feed a dynamic slice to its matmul libraries without copying the slice first, and at one
-or two rows that copy costs as much as the product. An elementwise loop can read the slice where it
-lies. Here the product is such a loop: LANES columns at a time,
+XLA:CPU cannot feed a dynamic slice to a matmul without copying the slice first, and for one row that copy
+costs as much as the product. An elementwise loop reads the slice in place. Here the product is such a
+loop, LANES columns at a time,
 
-    partial[n, r, j] = sum_c w[n, c * LANES + j] * x[r, c * LANES + j]
+    partial[n, j] = sum_c w[n, c * LANES + j] * x[c * LANES + j]
 
-written out term by term (a sum over c would be a scalar reduction; this is one vector multiply-add a
-term), and the LANES partial sums are added at the end by a product with ones.
+written out term by term (a sum over c would be a scalar reduction; a term is a vector multiply and add).
+The LANES partial sums are added at the end by a product with ones.
 """
 
 import jax
@@ -16,7 +16,7 @@ from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
 LANES = 16  # two AVX2 vectors, one of AVX-512
-TERMS_PER_LOOP = 8  # XLA stops fusing (and copies the whole stack) when a value has more than 15 readers
+TERMS_PER_LOOP = 8  # beyond 15 readers of a value XLA stops fusing it: the whole stack would be converted
 MAX_TERMS = 128  # bounds the size of the program at great widths
 
 
@@ -26,14 +26,14 @@ def can_stream(width: int, dtype: jax.typing.DTypeLike) -> bool:
 
 
 def stream_product(
-    stack: Float[Array, "S N K"], index: Int32[Array, ""], x: Float32[Array, "rows K"]
-) -> Float32[Array, "N rows"]:
-    """stack[index] @ x.T in float32, without a copy of stack[index]. Call it inside a loop over `index`."""
+    stack: Float[Array, "S N K"], index: Int32[Array, ""], x: Float32[Array, "K"]
+) -> Float32[Array, "N"]:
+    """stack[index] @ x in float32, without a copy of stack[index]."""
     _, num, width = stack.shape
     lanes = LANES
     while width // lanes > MAX_TERMS and width % (2 * lanes) == 0:
         lanes *= 2
-    partial = jnp.zeros((num, x.shape[0], lanes), jnp.float32)
+    partial = jnp.zeros((num, lanes), jnp.float32)
     for first in range(0, width, TERMS_PER_LOOP * lanes):
         # A barrier per loop: values on both sides stay separate, so each has few readers. It holds `x`,
         # so that no slice or conversion of the stack can be moved out of the caller's loops.
@@ -44,9 +44,5 @@ def stream_product(
             columns = lax.dynamic_slice(here, (index, 0, start), (1, num, lanes))[0]
             if columns.dtype == jnp.uint16:  # bfloat16 is the upper half of a float32
                 columns = lax.bitcast_convert_type(columns.astype(jnp.uint32) << 16, jnp.float32)
-            partial += columns[:, None, :] * x[None, :, start : start + lanes]
-    rows = lax.dot_general(
-        partial.reshape(-1, lanes), jnp.ones(lanes), (((1,), (0,)), ((), ())),
-        preferred_element_type=jnp.float32,
-    )
-    return rows.reshape(num, x.shape[0])
+            partial += columns * x[start : start + lanes]
+    return partial @ jnp.ones(lanes)

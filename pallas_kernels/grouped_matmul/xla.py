@@ -84,8 +84,8 @@ def _streamed_ffn(gate_up, down, index, compute, dtype, limit):
     gate_up = gate_up.reshape(gate_up.shape[0], -1, gate_up.shape[-1])
 
     def ffn(rows):
-        hidden = gated(stream_product(gate_up, index, rows.astype(jnp.float32)), limit)
+        hidden = gated(stream_product(gate_up, index, rows[0].astype(jnp.float32)), limit)
         hidden = hidden.astype(compute).astype(jnp.float32)
-        return stream_product(down, index, hidden.T)
+        return stream_product(down, index, hidden)[:, None]
 
     return ffn

@@ -57,9 +57,7 @@ def repeated_config(**overrides: object) -> ModelConfig:
     return config_module.tiny(11, **(fields | overrides))
 
 
-def make_tensors(
-    config: ModelConfig, release: storage.Release = storage.PLAIN, seed: int = 0
-) -> Tensors:
+def make_tensors(config: ModelConfig, release: storage.Release = storage.PLAIN, seed: int = 0) -> Tensors:
     """Random tensors of every name, dtype and shape that such a release stores.
 
     FP8 codes are all codes but NaN, scale bytes 120 .. 126 (2^-7 .. 2^-1), FP4 all codes.

@@ -38,9 +38,7 @@ def official(tmp_path_factory):
 
 def contents(directory):
     with open_checkpoint(directory) as files:
-        return {
-            name: (info.dtype, np.array(files.read(name))) for name, info in files.tensors.items()
-        }
+        return {name: (info.dtype, np.array(files.read(name))) for name, info in files.tensors.items()}
 
 
 def same(first, second):

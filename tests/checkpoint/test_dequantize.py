@@ -53,9 +53,7 @@ def test_fp4_groups(shape, packed, dtype):
     assert dequantize_into(target, packed_codes, scales.view(ml_dtypes.float8_e8m0fnu))
     signs = np.where(codes & 8, -1.0, 1.0)
     values = signs * np.array(FP4_VALUES)[codes & 7]
-    np.testing.assert_array_equal(
-        target.astype(np.float64), values * np.repeat(e8m0(scales), 32, -1)
-    )
+    np.testing.assert_array_equal(target.astype(np.float64), values * np.repeat(e8m0(scales), 32, -1))
     assert (np.signbit(target.astype(np.float32)) == (codes >= 8)).all()
 
 
@@ -85,9 +83,7 @@ def test_float32_scales_of_any_value():
     assert (target == np.float32(0.3)).all()
 
 
-@pytest.mark.parametrize(
-    ("code", "scale"), [(0x7F, 127), (0xFF, 127), (0x38, 255), (0x7E, 254)], ids=hex
-)
+@pytest.mark.parametrize(("code", "scale"), [(0x7F, 127), (0xFF, 127), (0x38, 255), (0x7E, 254)], ids=hex)
 def test_results_that_are_not_finite_are_told(code, scale):
     weight = np.full((130, 4), 0x38, np.uint8)
     weight[129, 3] = code

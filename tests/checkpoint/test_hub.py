@@ -33,9 +33,7 @@ def fake(tmp_path):
 
 
 def locate(fake, source, weights=True, **kwargs):
-    return hub.locate(
-        source, weights=weights, resolve=fake.resolve, download=fake.download, **kwargs
-    )
+    return hub.locate(source, weights=weights, resolve=fake.resolve, download=fake.download, **kwargs)
 
 
 def test_a_path_is_left_alone(fake):

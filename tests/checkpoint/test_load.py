@@ -40,9 +40,7 @@ def part_of(flat, spec):
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=["float32", "bfloat16"])
-@pytest.mark.parametrize(
-    "release", [storage.PLAIN, FP8, storage.PREVIEW], ids=["bf16", "fp8", "fp8+fp4"]
-)
+@pytest.mark.parametrize("release", [storage.PLAIN, FP8, storage.PREVIEW], ids=["bf16", "fp8", "fp8+fp4"])
 def test_every_value_of_every_tensor(tmp_path, release, policy):
     config = synthetic.repeated_config()
     tensors = synthetic.write_checkpoint(tmp_path, config, release, shards=3)
@@ -102,9 +100,7 @@ def random_scales(rng, shape):
 @pytest.mark.parametrize("layout", ["hybrid", "transformers"])
 def test_fp8_in_the_layouts_of_transformers(tmp_path, layout):
     """Scales are called weight_scale_inv; stacked experts have one grid over gate and up rows."""
-    config = synthetic.smallest_config(
-        hidden_size=160, moe_intermediate_size=96, num_nextn_predict_layers=0
-    )
+    config = synthetic.smallest_config(hidden_size=160, moe_intermediate_size=96, num_nextn_predict_layers=0)
     rng = np.random.default_rng(5)
     tensors, expected = {}, {}
     official = synthetic.make_tensors(config)
@@ -266,9 +262,7 @@ def test_progress_and_placement(tmp_path):
         assert array.ctypes.data % 64 == 0 and array.flags.c_contiguous
         return array
 
-    loaded = load_checkpoint(
-        tmp_path, POLICIES[1], place=place, progress=lambda *step: steps.append(step)
-    )
+    loaded = load_checkpoint(tmp_path, POLICIES[1], place=place, progress=lambda *step: steps.append(step))
     total = sum(array.nbytes for array in tensors.values())
     assert steps[-1][1:] == (total, total)
     assert [done for _, done, _ in steps] == sorted(done for _, done, _ in steps)
@@ -295,9 +289,7 @@ def test_tokenizer_file_is_found(tmp_path):
 def test_code_in_the_directory_is_never_touched(tmp_path):
     config = synthetic.smallest_config()
     tensors = synthetic.make_tensors(config)
-    fields = synthetic.config_dict(config) | {
-        "auto_map": {"AutoModelForCausalLM": "modeling_canary.Canary"}
-    }
+    fields = synthetic.config_dict(config) | {"auto_map": {"AutoModelForCausalLM": "modeling_canary.Canary"}}
     synthetic.write_directory(tmp_path, fields, tensors)
     for name in ("modeling_canary.py", "encoding/encoding_dsv4.py", "inference/model.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

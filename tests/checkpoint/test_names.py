@@ -103,11 +103,7 @@ def test_parameter_counts_of_the_released_models(config, with_mtp, mtp, experts)
     assert sum(counted.values()) == with_mtp
     # the published block count shares embedding and head
     assert sum(size for path, size in counted.items() if path[0] == "mtp") == mtp
-    one = [
-        spec
-        for spec in names.official_tensors(config)
-        if spec.name.startswith("layers.5.ffn.experts.7.")
-    ]
+    one = [spec for spec in names.official_tensors(config) if spec.name.startswith("layers.5.ffn.experts.7.")]
     assert sum(math.prod(spec.shape) for spec in one) == experts
 
 
@@ -266,17 +262,13 @@ def test_native_mixing_scale_is_not_a_quantisation_scale():
 
 
 def test_tree_is_that_of_the_model():
-    from flax import nnx
-
     from dsv4_jax.checkpoint.save import flattened
-    from dsv4_jax.model.transformer import Transformer
+    from dsv4_jax.model.initial import graph_of
     from dsv4_jax.numerics.policy import Policy
 
-    policy = Policy.of("bfloat16")
+    dtypes = {"matrix": "bfloat16", "table": "int32", "norm": "float32", "float32": "float32"}
     for config in (small_config(), repeated_config(num_nextn_predict_layers=0)):
-        model = nnx.eval_shape(lambda c=config: Transformer(c, policy, nnx.Rngs(0)))
-        pure = flattened(nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.RngState))))
-        found = {path: (tuple(leaf.shape), leaf.dtype.name) for path, leaf in pure.items()}
-        dtypes = {"matrix": "bfloat16", "table": "int32", "norm": "float32", "float32": "float32"}
+        declared = flattened(graph_of(config, Policy.of("bfloat16"))[1])
+        found = {path: (tuple(leaf.shape), leaf.dtype.name) for path, leaf in declared.items()}
         expected = {p: (s.shape, dtypes[s.kind]) for p, s in names.parameters(config).items()}
         assert found == expected

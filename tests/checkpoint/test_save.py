@@ -102,9 +102,7 @@ def test_chain_of_layouts_is_byte_identical(tmp_path):
     for layout in ("transformers", "hybrid", "official"):
         loaded = load_checkpoint(directory, POLICIES["bfloat16"])
         directory = tmp_path / layout
-        save_checkpoint(
-            directory, loaded.config, loaded.parameters, layout=layout, stored=loaded.stored
-        )
+        save_checkpoint(directory, loaded.config, loaded.parameters, layout=layout, stored=loaded.stored)
         assert file_contents(directory) == stored_contents(in_layout(tensors, WITHOUT_MTP, layout))
 
 
@@ -182,9 +180,7 @@ def test_a_wider_record_is_not_kept(tmp_path, loaded):
 def test_a_stacked_tensor_keeps_a_dtype_that_all_its_parts_had(tmp_path, loaded):
     stored = dict(loaded.stored)
     stored["layers.1.ffn.experts.2.w1.weight"] = "F32"
-    found = dtypes_on_disk(
-        tmp_path, loaded.config, loaded.parameters, stored=stored, layout="transformers"
-    )
+    found = dtypes_on_disk(tmp_path, loaded.config, loaded.parameters, stored=stored, layout="transformers")
     assert found["model.layers.0.mlp.experts.gate_up_proj"] == "BF16"
     assert found["model.layers.1.mlp.experts.gate_up_proj"] == "F32"
     assert found["model.layers.1.mlp.experts.down_proj"] == "BF16"
@@ -214,12 +210,8 @@ def test_small_files(tmp_path, loaded):
     assert (tmp_path / "made/generation_config.json").read_text() == '{"temperature": 1.0}'
     back = tokenizers.Tokenizer.from_file(str(tmp_path / "made/tokenizer.json"))
     assert back.get_vocab() == {"a": 0, "?": 1}
-    save_checkpoint(
-        tmp_path / "path", config, parameters, tokenizer=tmp_path / "made/tokenizer.json"
-    )
-    assert (tmp_path / "path/tokenizer.json").read_bytes() == (
-        tmp_path / "made/tokenizer.json"
-    ).read_bytes()
+    save_checkpoint(tmp_path / "path", config, parameters, tokenizer=tmp_path / "made/tokenizer.json")
+    assert (tmp_path / "path/tokenizer.json").read_bytes() == (tmp_path / "made/tokenizer.json").read_bytes()
 
 
 @pytest.mark.parametrize("layout", names.LAYOUTS)

@@ -44,9 +44,7 @@ def test_nothing_is_allocated():
 
 
 def test_flash_tensors_one_by_one():
-    found = {
-        t.name: (t.dtype, t.shape) for t in storage.stored_tensors(v4_flash(), storage.PREVIEW)
-    }
+    found = {t.name: (t.dtype, t.shape) for t in storage.stored_tensors(v4_flash(), storage.PREVIEW)}
     for name, expected in {
         "embed.weight": ("BF16", (129280, 4096)),
         "layers.0.attn_norm.weight": ("BF16", (4096,)),
@@ -72,9 +70,7 @@ def test_flash_tensors_one_by_one():
 
 
 def test_dspark_tensors():
-    found = {
-        t.name: (t.dtype, t.shape) for t in storage.stored_tensors(v4_flash(), storage.FLASH_0731)
-    }
+    found = {t.name: (t.dtype, t.shape) for t in storage.stored_tensors(v4_flash(), storage.FLASH_0731)}
     assert found["mtp.0.main_proj.weight"] == ("F8_E4M3", (4096, 12288))
     assert found["mtp.0.main_proj.scale"] == ("F8_E8M0", (32, 96))
     assert found["mtp.2.markov_head.markov_w2.weight"] == ("BF16", (129280, 256))

@@ -103,9 +103,7 @@ def test_every_layout_loads_to_the_same_parameters(saved, layout):
 
 
 def from_pretrained(directory, **options):
-    model, info = DeepseekV4ForCausalLM.from_pretrained(
-        directory, output_loading_info=True, **options
-    )
+    model, info = DeepseekV4ForCausalLM.from_pretrained(directory, output_loading_info=True, **options)
     assert not any(info.values()), info
     return model
 
@@ -114,9 +112,7 @@ def from_pretrained(directory, **options):
 def test_transformers_loads_what_we_save(saved, layout, tmp_path):
     oracle, directories = saved
     loaded = load_checkpoint(directories["transformers"], FLOAT32)
-    save_checkpoint(
-        tmp_path, loaded.config, loaded.parameters, layout=layout, max_shard_bytes=200_000
-    )
+    save_checkpoint(tmp_path, loaded.config, loaded.parameters, layout=layout, max_shard_bytes=200_000)
     assert (tmp_path / "model.safetensors.index.json").exists()
     eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
     model = from_pretrained(tmp_path, dtype=torch.float32, **eager)
@@ -153,12 +149,9 @@ def test_no_op_on_a_bfloat16_model_of_transformers(saved, layout, tmp_path):
     loaded = load_checkpoint(tmp_path / "before", Policy.of("bfloat16"))
     assert loaded.parameters["hc_head"]["fn"].dtype == np.float32
     assert set(loaded.stored.values()) == {"BF16", "I64"}
-    save_checkpoint(
-        tmp_path / "after", loaded.config, loaded.parameters, layout=layout, stored=loaded.stored
-    )
+    save_checkpoint(tmp_path / "after", loaded.config, loaded.parameters, layout=layout, stored=loaded.stored)
     before, after = (
-        safetensors.torch.load_file(tmp_path / name / "model.safetensors")
-        for name in ("before", "after")
+        safetensors.torch.load_file(tmp_path / name / "model.safetensors") for name in ("before", "after")
     )
     assert set(before) == set(after)
     for name, tensor in before.items():

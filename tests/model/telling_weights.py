@@ -10,7 +10,8 @@ import jax
 import numpy as np
 
 from dsv4_jax.config import ModelConfig
-from dsv4_jax.language_model import LanguageModel, graph_of
+from dsv4_jax.language_model import LanguageModel
+from dsv4_jax.model.initial import graph_of
 from dsv4_jax.numerics.policy import Policy
 
 FLOAT32 = Policy.of("float32")

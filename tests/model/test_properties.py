@@ -18,9 +18,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from dsv4_jax.config import ModelConfig, tiny
 from dsv4_jax.language_model import LanguageModel
 from dsv4_jax.model import span as spans
+from dsv4_jax.model.initial import graph_of
 from tests.model.equivalence import append, chunked, even_plan, full, largest_difference
 from tests.model.equivalence import padded, random_rows
-from tests.model.telling_weights import telling_model
+from tests.model.telling_weights import FLOAT32, telling_model
 
 TOLERANCE = 1e-5
 
@@ -108,7 +109,7 @@ def test_awkward_lengths_at_the_released_ratios(real, width, record_property):
 
 @pytest.mark.parametrize(
     "length",
-    [1, 3, 129] + [pytest.param(n, marks=pytest.mark.slow) for n in (4, 5, 7, 8, 127, 128, 255, 256)],
+    [1, 129] + [pytest.param(n, marks=pytest.mark.slow) for n in (3, 4, 5, 7, 8, 127, 128, 255, 256)],
 )
 def test_a_row_of_exactly_this_length(real, length):
     """Without any padding: shorter than a block there is no entry at all, and shapes become empty."""
@@ -161,7 +162,14 @@ def test_packed_documents_equal_separate_rows(small, pieces, seed):
 FIXED_PACKING = [(9, False), (2, True), (13, False), (1, False), (12, False), (3, True)]
 
 
-def test_packed_gradients_equal_separate_gradients(small):
+def test_packed_gradients_equal_separate_gradients():
+    config = dataclasses.replace(
+        SMALL,
+        attention_kinds=("csa", "hca"),
+        router_kinds=("hash", "learned"),
+        num_nextn_predict_layers=0,
+    )
+    model = telling_model(config)
     ids, segments, documents = pack(FIXED_PACKING, seed=5)
     rng = np.random.default_rng(6)
     weights = rng.normal(size=(WIDTH, SMALL.vocab_size)).astype(np.float32)
@@ -171,11 +179,13 @@ def test_packed_gradients_equal_separate_gradients(small):
     for b, here in enumerate(documents):
         row_weights[b, : len(rows[b])] = packed_weights[0, here] = weights[here]
 
+    graph = graph_of(config, FLOAT32)[0]
+
     @jax.jit
     def gradient(parameters, span, weights):
         def loss(parameters):
-            model = nnx.merge(small._graph, parameters)
-            logits = model.logits(model.hidden(model(span).streams))
+            net = nnx.merge(graph, parameters)
+            logits = net.logits(net.hidden(net(span).streams))
             return (jax.nn.log_softmax(logits) * weights).sum()
 
         return jax.grad(loss, allow_int=True)(parameters)
@@ -183,8 +193,8 @@ def test_packed_gradients_equal_separate_gradients(small):
     counts = jnp.array([len(row) for row in rows], jnp.int32)
     separate_ids = jnp.asarray(padded(rows, WIDTH, SMALL.vocab_size), jnp.int32)
     packed_span = spans.packed(jnp.asarray(ids, jnp.int32), jnp.asarray(segments))
-    got = gradient(small.parameters, packed_span, packed_weights)
-    want = gradient(small.parameters, spans.from_start(separate_ids, counts), row_weights)
+    got = gradient(model.parameters, packed_span, packed_weights)
+    want = gradient(model.parameters, spans.from_start(separate_ids, counts), row_weights)
     compared = 0
     for (path, a), b in zip(
         jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True
@@ -196,7 +206,7 @@ def test_packed_gradients_equal_separate_gradients(small):
         assert np.isfinite(a).all() and np.isfinite(b).all(), name
         assert np.abs(a - b).max() <= TOLERANCE * max(1.0, np.abs(b).max()), name
         compared += bool(np.abs(b).max() > 0)
-    assert compared >= 50, "most parameters must receive a gradient for this to mean anything"
+    assert compared >= 30, "most parameters must receive a gradient for this to mean anything"
 
 
 # ---- what must not matter ------------------------------------------------------------------------------

@@ -1,0 +1,1 @@
+"""Where arrays live: meshes and rules. Parameters already carry their logical dim names (`dims`)."""
