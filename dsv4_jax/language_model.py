@@ -1,6 +1,7 @@
 """LanguageModel: the face of a model for notebooks, the command line, servers and tests."""
 
 import functools
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -45,6 +46,7 @@ class LanguageModel:
         self.parameters = parameters
         self.tokenizer = tokenizer
         self.stored = dict(stored or {})
+        self.source: Path | None = None  # folder it was loaded from; `save` copies its tokenizer files
         self._graph = graph_of(config, policy)[0]
 
     @classmethod
@@ -281,24 +283,42 @@ class LanguageModel:
 
     # ---- disk ------------------------------------------------------------------------------------
 
-    def save(self, path: str | Path, layout: Literal["official", "transformers"] = "official") -> None:
-        """Writes a checkpoint folder, complete or not at all (see `checkpoint.save`)."""
+    def save(
+        self,
+        path: str | Path,
+        layout: Literal["official", "transformers"] = "official",
+        overwrite: bool = False,
+    ) -> None:
+        """Writes a checkpoint folder, complete or not at all (see `checkpoint.save`).
+
+        Args:
+            path: a new or empty folder, unless `overwrite`.
+            layout: tensor names and config keys to use.
+            overwrite: replace a checkpoint that is already there.
+        """
         from dsv4_jax.checkpoint.save import save_checkpoint
 
-        save_checkpoint(
+        notes = save_checkpoint(
             Path(path),
             self.config,
             self.parameters,
             layout=layout,
             stored=self.stored,
-            tokenizer=self.tokenizer,
+            copy_from=self.source,
+            tokenizer=self.tokenizer if self.source is None else None,
+            overwrite=overwrite,
         )
+        for note in notes:
+            warnings.warn(note, stacklevel=2)
 
 
 def load(
     path: str | Path,
     dtype: str = "bfloat16",
     numerics: str = "reference",
+    *,
+    draft_head: Literal["refuse", "ignore"] = "refuse",
+    text_only: bool = False,
 ) -> LanguageModel:
     """Loads any supported checkpoint folder: official or transformers layout, plain or quantised.
 
@@ -306,6 +326,8 @@ def load(
         path: folder with config.json and safetensors files.
         dtype: of parameters, activations and cache: "bfloat16" or "float32".
         numerics: "reference".
+        draft_head: "ignore" loads the backbone of a checkpoint with a DSpark draft head, without it.
+        text_only: load the text model of a vision variant.
 
     Raises:
         CheckpointError, ConfigError: with every problem found; nothing is left half loaded.
@@ -313,11 +335,15 @@ def load(
     from dsv4_jax.checkpoint.load import load_checkpoint
 
     policy = Policy.of(dtype, numerics)
-    loaded = load_checkpoint(Path(path), policy)
+    loaded = load_checkpoint(Path(path), policy, draft_head=draft_head, text_only=text_only)
+    for warning in loaded.warnings:
+        warnings.warn(warning, stacklevel=2)
     tokenizer = None
     if loaded.tokenizer_file is not None:
         tokenizer = Tokenizer.from_file(str(loaded.tokenizer_file))
-    return LanguageModel(loaded.config, policy, loaded.parameters, tokenizer, loaded.stored)
+    lm = LanguageModel(loaded.config, policy, loaded.parameters, tokenizer, loaded.stored)
+    lm.source = Path(path)
+    return lm
 
 
 # ---- compiled steps: one jit each over (static graph, parameter pytree, ...) ------------------------

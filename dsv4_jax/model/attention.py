@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from dsv4_jax.config import AttentionKind, ModelConfig
-from dsv4_jax.model.cache import LayerCache, read_ring, write_ring
+from dsv4_jax.model.cache import LayerCache, finish_reading, read_ring, write_ring
 from dsv4_jax.model.compressor import Compressor
 from dsv4_jax.model.indexer import Indexer, index_scores, select
 from dsv4_jax.model.linear import project
@@ -314,8 +314,9 @@ class Attention(nnx.Module):
         new_cache = cache
         if cache is not None:
             before = span.start[:, None] - (self.window - 1) + jnp.arange(self.window - 1)
-            past = read_ring(cache.window, repeat, before).astype(kv.dtype)
-            ring = write_ring(cache.window, repeat, kv, span.start, span.num_valid)
+            past, ring = finish_reading(read_ring(cache.window, repeat, before), cache.window)
+            past = past.astype(kv.dtype)
+            ring = write_ring(ring, repeat, kv, span.start, span.num_valid)
             new_cache = LayerCache(ring, cache.compressor, cache.indexer)
 
         row = jnp.int32(0) if cache is None else repeat  # without a cache the stack holds this layer only

@@ -153,6 +153,14 @@ def read_ring(
     return ring.at[repeat, rows, positions % ring.shape[2]].get(mode="promise_in_bounds")
 
 
+def finish_reading(values: Read, rings: Kept) -> tuple[Read, Kept]:
+    """Ties the rings to what was read from them, so that a write to them comes after.
+
+    Without this the compiler may fuse a read into something later, and then has to write to a copy.
+    """
+    return jax.lax.optimization_barrier((values, rings))
+
+
 def write_ring(
     ring: Float[Array, "R B M ..."],
     repeat: Int32[Array, ""],

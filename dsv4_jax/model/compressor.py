@@ -6,7 +6,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32
 
 from dsv4_jax.config import ModelConfig
-from dsv4_jax.model.cache import CompressorCache, write_entries, write_ring
+from dsv4_jax.model.cache import CompressorCache, finish_reading, write_entries, write_ring
 from dsv4_jax.model.linear import project
 from dsv4_jax.model.norm import rms_norm
 from dsv4_jax.model.parameters import constant, matrix
@@ -75,18 +75,21 @@ class Compressor(nnx.Module):
             return self._emit(kv, gate, blocks)[None], None
         batch = kv.shape[0]
         # Only a whole block makes an entry: most single-token steps complete none and skip the pooling.
-        joined = [
-            jnp.concatenate([ring[repeat], rows.astype(ring.dtype)], axis=1)
-            for ring, rows in ((cache.kv, kv), (cache.gate, gate))
-        ]
+        (old_kv, old_gate), (kv_ring, gate_ring) = finish_reading(
+            (cache.kv[repeat], cache.gate[repeat]), (cache.kv, cache.gate)
+        )
+        joined = (
+            jnp.concatenate([old_kv, kv.astype(old_kv.dtype)], axis=1),
+            jnp.concatenate([old_gate, gate.astype(old_gate.dtype)], axis=1),
+        )
         new = jax.lax.cond(
             jnp.any(blocks.count > 0),
             lambda: self._emit(*joined, blocks).astype(cache.entries.dtype),
             lambda: jnp.zeros((batch, blocks.is_first.shape[1], kv.shape[-1]), cache.entries.dtype),
         )
         cache = CompressorCache(
-            write_ring(cache.kv, repeat, kv, span.start, span.num_valid),
-            write_ring(cache.gate, repeat, gate, span.start, span.num_valid),
+            write_ring(kv_ring, repeat, kv, span.start, span.num_valid),
+            write_ring(gate_ring, repeat, gate, span.start, span.num_valid),
             write_entries(cache.entries, repeat, new, blocks.first, blocks.count),
         )
         return cache.entries, cache
