@@ -131,7 +131,7 @@ class StagedFiles:
     def _undo(self, done: list[tuple[Path, Path]]) -> None:
         # Reversed, so the former marker returns last; if this fails too, a reader finds no marker.
         for source, target in reversed(done):
-            if os.path.lexists(target) and not os.path.lexists(source):
+            if os.path.lexists(target):  # not if the interrupt came before its rename
                 os.rename(target, source)
         os.fsync(self._descriptor)
 

@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from dsv4_jax.config import AttentionKind, ModelConfig
-from dsv4_jax.model.cache import LayerCache, finish_reading, read_ring, write_ring
+from dsv4_jax.model.cache import LayerCache, fits_in_ring, read_ring, write_ring
 from dsv4_jax.model.compressor import Compressor
 from dsv4_jax.model.indexer import Indexer, index_scores, select
 from dsv4_jax.model.linear import project
@@ -310,13 +310,11 @@ class Attention(nnx.Module):
         kv = rms_norm(project("btd,kd->btk", x, self.wkv[...]), self.kv_norm[...], self.eps)
         kv = rotate(kv, rotation)
 
-        past = jnp.zeros((batch, self.window - 1, head_dim), kv.dtype)
         new_cache = cache
-        if cache is not None:
-            before = span.start[:, None] - (self.window - 1) + jnp.arange(self.window - 1)
-            past, ring = finish_reading(read_ring(cache.window, repeat, before), cache.window)
-            past = past.astype(kv.dtype)
-            ring = write_ring(ring, repeat, kv, span.start, span.num_valid)
+        if cache is None:
+            line = jnp.pad(kv, ((0, 0), (self.window - 1, 0), (0, 0)))
+        else:
+            ring, line = self._through_ring(cache.window, kv, span, repeat)
             new_cache = LayerCache(ring, cache.compressor, cache.indexer)
 
         row = jnp.int32(0) if cache is None else repeat  # without a cache the stack holds this layer only
@@ -345,7 +343,6 @@ class Attention(nnx.Module):
             index_q,
             index_weights,
         )
-        line = jnp.concatenate([past, kv], axis=1)
         seen = (queries, line, entries, index_keys, self.attn_sink[...].reshape(-1))
         sizes = {"window": self.window, "top_k": self.top_k}
         o = hybrid_attention(*seen, **sizes)
@@ -354,3 +351,15 @@ class Attention(nnx.Module):
         o = rotate(o, by_head.inverse).reshape(batch, length, groups, per_group, head_dim)
         a = project("btgjd,gojd->btgo", o, self.wo_a[...])
         return project("btgo,dgo->btd", a, self.wo_b[...]), new_cache, taps
+
+    def _through_ring(self, ring, kv, span, repeat):
+        """The ring after the call, and the window entries before and of the call in one line."""
+        num_past, num_new = self.window - 1, kv.shape[1]
+        first = span.start[:, None] - num_past
+        if fits_in_ring(num_past, num_new, ring.shape[2]):
+            ring = write_ring(ring, repeat, kv, span.start, span.num_valid)
+            line = read_ring(ring, repeat, first + jnp.arange(num_past + num_new))
+            return ring, line.astype(kv.dtype)
+        past = read_ring(ring, repeat, first + jnp.arange(num_past)).astype(kv.dtype)
+        ring = write_ring(ring, repeat, kv, span.start, span.num_valid)
+        return ring, jnp.concatenate([past, kv], axis=1)

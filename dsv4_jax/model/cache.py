@@ -153,12 +153,13 @@ def read_ring(
     return ring.at[repeat, rows, positions % ring.shape[2]].get(mode="promise_in_bounds")
 
 
-def finish_reading(values: Read, rings: Kept) -> tuple[Read, Kept]:
-    """Ties the rings to what was read from them, so that a write to them comes after.
+def fits_in_ring(num_past: int, num_new: int, slots: int) -> bool:
+    """Whether a call's new rows can be written before the `num_past` rows ahead of them are read.
 
-    Without this the compiler may fuse a read into something later, and then has to write to a copy.
+    Short calls (decode, drafts) do so: a write followed by a read works in place, while reading first
+    and writing after makes the compiler keep a copy of the whole ring.
     """
-    return jax.lax.optimization_barrier((values, rings))
+    return num_past + num_new <= slots
 
 
 def write_ring(

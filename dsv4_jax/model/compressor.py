@@ -6,7 +6,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32
 
 from dsv4_jax.config import ModelConfig
-from dsv4_jax.model.cache import CompressorCache, finish_reading, write_entries, write_ring
+from dsv4_jax.model.cache import CompressorCache, fits_in_ring, write_entries, write_ring
 from dsv4_jax.model.linear import project
 from dsv4_jax.model.norm import rms_norm
 from dsv4_jax.model.parameters import constant, matrix
@@ -73,26 +73,25 @@ class Compressor(nnx.Module):
         gate = project("btd,wcd->btwc", x, self.wgate[...])
         if cache is None:
             return self._emit(kv, gate, blocks)[None], None
-        batch = kv.shape[0]
+        rings = [
+            write_ring(ring, repeat, rows, span.start, span.num_valid)
+            for ring, rows in ((cache.kv, kv), (cache.gate, gate))
+        ]
+        if fits_in_ring(self.branches * self.ratio - 1, kv.shape[1], cache.kv.shape[2]):
+            sources = lambda: [ring[repeat] for ring in rings]  # noqa: E731
+        else:
+            sources = lambda: [  # noqa: E731
+                jnp.concatenate([ring[repeat], rows.astype(ring.dtype)], axis=1)
+                for ring, rows in ((cache.kv, kv), (cache.gate, gate))
+            ]
         # Only a whole block makes an entry: most single-token steps complete none and skip the pooling.
-        (old_kv, old_gate), (kv_ring, gate_ring) = finish_reading(
-            (cache.kv[repeat], cache.gate[repeat]), (cache.kv, cache.gate)
-        )
-        joined = (
-            jnp.concatenate([old_kv, kv.astype(old_kv.dtype)], axis=1),
-            jnp.concatenate([old_gate, gate.astype(old_gate.dtype)], axis=1),
-        )
         new = jax.lax.cond(
             jnp.any(blocks.count > 0),
-            lambda: self._emit(*joined, blocks).astype(cache.entries.dtype),
-            lambda: jnp.zeros((batch, blocks.is_first.shape[1], kv.shape[-1]), cache.entries.dtype),
+            lambda: self._emit(*sources(), blocks).astype(cache.entries.dtype),
+            lambda: jnp.zeros((*blocks.is_first.shape, kv.shape[-1]), cache.entries.dtype),
         )
-        cache = CompressorCache(
-            write_ring(kv_ring, repeat, kv, span.start, span.num_valid),
-            write_ring(gate_ring, repeat, gate, span.start, span.num_valid),
-            write_entries(cache.entries, repeat, new, blocks.first, blocks.count),
-        )
-        return cache.entries, cache
+        entries = write_entries(cache.entries, repeat, new, blocks.first, blocks.count)
+        return entries, CompressorCache(*rings, entries)
 
     def _emit(
         self, kv: Float[Array, "B rows w Dc"], gate: Float[Array, "B rows w Dc"], blocks: Blocks

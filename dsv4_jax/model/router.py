@@ -74,5 +74,9 @@ class Router(nnx.Module):
             biased = jax.lax.stop_gradient(scores + self.bias[...])
             experts = jax.lax.top_k(biased, self.top_k)[1]
         chosen = jnp.take_along_axis(scores, experts, axis=1)
-        total = jnp.maximum(chosen.sum(axis=1, keepdims=True), FLOOR)
-        return Routing(experts, self.scaling * chosen / total, scores)
+        # w = chosen / max(sum(chosen), FLOOR). A common factor is taken out first: the slope of the division,
+        # 1 / sum^2, would overflow for sums near the floor, and 0 * inf is NaN.
+        size = jax.lax.stop_gradient(jnp.maximum(chosen.max(axis=1, keepdims=True), FLOOR))
+        shares = chosen / size
+        total = jnp.maximum(shares.sum(axis=1, keepdims=True), FLOOR / size)
+        return Routing(experts, self.scaling * shares / total, scores)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 
+from dsv4_jax.model.cache import fits_in_ring
 from dsv4_jax.model.rope import Rotation, rotation
 
 
@@ -41,7 +42,9 @@ class Blocks(NamedTuple):
     whose last token is not after the query (report, section 2.3).
     """
 
-    source: Int32[Array, "B P m"] | None  # row of `[ring | new]` behind each token of block p; None: in place
+    # The row behind each token of block p: of the ring for short calls, else of [ring | new rows], and
+    # None when the blocks stand in place.
+    source: Int32[Array, "B P m"] | None
     previous: Int32[Array, "B P m"] | None  # the same for the block before (CSA)
     is_first: Bool[Array, "B P"]  # block 0 of its segment has no previous block
     rotation: Rotation  # at the position of the block's first token, f32[B, P, Dr / 2]
@@ -93,7 +96,7 @@ def blocks_in_place(span: Span, ratio: int, frequencies: np.ndarray) -> Blocks:
     )
 
 
-def blocks_appended(span: Span, ratio: int, slots: int, frequencies: np.ndarray) -> Blocks:
+def blocks_appended(span: Span, ratio: int, branches: int, slots: int, frequencies: np.ndarray) -> Blocks:
     """Blocks that tokens appended to a cache complete; rows before the call come from a ring of `slots`."""
     length = span.ids.shape[1]
     num_blocks = (length + ratio - 1) // ratio
@@ -101,7 +104,11 @@ def blocks_appended(span: Span, ratio: int, slots: int, frequencies: np.ndarray)
     index = first[:, None] + jnp.arange(num_blocks, dtype=jnp.int32)
     token = index[..., None] * ratio + jnp.arange(ratio, dtype=jnp.int32)
 
+    in_ring = fits_in_ring(branches * ratio - 1, length, slots)
+
     def row_behind(position: jax.Array) -> jax.Array:
+        if in_ring:
+            return position % slots
         fresh = position - span.start[:, None, None]
         row = jnp.where(fresh >= 0, slots + jnp.minimum(fresh, length - 1), position % slots)
         return row.astype(jnp.int32)

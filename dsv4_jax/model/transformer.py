@@ -135,7 +135,7 @@ class Transformer(nnx.Module):
             if cache is None:
                 return spans.blocks_in_place(span, ratio, compressed)
             slots = branches * ratio + cache.max_rewind
-            return spans.blocks_appended(span, ratio, slots, compressed)
+            return spans.blocks_appended(span, ratio, branches, slots, compressed)
 
         return Surroundings(
             span,
