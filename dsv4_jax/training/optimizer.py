@@ -4,6 +4,7 @@ Report, sections 2.4 and 4.2.2, for what AdamW treats; here it treats the matric
 """
 
 import dataclasses
+import math
 from typing import Literal
 
 import jax
@@ -11,7 +12,6 @@ import jax.numpy as jnp
 import optax
 
 Params = dict  # nested dict of arrays, keyed by names and layer numbers
-PathKey = str | int
 
 WITHOUT_GRADIENT = ("bias", "tid2eid")
 """Last path parts of what gradients never change: the router bias has its own rule, the hash table none."""
@@ -21,44 +21,56 @@ WITHOUT_DECAY = ("norm", "sink", "ape", "base", "scale")
 
 
 @dataclasses.dataclass(frozen=True)
-class AdamW:
-    """Settings of the optimiser. Betas, epsilon and decay are the report's (section 4.2.2)."""
+class Schedule:
+    """Learning rate by step: linear warm-up to the peak, then decay to a fraction of it."""
 
-    peak_learning_rate: float
+    peak: float
     num_steps: int
     warmup_fraction: float = 0.05
-    final_fraction: float = 0.1  # of the peak, as in both V4 schedules
+    final_fraction: float = 0.1  # as in both V4 schedules
     shape: Literal["linear", "cosine"] = "linear"
+
+    def learning_rate(self, step: int) -> float:
+        """Of step `step`, counted from 0; the last step has exactly `final_fraction` of the peak."""
+        warmup = max(1, round(self.warmup_fraction * self.num_steps))
+        progress = (step + 1 - warmup) / max(1, self.num_steps - warmup)
+        progress = min(max(progress, 0.0), 1.0)
+        if self.shape == "cosine":
+            progress = 0.5 - 0.5 * math.cos(math.pi * progress)
+        falling = 1.0 - (1.0 - self.final_fraction) * progress
+        return self.peak * min((step + 1) / warmup, falling)
+
+
+@dataclasses.dataclass(frozen=True)
+class AdamW:
+    """Betas, epsilon and decay as in the report (section 4.2.2); the clip is the usual 1."""
+
     beta1: float = 0.9
     beta2: float = 0.95
     epsilon: float = 1e-20
     weight_decay: float = 0.1
     max_grad_norm: float = 1.0
 
-    def learning_rate(self, step: int | jax.Array) -> jax.Array:
-        """Linear from 0 (exclusive) to the peak, then decay; the last step has `final_fraction` of it."""
-        step = jnp.asarray(step, jnp.float32)
-        warmup = max(1, round(self.warmup_fraction * self.num_steps))
-        rising = (step + 1) / warmup
-        progress = jnp.clip((step + 1 - warmup) / max(1, self.num_steps - warmup), 0.0, 1.0)
-        if self.shape == "cosine":
-            progress = 0.5 - 0.5 * jnp.cos(jnp.pi * progress)
-        falling = 1.0 - (1.0 - self.final_fraction) * progress
-        return self.peak_learning_rate * jnp.minimum(rising, falling)
-
     def transform(self) -> optax.GradientTransformation:
-        """Clipping by global norm, then AdamW with decoupled decay on matrices only."""
+        """Clipping by global norm, Adam, decoupled decay on matrices; the update still lacks -(learning rate).
+
+        The rate comes in as data (`apply_updates`), so that runs of different lengths share a program.
+        """
         return optax.chain(
             optax.clip_by_global_norm(self.max_grad_norm),
-            optax.adamw(
-                self.learning_rate,
-                b1=self.beta1,
-                b2=self.beta2,
-                eps=self.epsilon,
-                weight_decay=self.weight_decay,
-                mask=decay_mask,
-            ),
+            optax.scale_by_adam(self.beta1, self.beta2, self.epsilon),
+            optax.add_decayed_weights(self.weight_decay, decay_mask),
         )
+
+
+def apply_updates(params: Params, updates: Params, learning_rate: jax.Array) -> Params:
+    """params - learning_rate * updates, in float32, cast to each parameter's dtype."""
+
+    def apply(param: jax.Array, update: jax.Array) -> jax.Array:
+        new = param.astype(jnp.float32) - learning_rate * update.astype(jnp.float32)
+        return new.astype(param.dtype)
+
+    return jax.tree.map(apply, params, updates)
 
 
 def _name(path: tuple) -> str:

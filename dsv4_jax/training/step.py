@@ -24,7 +24,7 @@ from dsv4_jax.training.loss import (
     row_loads,
     shifted_targets,
 )
-from dsv4_jax.training.optimizer import AdamW, Params, merge_params, split_trainable
+from dsv4_jax.training.optimizer import AdamW, Params, apply_updates, merge_params, split_trainable
 
 ROUTING = frozenset({"experts", "router_scores"})
 
@@ -34,7 +34,7 @@ class TrainState(NamedTuple):
 
     trained: Params  # nested dict: what gradients change
     fixed: Params  # nested dict: router biases and hash tables
-    optimizer: optax.OptState
+    moments: optax.OptState
     step: Int32[Array, ""]  # steps done
 
     @property
@@ -51,13 +51,12 @@ class StepReport(NamedTuple):
     mtp: Float32[Array, ""]  # nats per token
     balance: Float32[Array, ""]  # mean over learned layers, 1 = uniform
     grad_norm: Float32[Array, ""]  # before clipping
-    learning_rate: Float32[Array, ""]
 
 
-def initial_state(params: Params, settings: AdamW) -> TrainState:
+def initial_state(params: Params, optimizer: AdamW) -> TrainState:
     """The state before the first step. The parameters' buffers are used, and later donated, as they are."""
     trained, fixed = split_trainable(params)
-    return TrainState(trained, fixed, settings.transform().init(trained), jnp.int32(0))
+    return TrainState(trained, fixed, optimizer.transform().init(trained), jnp.int32(0))
 
 
 class Routed(NamedTuple):
@@ -98,16 +97,22 @@ def forward_losses(model: Transformer, batch: Batch) -> tuple[LossParts, list[Ro
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
 def train_step(
-    graph: nnx.GraphDef, config: ModelConfig, settings: AdamW, state: TrainState, batch: Batch
+    graph: nnx.GraphDef,
+    config: ModelConfig,
+    optimizer: AdamW,
+    state: TrainState,
+    batch: Batch,
+    learning_rate: Float32[Array, ""],
 ) -> tuple[TrainState, StepReport]:
     """One step. The given state is consumed (its buffers are donated).
 
     Args:
         graph: static structure of the `Transformer` that the parameters belong to.
         config: its architecture.
-        settings: of the optimiser.
+        optimizer: its settings.
         state: from `initial_state` or an earlier step.
         batch: packed rows i32[B, T].
+        learning_rate: of this step.
 
     Returns:
         The next state, and what the step measured before updating.
@@ -119,18 +124,17 @@ def train_step(
         return parts.total(), (parts, [layer.loads() for layer in routed])
 
     (total, (parts, loads)), grads = jax.value_and_grad(loss, has_aux=True)(state.trained)
-    updates, optimizer = settings.transform().update(grads, state.optimizer, state.trained)
+    updates, moments = optimizer.transform().update(grads, state.moments, state.trained)
     report = StepReport(
         total,
         parts.main,
         parts.mtp,
         parts.balance / max(len(loads), 1),
         optax.global_norm(grads),
-        settings.learning_rate(state.step),
     )
-    trained = optax.apply_updates(state.trained, updates)
+    trained = apply_updates(state.trained, updates, learning_rate)
     fixed = balanced_parameters(config, state.fixed, loads)
-    return TrainState(trained, fixed, optimizer, state.step + 1), report
+    return TrainState(trained, fixed, moments, state.step + 1), report
 
 
 @functools.partial(jax.jit, static_argnums=0)

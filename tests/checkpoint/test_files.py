@@ -213,6 +213,12 @@ def test_links(sharded: Path) -> None:
     (sharded / SECOND).unlink()
     (sharded / SECOND).symlink_to(outside)
     refused(sharded, f"{SECOND}: is a link that leaves the directory")
+    neighbour = sharded.parent / f"{sharded.name}-b"  # begins with the same characters
+    neighbour.mkdir()
+    shutil.copy(outside, neighbour / "blob")
+    (sharded / SECOND).unlink()
+    (sharded / SECOND).symlink_to(neighbour / "blob")
+    refused(sharded, f"{SECOND}: is a link that leaves the directory")
     # two steps: a link inside to a link inside that leaves
     (inside / "step").symlink_to(outside)
     (sharded / SECOND).unlink()

@@ -1,11 +1,50 @@
-"""Ways of running one model over the same tokens that must agree, as plain functions over id lists."""
+"""Ways of running one model over the same tokens that must agree, and the small models it is tried on."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
+from hypothesis import HealthCheck, settings
 
+from dsv4_jax.config import ModelConfig, tiny
 from dsv4_jax.language_model import LanguageModel
 from dsv4_jax.model.cache import Cache
+
+TOLERANCE = 1e-5
+"""On logits of size 1 to 4: the same float32 sums in another order."""
+
+WIDTH = 40  # whole rows
+CHUNK = 17  # longer than every ring of SMALL below
+REWIND = 3
+
+SMALL: ModelConfig = dataclasses.replace(
+    tiny(5),
+    attention_kinds=("window", "csa", "hca"),
+    router_kinds=("hash", "learned", "learned"),
+    sliding_window=7,
+    csa_ratio=4,
+    hca_ratio=6,
+    index_topk=3,
+    vocab_size=61,
+)
+BATCH = 3
+
+# Section 16 of the specification: lengths around m, W and 2m for the released 4 / 128 / window 128.
+REAL: ModelConfig = dataclasses.replace(
+    tiny(5),
+    attention_kinds=("window", "csa", "hca"),
+    router_kinds=("hash", "learned", "learned"),
+    index_topk=6,
+    vocab_size=61,
+)
+AWKWARD_LENGTHS = (1, 3, 4, 5, 7, 8, 127, 128, 129, 255, 256, 257)
+
+QUICK = settings(
+    max_examples=12,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 
 Rows = Sequence[np.ndarray]
 
@@ -31,9 +70,7 @@ def full(model: LanguageModel, rows: Rows, width: int) -> list[np.ndarray]:
     return [logits[b, :count] for b, count in enumerate(counts)]
 
 
-def append(
-    model: LanguageModel, cache: Cache, pieces: Rows, width: int
-) -> tuple[list[np.ndarray], Cache]:
+def append(model: LanguageModel, cache: Cache, pieces: Rows, width: int) -> tuple[list[np.ndarray], Cache]:
     """Appends one piece a row in a call of `width` tokens -> logits of the real ones, new cache."""
     counts = np.array([len(piece) for piece in pieces])
     ids = padded(pieces, width, model.config.vocab_size, seed=int(counts.sum()))
@@ -61,8 +98,7 @@ def chunked(
 def even_plan(lengths: Sequence[int], width: int) -> list[list[int]]:
     """Every row takes `width` tokens a call until it is finished."""
     return [
-        [min(width, max(length - start, 0)) for length in lengths]
-        for start in range(0, max(lengths), width)
+        [min(width, max(length - start, 0)) for length in lengths] for start in range(0, max(lengths), width)
     ]
 
 

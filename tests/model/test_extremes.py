@@ -12,9 +12,8 @@ from flax import nnx
 from dsv4_jax.config import v4_flash
 from dsv4_jax.model import hyper_connection, rope
 from dsv4_jax.model.initial import graph_of
-from tests.model.equivalence import full, random_rows
+from tests.model.equivalence import BATCH, SMALL, WIDTH, full, random_rows
 from tests.model.telling_weights import FLOAT32, telling_model, telling_parameters
-from tests.model.test_properties import BATCH, SMALL, WIDTH
 from tests.parity import float64_equations
 
 LENGTHS = (WIDTH, 22, 7)
@@ -79,26 +78,29 @@ def test_yarn_table():
 # ---- top-k -----------------------------------------------------------------------------------------------
 
 
+ONE_CSA_LAYER = dataclasses.replace(
+    SMALL, attention_kinds=("csa",), router_kinds=("learned",), num_nextn_predict_layers=0
+)
+
+
 @pytest.mark.parametrize("top_k", [1, 1000])
 def test_top_k_of_one_and_of_more_than_there_are(top_k):
-    model = telling_model(dataclasses.replace(SMALL, index_topk=top_k))
+    model = telling_model(dataclasses.replace(ONE_CSA_LAYER, index_topk=top_k))
     rows = random_rows(SMALL.vocab_size, LENGTHS, seed=20)
     assert difference_from_equations(model, rows) <= 1e-5
 
 
 def test_all_zero_indexer_scores_select_the_first_entries():
-    def edit(path, leaf):
-        return 0.0 if path[-1] == "weights_proj" else None
-
-    model = telling_model(SMALL)
-    model.parameters = changed(model.parameters, edit)
+    model = telling_model(ONE_CSA_LAYER)
+    model.parameters = changed(
+        model.parameters, lambda path, leaf: 0.0 if path[-1] == "weights_proj" else None
+    )
     rows = random_rows(SMALL.vocab_size, LENGTHS, seed=21)
     assert difference_from_equations(model, rows) <= 1e-5
-    ids = np.stack([rows[0]] * BATCH)
-    selected = [tap["selected"] for tap in model.taps(ids, ["selected"]) if "selected" in tap]
+    (tap,) = model.taps(np.stack([rows[0]] * BATCH), ["selected"])
     visible = (np.arange(WIDTH) + 1) // SMALL.csa_ratio
-    want = np.arange(selected[0].shape[-1]) < np.minimum(visible, SMALL.index_topk)[:, None]
-    np.testing.assert_array_equal(selected[0][0], want)
+    want = np.arange(tap["selected"].shape[-1]) < np.minimum(visible, SMALL.index_topk)[:, None]
+    np.testing.assert_array_equal(tap["selected"][0], want)
 
 
 # ---- router ----------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
-"""One forward, many ways: whole, chunked, token by token, ragged, packed and rewound runs must agree.
+"""One forward, many ways: whole, chunked, token by token, ragged and packed runs must agree.
 
 Values agree to 1e-5 (the same float32 sums in another order); what must not matter at all (later tokens,
-padding, other documents, tokens taken back) must leave every bit in place.
+padding, other documents) must leave every bit in place. Rewinds: `test_cache_operations`.
 """
 
 import dataclasses
@@ -11,52 +11,31 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from dsv4_jax.config import ModelConfig, tiny
 from dsv4_jax.language_model import LanguageModel
 from dsv4_jax.model import span as spans
 from dsv4_jax.model.initial import graph_of
-from tests.model.equivalence import append, chunked, even_plan, full, largest_difference
-from tests.model.equivalence import padded, random_rows
+from tests.model.equivalence import (
+    AWKWARD_LENGTHS,
+    BATCH,
+    CHUNK,
+    QUICK,
+    REAL,
+    REWIND,
+    SMALL,
+    TOLERANCE,
+    WIDTH,
+    chunked,
+    even_plan,
+    full,
+    largest_difference,
+    padded,
+    random_rows,
+)
 from tests.model.telling_weights import FLOAT32, telling_model
 
-TOLERANCE = 1e-5
-
-WIDTH = 40  # whole rows
-CHUNK = 17  # longer than every ring of SMALL below
-REWIND = 3
-
-SMALL: ModelConfig = dataclasses.replace(
-    tiny(5),
-    attention_kinds=("window", "csa", "hca"),
-    router_kinds=("hash", "learned", "learned"),
-    sliding_window=7,
-    csa_ratio=4,
-    hca_ratio=6,
-    index_topk=3,
-    vocab_size=61,
-)
-BATCH = 3
-
-# Section 16 of the specification: lengths around m, W and 2m for the released 4 / 128 / window 128.
-REAL: ModelConfig = dataclasses.replace(
-    tiny(5),
-    attention_kinds=("window", "csa", "hca"),
-    router_kinds=("hash", "learned", "learned"),
-    index_topk=6,
-    vocab_size=61,
-)
-AWKWARD_LENGTHS = (1, 3, 4, 5, 7, 8, 127, 128, 129, 255, 256, 257)
-
-quick = settings(
-    max_examples=12,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
 lengths = st.lists(st.integers(1, WIDTH), min_size=BATCH, max_size=BATCH)
 
 
@@ -73,7 +52,7 @@ def real() -> LanguageModel:
 # ---- whole = chunked = token by token ------------------------------------------------------------------
 
 
-@quick
+@QUICK
 @given(data=st.data(), lengths=lengths, seed=st.integers(0, 2**16))
 def test_any_ragged_chunking_equals_the_whole(small, data, lengths, seed):
     rows = random_rows(SMALL.vocab_size, lengths, seed)
@@ -149,7 +128,7 @@ def separately(model: LanguageModel, ids: np.ndarray, documents: list[slice]) ->
     return out[: len(rows)]
 
 
-@quick
+@QUICK
 @given(pieces=PACKING, seed=st.integers(0, 2**16))
 def test_packed_documents_equal_separate_rows(small, pieces, seed):
     ids, segments, documents = pack(pieces, seed)
@@ -196,9 +175,7 @@ def test_packed_gradients_equal_separate_gradients():
     got = gradient(model.parameters, packed_span, packed_weights)
     want = gradient(model.parameters, spans.from_start(separate_ids, counts), row_weights)
     compared = 0
-    for (path, a), b in zip(
-        jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True
-    ):
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True):
         if a.dtype == jax.dtypes.float0:
             continue
         a, b = np.asarray(a), np.asarray(b)
@@ -212,7 +189,7 @@ def test_packed_gradients_equal_separate_gradients():
 # ---- what must not matter ------------------------------------------------------------------------------
 
 
-@quick
+@QUICK
 @given(at=st.integers(0, WIDTH - 1), seed=st.integers(0, 2**16))
 def test_causality_is_bit_exact(small, at, seed):
     rows = random_rows(SMALL.vocab_size, [WIDTH] * BATCH, seed)
@@ -237,7 +214,7 @@ def test_causality_is_bit_exact_at_the_released_ratios(real):
         assert (a[end] != b[end]).any()
 
 
-@quick
+@QUICK
 @given(lengths=lengths, seed=st.integers(0, 2**16))
 def test_padding_changes_nothing(small, lengths, seed):
     rows = random_rows(SMALL.vocab_size, lengths, seed)
@@ -266,7 +243,7 @@ def test_padding_leaves_no_trace_in_the_cache(small):
         np.testing.assert_array_equal(a, b)
 
 
-@quick
+@QUICK
 @given(pieces=PACKING, which=st.integers(0, 7), seed=st.integers(0, 2**16))
 def test_foreign_documents_change_nothing(small, pieces, which, seed):
     ids, segments, documents = pack(pieces, seed)
@@ -285,100 +262,3 @@ def test_rows_of_a_batch_do_not_meet(small):
     others = [rows[0], *random_rows(SMALL.vocab_size, (40, 1), seed=10)]
     first, second = full(small, rows, WIDTH)[0], full(small, others, WIDTH)[0]
     assert largest_difference([first], [second]) <= TOLERANCE
-
-
-# ---- rewind --------------------------------------------------------------------------------------------
-
-
-@quick
-@given(
-    first=st.lists(st.integers(0, 17), min_size=BATCH, max_size=BATCH),
-    wrong=st.lists(st.integers(0, REWIND), min_size=BATCH, max_size=BATCH),
-    seed=st.integers(0, 2**16),
-)
-def test_rewind_is_bit_exact(small, first, wrong, seed):
-    """Tokens taken back leave every later logit as if they had never been."""
-    rows = random_rows(SMALL.vocab_size, first, seed)
-    drafts = random_rows(SMALL.vocab_size, wrong, seed + 1)
-    rest = random_rows(SMALL.vocab_size, (16, 9, 14), seed + 2)
-
-    def start():
-        return append(small, small.new_cache(BATCH, WIDTH, max_rewind=REWIND), rows, CHUNK)[1]
-
-    drafted = append(small, start(), drafts, CHUNK)[1].rewind(np.array(wrong))
-    assert drafted.length.tolist() == list(first)
-    got, got_cache = append(small, drafted, rest, CHUNK)
-    want, want_cache = append(small, start(), rest, CHUNK)
-    for a, b in zip(got, want, strict=True):
-        np.testing.assert_array_equal(a, b)
-    more = random_rows(SMALL.vocab_size, (5, 5, 5), seed + 3)
-    for a, b in zip(
-        append(small, got_cache, more, CHUNK)[0],
-        append(small, want_cache, more, CHUNK)[0],
-        strict=True,
-    ):
-        np.testing.assert_array_equal(a, b)
-
-
-def test_rewind_beyond_the_ring_is_refused(small):
-    cache = small.new_cache(BATCH, WIDTH, max_rewind=REWIND)
-    rows = random_rows(SMALL.vocab_size, (9, 2, 5), seed=11)
-    cache = append(small, cache, rows, CHUNK)[1]
-    with pytest.raises(ValueError, match=r"row 0: rewinding 4 of 9 tokens"):
-        cache.rewind(np.array([REWIND + 1, 0, 0]))
-    with pytest.raises(ValueError, match=r"row 1: rewinding 3 of 2 tokens"):
-        cache.rewind(REWIND)
-    cache = cache.rewind(np.array([2, 2, 2]))
-    with pytest.raises(ValueError, match="row 0"):  # the mark stays: 9 - 3 is the furthest
-        cache.rewind(np.array([2, 0, 0]))
-
-
-class CacheMachine(RuleBasedStateMachine):
-    """Random sequences of ragged appends and rewinds against the full forward of what remains."""
-
-    model: LanguageModel
-
-    @initialize(seed=st.integers(0, 2**16))
-    def begin(self, seed: int) -> None:
-        self.rng = np.random.default_rng(seed)
-        self.cache = self.model.new_cache(BATCH, WIDTH, max_rewind=REWIND)
-        self.rows = [np.zeros(0, int) for _ in range(BATCH)]
-        self.marks = [0] * BATCH
-
-    def _append(self, counts: list[int], width: int) -> None:
-        counts = [min(n, WIDTH - len(row)) for n, row in zip(counts, self.rows, strict=True)]
-        pieces = [self.rng.integers(0, SMALL.vocab_size, n) for n in counts]
-        got, self.cache = append(self.model, self.cache, pieces, width)
-        self.rows = [np.concatenate(pair) for pair in zip(self.rows, pieces, strict=True)]
-        self.marks = [max(m, len(row)) for m, row in zip(self.marks, self.rows, strict=True)]
-        want = full(self.model, self.rows, WIDTH)
-        want = [w[len(w) - n :] for w, n in zip(want, counts, strict=True)]
-        assert largest_difference(got, want) <= TOLERANCE
-
-    @rule(counts=st.lists(st.integers(0, CHUNK), min_size=BATCH, max_size=BATCH))
-    def append_ragged(self, counts: list[int]) -> None:
-        self._append(counts, CHUNK)
-
-    @rule(counts=st.lists(st.integers(0, 1), min_size=BATCH, max_size=BATCH))
-    def append_one(self, counts: list[int]) -> None:
-        self._append(counts, 1)
-
-    @precondition(lambda self: any(self.marks))
-    @rule(wanted=st.lists(st.integers(0, REWIND), min_size=BATCH, max_size=BATCH))
-    def rewind(self, wanted: list[int]) -> None:
-        allowed = [
-            min(k, len(row), len(row) - max(mark - REWIND, 0))
-            for k, row, mark in zip(wanted, self.rows, self.marks, strict=True)
-        ]
-        self.cache = self.cache.rewind(np.array(allowed))
-        self.rows = [row[: len(row) - k] for row, k in zip(self.rows, allowed, strict=True)]
-        assert self.cache.length.tolist() == [len(row) for row in self.rows]
-
-
-def test_random_cache_operations(small):
-    machine = type("Machine", (CacheMachine,), {"model": small})
-    case = machine.TestCase()
-    case.settings = settings(
-        max_examples=15, stateful_step_count=14, deadline=None, derandomize=True
-    )
-    case.runTest()

@@ -1,8 +1,8 @@
 """A second oracle: the model's equations in float64, one sequence, one query at a time.
 
-Nothing here is clever. Each function is one formula of the report; windows, blocks and visibility are explicit
-index lists per query instead of masks, so that a masking mistake cannot be repeated here. It reads our parameter
-tree, which makes it a check of the tree's orientation as well. MTP included.
+Nothing here is clever. Each function is one formula of the report; windows, blocks and visibility are
+explicit index lists per query instead of masks, so that a masking mistake cannot be repeated here. It reads
+our parameter tree, which makes it a check of the tree's orientation as well. MTP included.
 """
 
 import dataclasses
@@ -199,10 +199,7 @@ def sublayer(
     maps = [mhc_maps(x, hc, config) for x in streams]
     u = np.stack([pre @ x for (pre, _, _), x in zip(maps, streams, strict=True)])
     y, chosen = f(rms(u, weight, config.rms_norm_eps))
-    out = [
-        np.outer(post, row) + comb.T @ x
-        for (_, post, comb), row, x in zip(maps, y, streams, strict=True)
-    ]
+    out = [np.outer(post, row) + comb.T @ x for (_, post, comb), row, x in zip(maps, y, streams, strict=True)]
     return np.stack(out), chosen
 
 
@@ -253,9 +250,7 @@ def forward(params: dict[Any, Any], config: ModelConfig, ids: np.ndarray) -> Rec
     return record
 
 
-def mtp(
-    params: dict[Any, Any], config: ModelConfig, streams: np.ndarray, ids: np.ndarray
-) -> np.ndarray:
+def mtp(params: dict[Any, Any], config: ModelConfig, streams: np.ndarray, ids: np.ndarray) -> np.ndarray:
     """Backbone streams [T - 1, N, D] and ids [T] -> logits [T - 1, V] of the token after the next."""
     p, eps = params["mtp"][0], config.rms_norm_eps
     following = ids[1:]

@@ -31,7 +31,7 @@ def shallow(config: ModelConfig) -> ModelConfig:
 CONFIGS = {"section16": shallow(SECTION_16), "irregular": shallow(IRREGULAR)}
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def models(name: str) -> tuple[Oracle, TorchMtp, LanguageModel]:
     config = CONFIGS[name]
     oracle, block = Oracle(config, seed=3), TorchMtp(config, seed=3)

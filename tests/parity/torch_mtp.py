@@ -16,8 +16,8 @@ import torch
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as modeling
 
 from dsv4_jax.config import ModelConfig
-from tests.parity.oracle import Oracle, array, block_params, head_params, randomize, stack_leaves
-from tests.parity.oracle import transformers_config
+from tests.parity.extraction import array, block_params, head_params, stack_leaves
+from tests.parity.oracle import Oracle, randomize, transformers_config
 
 
 class TorchMtp(torch.nn.Module):

@@ -5,18 +5,23 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
 
 from dsv4_jax.config import tiny
-from dsv4_jax.model.transformer import Transformer
+from dsv4_jax.model.initial import graph_of
 from dsv4_jax.numerics.policy import Policy
-from dsv4_jax.training.optimizer import AdamW, decay_mask, merge_params, split_trainable
+from dsv4_jax.training.optimizer import (
+    AdamW,
+    Schedule,
+    apply_updates,
+    decay_mask,
+    merge_params,
+    split_trainable,
+)
 
 
 @pytest.fixture(scope="module")
 def shapes():
-    abstract = nnx.eval_shape(lambda: Transformer(tiny(), Policy.of("float32"), nnx.Rngs(0)))
-    return nnx.to_pure_dict(nnx.split(abstract)[1])
+    return graph_of(tiny(), Policy.of("float32"))[1]
 
 
 def paths(tree):
@@ -50,30 +55,36 @@ def test_router_bias_and_hash_tables_are_left_out_and_nothing_is_lost(shapes):
 
 @pytest.mark.parametrize("shape", ["linear", "cosine"])
 def test_schedule_rises_to_the_peak_and_ends_at_a_tenth(shape):
-    settings = AdamW(2e-3, num_steps=100, warmup_fraction=0.1, shape=shape)
-    rates = np.array([settings.learning_rate(step) for step in range(100)])
-    np.testing.assert_allclose(rates[:10], 2e-3 * np.arange(1, 11) / 10, rtol=1e-5)
+    schedule = Schedule(2e-3, num_steps=100, warmup_fraction=0.1, shape=shape)
+    rates = np.array([schedule.learning_rate(step) for step in range(100)])
+    np.testing.assert_allclose(rates[:10], 2e-3 * np.arange(1, 11) / 10)
     assert rates.argmax() == 9 and (np.diff(rates[9:]) < 0).all()
-    np.testing.assert_allclose(rates[-1], 2e-4, rtol=1e-4)
-    np.testing.assert_allclose(settings.learning_rate(500), 2e-4, rtol=1e-4)
+    np.testing.assert_allclose(rates[-1], 2e-4)
+    np.testing.assert_allclose(schedule.learning_rate(500), 2e-4)
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 3])
 def test_very_short_runs_have_a_usable_rate(num_steps):
-    settings = AdamW(1e-3, num_steps=num_steps)
-    rates = [float(settings.learning_rate(step)) for step in range(num_steps)]
-    assert all(1e-4 * 0.99 <= rate <= 1e-3 * 1.01 for rate in rates)
+    schedule = Schedule(1e-3, num_steps=num_steps)
+    rates = [schedule.learning_rate(step) for step in range(num_steps)]
+    assert all(0.99e-4 <= rate <= 1e-3 for rate in rates)
 
 
 def test_first_step_is_the_formula_and_respects_the_clip():
-    settings = AdamW(0.1, num_steps=10, warmup_fraction=0.1)
     params = {"wq_a": jnp.array([2.0, -4.0]), "q_norm": jnp.array([1.0])}
     grads = {"wq_a": jnp.array([300.0, -400.0]), "q_norm": jnp.array([0.0])}
-    transform = settings.transform()
-    updates, _ = transform.update(grads, transform.init(params), params)
-    # After clipping the first Adam step is sign(g), whatever the norm; decay only on the matrix.
-    new = optax.apply_updates(params, updates)
+    transform = AdamW().transform()
+    updates, moments = transform.update(grads, transform.init(params), params)
+    # Whatever the norm, the first Adam step is sign(g); decay only on the matrix.
+    new = apply_updates(params, updates, jnp.float32(0.1))
     np.testing.assert_allclose(new["wq_a"], [2 - 0.1 * (1 + 0.2), -4 + 0.1 * (1 + 0.4)], rtol=1e-5)
-    np.testing.assert_allclose(new["q_norm"], [1.0])
-    moment = optax.tree_utils.tree_get(transform.update(grads, transform.init(params), params)[1], "mu")
-    np.testing.assert_allclose(moment["wq_a"], [0.06, -0.08], rtol=1e-5)  # (1 - 0.9) * g / 500
+    np.testing.assert_array_equal(new["q_norm"], [1.0])
+    mu = optax.tree_utils.tree_get(moments, "mu")
+    np.testing.assert_allclose(mu["wq_a"], [0.06, -0.08], rtol=1e-5)  # (1 - 0.9) * g / 500
+
+
+def test_updates_are_added_in_float32_whatever_the_parameter():
+    params = {"wq_a": jnp.full(2, 1.0, jnp.bfloat16)}
+    new = apply_updates(params, {"wq_a": jnp.full(2, 1.0, jnp.bfloat16)}, jnp.float32(0.1))
+    assert new["wq_a"].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(new["wq_a"], jnp.full(2, 0.9, jnp.bfloat16))

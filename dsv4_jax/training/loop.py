@@ -1,0 +1,110 @@
+"""The training loop: steps until they are done, somebody presses Ctrl-C, or the clock says stop."""
+
+import dataclasses
+import signal
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Literal, Self
+
+import jax
+import numpy as np
+from flax import nnx
+
+from dsv4_jax.config import ModelConfig
+from dsv4_jax.training.data import TrainingRows
+from dsv4_jax.training.optimizer import AdamW, Schedule
+from dsv4_jax.training.step import StepReport, TrainState, train_step
+
+Ending = Literal["finished", "interrupted", "out of time"]
+
+
+class InterruptRequest:
+    """Within its `with` block the first Ctrl-C only sets `requested`; the second acts as usual.
+
+    Outside the main thread, where signals cannot be caught, it does nothing.
+
+    Args:
+        announce: called once, from the signal handler, at the first Ctrl-C.
+    """
+
+    def __init__(self, announce: Callable[[], None] = lambda: None) -> None:
+        self.requested = False
+        self._announce = announce
+        self._previous: object = None
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)  # type: ignore[arg-type]
+            self._previous = None
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+        self._restore()
+        self._announce()
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingResult:
+    """What came out of a loop."""
+
+    state: TrainState
+    reports: tuple[StepReport, ...]  # of each step, Python floats
+    ending: Ending
+    seconds: float  # of the loop, compilation included
+
+
+def train(
+    graph: nnx.GraphDef,
+    config: ModelConfig,
+    optimizer: AdamW,
+    schedule: Schedule,
+    state: TrainState,
+    rows: TrainingRows,
+    *,
+    on_step: Callable[[StepReport], None] = lambda report: None,
+    interrupt: InterruptRequest | None = None,
+    stop_at: float | None = None,
+) -> TrainingResult:
+    """Runs the steps that `schedule.num_steps` still leaves after `state.step`.
+
+    The result depends on the arguments alone, unless the run is cut short: neither the batches nor the
+    learning rate look at a clock.
+
+    Args:
+        graph: static structure of the model; config: its architecture.
+        optimizer: its settings; schedule: learning rates and number of steps.
+        state: consumed (its buffers are donated).
+        rows: batches by step number.
+        on_step: called after every step.
+        interrupt: ends the loop after the step in which it is requested.
+        stop_at: `time.monotonic()` after which no further step starts; at least one runs.
+    """
+    start = time.monotonic()
+    reports: list[StepReport] = []
+    ending: Ending = "finished"
+    for step in range(int(state.step), schedule.num_steps):
+        rate = np.float32(schedule.learning_rate(step))
+        state, report = train_step(graph, config, optimizer, state, rows.batch(step), rate)
+        reports.append(StepReport(*map(float, jax.device_get(report))))
+        on_step(reports[-1])
+        if step + 1 == schedule.num_steps:
+            break
+        if interrupt is not None and interrupt.requested:
+            ending = "interrupted"
+            break
+        if stop_at is not None and time.monotonic() > stop_at:
+            ending = "out of time"
+            break
+    return TrainingResult(state, tuple(reports), ending, time.monotonic() - start)

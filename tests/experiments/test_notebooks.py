@@ -1,0 +1,47 @@
+"""The notebooks run from top to bottom, on an untrained model with the quickstart's architecture."""
+
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+from dsv4_jax.language_model import LanguageModel
+from dsv4_jax.training.recipe import QUICKSTART
+from dsv4_jax.training.tokenizer import train_tokenizer
+
+NOTEBOOKS = Path(__file__).parents[2] / "experiments" / "notebooks"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("notebook") / "model"
+    model = LanguageModel.random(QUICKSTART.config, QUICKSTART.policy)
+    sources = [path.read_text() for path in sorted(Path(__file__).parents[1].glob("*.py"))]
+    model.tokenizer = train_tokenizer(sources, QUICKSTART.config.vocab_size)
+    model.save(folder)
+    return folder
+
+
+# The notebook client still asks for an event loop in a way that newer Pythons discourage.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_notebook_runs(path, checkpoint, tmp_path):
+    notebook = nbformat.read(path, as_version=4)
+    (parameters,) = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
+    parameters.source += f"\nCHECKPOINT = {str(checkpoint)!r}\nNEW_TOKENS = 3\n"
+    resources = {"metadata": {"path": str(tmp_path)}}
+    NotebookClient(notebook, timeout=300, resources=resources).execute()
+    figures = [
+        output
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+        if "image/png" in output.get("data", {})
+    ]
+    assert len(figures) == 5
+
+
+def test_committed_notebooks_hold_no_outputs():
+    for path in NOTEBOOKS.glob("*.ipynb"):
+        cells = nbformat.read(path, as_version=4).cells
+        assert not any(cell.get("outputs") for cell in cells), path
