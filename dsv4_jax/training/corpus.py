@@ -111,9 +111,7 @@ def gather_corpus(max_bytes: int = 16_000_000, root: Path | None = None) -> Corp
     """
     root = Path(sysconfig.get_path("stdlib")) if root is None else root
     taken, total = [], 0
-    for path in sorted(
-        source_files(root), key=lambda path: _digest(path.relative_to(root).as_posix())
-    ):
+    for path in sorted(source_files(root), key=lambda path: _digest(path.relative_to(root).as_posix())):
         text = _read(path)
         if text is None:
             continue

@@ -60,9 +60,7 @@ class TrainingRows:
         ValueError: when all documents together are shorter than one row.
     """
 
-    def __init__(
-        self, documents: Sequence[np.ndarray], batch_size: int, seq_len: int, seed: int
-    ) -> None:
+    def __init__(self, documents: Sequence[np.ndarray], batch_size: int, seq_len: int, seed: int) -> None:
         self._documents = list(documents)
         self._seed = seed
         self._epoch: tuple[int, np.ndarray, np.ndarray] | None = None
@@ -93,9 +91,7 @@ class TrainingRows:
         return _pack(tokens, documents, np.full(self.batch_size, self.seq_len))
 
 
-def validation_batches(
-    documents: Sequence[np.ndarray], batch_size: int, seq_len: int
-) -> list[Batch]:
+def validation_batches(documents: Sequence[np.ndarray], batch_size: int, seq_len: int) -> list[Batch]:
     """Every token of the documents, in order, exactly once; the last rows are padded to full batches.
 
     Args:

@@ -24,9 +24,7 @@ class Targets(NamedTuple):
     valid: Bool[Array, "B T"]
 
 
-def shifted_targets(
-    tokens: Int32[Array, "B T"], segment_ids: Int32[Array, "B T"], offset: int
-) -> Targets:
+def shifted_targets(tokens: Int32[Array, "B T"], segment_ids: Int32[Array, "B T"], offset: int) -> Targets:
     """Position t predicts token t + `offset` of its own segment: 1 for the head, 2 for the MTP block.
 
     The last `offset` positions of a segment and padding (segment id 0) have no target.
@@ -123,9 +121,7 @@ def _forward(
         return (total + nll, grad_head), _product("tv,vd->td", grad, head)
 
     init = (jnp.float32(0), jnp.zeros(head.shape, jnp.float32))
-    (total, grad_head), grad_hidden = jax.lax.scan(
-        add, init, tuple(_chunks(chunk, hidden, ids, weights))
-    )
+    (total, grad_head), grad_hidden = jax.lax.scan(add, init, tuple(_chunks(chunk, hidden, ids, weights)))
     grad_hidden = grad_hidden.reshape(-1, hidden.shape[1])[: hidden.shape[0]]
     # Casting here keeps what is saved at the size of the inputs.
     return total, (grad_hidden.astype(hidden.dtype), grad_head.astype(head.dtype))
@@ -147,8 +143,8 @@ def balance_loss(
 ) -> Float32[Array, ""]:
     """Sequence-wise balance loss of one learned-routing layer, mean over rows; 1 when uniform.
 
-    f_e = E / (Ke n) #(valid tokens of the row routed to e), a constant; P_e = (1 / n) sum_t s_te / sum_j s_tj;
-    L_bal = sum_e f_e P_e, with n the row's valid tokens. Rows without any are left out of the mean.
+    With n the row's valid tokens: f_e = E / (Ke n) #(tokens of the row routed to e), a constant;
+    P_e = (1 / n) sum_t s_te / sum_j s_tj; L_bal = sum_e f_e P_e. Rows without any valid token are left out.
 
     Args:
         scores: unbiased routing scores, >= 0; the gradient flows through these.

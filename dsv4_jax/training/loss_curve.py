@@ -24,8 +24,9 @@ def save_loss_curve(
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     steps = np.arange(1, len(reports) + 1)
-    axes.plot(steps, [report.mtp for report in reports], lw=0.8, color="tab:orange", label="two tokens ahead (MTP)")
-    axes.plot(steps, [report.main for report in reports], lw=1.2, color="tab:blue", label="next token")
+    further, main = [report.mtp for report in reports], [report.main for report in reports]
+    axes.plot(steps, further, lw=0.8, color="tab:orange", label="two tokens ahead (MTP)")
+    axes.plot(steps, main, lw=1.2, color="tab:blue", label="next token")
     axes.axhline(unigram, color="gray", ls="--", lw=1, label=f"unigram model, validation {unigram:.2f}")
     if validation is not None:
         label = f"this model, validation {validation:.2f}"

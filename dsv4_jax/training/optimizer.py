@@ -52,7 +52,7 @@ class AdamW:
     max_grad_norm: float = 1.0
 
     def transform(self) -> optax.GradientTransformation:
-        """Clipping by global norm, Adam, decoupled decay on matrices; the update still lacks -(learning rate).
+        """Clipping by global norm, Adam, decoupled decay on matrices; the learning rate is not in it.
 
         The rate comes in as data (`apply_updates`), so that runs of different lengths share a program.
         """
@@ -79,9 +79,7 @@ def _name(path: tuple) -> str:
 
 def decay_mask(params: Params) -> Params:
     """True for what decays: matrices, embedding and head."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: not _name(path).endswith(WITHOUT_DECAY), params
-    )
+    return jax.tree_util.tree_map_with_path(lambda path, _: not _name(path).endswith(WITHOUT_DECAY), params)
 
 
 def split_trainable(params: Params) -> tuple[Params, Params]:

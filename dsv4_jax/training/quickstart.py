@@ -20,7 +20,6 @@ import numpy as np
 from rich.console import Console
 from tokenizers import Tokenizer
 
-from dsv4_jax.config import ModelConfig
 from dsv4_jax.errors import ProblemsError
 from dsv4_jax.language_model import LanguageModel, load
 from dsv4_jax.model.initial import graph_of, initial_parameters
@@ -135,15 +134,11 @@ def quickstart(
     del model, trained
     completion = _complete(out, recipe.policy, prompt, max_new_tokens, seed, results)
     seconds = time.monotonic() - start
-    console.print(f"{clock(seconds)} in all; try: dsv4 generate {out} \"import \"")
-    return QuickstartResult(
-        out, record["ending"], record["steps_done"], loss, baseline, completion, seconds
-    )
+    console.print(f'{clock(seconds)} in all; try: dsv4 generate {out} "import "')
+    return QuickstartResult(out, record["ending"], record["steps_done"], loss, baseline, completion, seconds)
 
 
-def check_arguments(
-    minutes: float, out: Path, seed: int, max_new_tokens: int, steps: int | None
-) -> None:
+def check_arguments(minutes: float, out: Path, seed: int, max_new_tokens: int, steps: int | None) -> None:
     """Refuses what would fail after minutes of work.
 
     Raises:
@@ -172,9 +167,7 @@ def check_arguments(
         raise ProblemsError("cannot start the quickstart", problems)
 
 
-def tokenized(
-    corpus: Corpus, recipe: Recipe
-) -> tuple[Tokenizer, list[np.ndarray], list[np.ndarray]]:
+def tokenized(corpus: Corpus, recipe: Recipe) -> tuple[Tokenizer, list[np.ndarray], list[np.ndarray]]:
     """The tokenizer learnt from the training files, and the token ids of both parts' documents."""
     texts = [document.text for document in corpus.train]
     tokenizer = train_tokenizer(texts, recipe.config.vocab_size)
@@ -240,9 +233,7 @@ def _say_how_it_ended(result: TrainingResult, num_steps: int, out: Path, console
     console.print(f"trained {done} steps in {clock(result.seconds)}; saved to {out}")
 
 
-def _record(
-    result: TrainingResult, num_steps: int, seed: int, minutes: float, recipe: Recipe
-) -> dict:
+def _record(result: TrainingResult, num_steps: int, seed: int, minutes: float, recipe: Recipe) -> dict:
     return {
         "ending": result.ending,
         "seed": seed,
@@ -254,8 +245,7 @@ def _record(
         "peak_learning_rate": recipe.peak_learning_rate,
         "training_seconds": round(result.seconds, 1),
         "steps": [
-            {key: round(value, 6) for key, value in report._asdict().items()}
-            for report in result.reports
+            {key: round(value, 6) for key, value in report._asdict().items()} for report in result.reports
         ],
     }
 
@@ -264,16 +254,12 @@ def _write_record(out: Path, record: dict) -> None:
     (out / RECORD_FILE).write_text(json.dumps(record, indent=1) + "\n")
 
 
-def _complete(
-    out: Path, policy: Policy, prompt: str, max_new_tokens: int, seed: int, results: TextIO
-) -> str:
+def _complete(out: Path, policy: Policy, prompt: str, max_new_tokens: int, seed: int, results: TextIO) -> str:
     """Loads the folder as anybody would, and prints the prompt with its continuation as it comes."""
     model = load(out, dtype=np.dtype(policy.param_dtype).name)
     print(f"--- {out} continues {prompt!r} ---\n{prompt}", end="", file=results, flush=True)
     pieces = []
-    for piece in model.stream_text(
-        prompt, max_new_tokens, temperature=TEMPERATURE, seed=seed, top_p=TOP_P
-    ):
+    for piece in model.stream_text(prompt, max_new_tokens, temperature=TEMPERATURE, seed=seed, top_p=TOP_P):
         pieces.append(piece)
         print(piece, end="", file=results, flush=True)
     print("\n---", file=results, flush=True)

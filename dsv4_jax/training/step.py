@@ -130,7 +130,7 @@ def train_step(
         parts.main,
         parts.mtp,
         parts.balance / max(len(loads), 1),
-        optax.global_norm(grads),
+        jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(grads))),
     )
     trained = apply_updates(state.trained, updates, learning_rate)
     fixed = balanced_parameters(config, state.fixed, loads)

@@ -55,7 +55,4 @@ def encode_documents(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndar
         encodings = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
     finally:
         tokenizer.encode_special_tokens = False
-    return [
-        np.asarray([BOS_ID, *encoding.ids, EOS_ID], np.int32)
-        for encoding in encodings
-    ]
+    return [np.asarray([BOS_ID, *encoding.ids, EOS_ID], np.int32) for encoding in encodings]

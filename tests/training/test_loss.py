@@ -16,6 +16,10 @@ from dsv4_jax.training.loss import (
     shifted_targets,
 )
 
+jitted = jax.jit(mean_cross_entropy, static_argnums=3)
+gradients = jax.jit(jax.grad(mean_cross_entropy, (0, 1)), static_argnums=3)
+balance = jax.jit(balance_loss)
+
 
 def plain_cross_entropy(hidden, head, targets):
     logits = jnp.einsum("btd,vd->btv", hidden, head, precision="highest")
@@ -42,10 +46,10 @@ def test_cross_entropy_and_gradients_match_the_plain_formula(chunk):
     def plain(hidden, head):
         return 1.7 * plain_cross_entropy(hidden, head, targets)
 
-    got, got_grads = jax.value_and_grad(ours, (0, 1))(hidden, head)
-    want, want_grads = jax.value_and_grad(plain, (0, 1))(hidden, head)
+    got, got_grads = jax.jit(jax.value_and_grad(ours, (0, 1)))(hidden, head)
+    want, want_grads = jax.jit(jax.value_and_grad(plain, (0, 1)))(hidden, head)
     np.testing.assert_allclose(got, want, rtol=1e-6)
-    np.testing.assert_allclose(ours(hidden, head), want, rtol=1e-6)  # the path without gradients
+    np.testing.assert_allclose(jax.jit(ours)(hidden, head), want, rtol=1e-6)  # the path without gradients
     for a, b in zip(got_grads, want_grads, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
 
@@ -54,38 +58,34 @@ def test_invalid_targets_have_no_influence_at_all():
     hidden, head, targets = random_problem(seed=1)
     other = Targets(jnp.where(targets.valid, targets.ids, 0), targets.valid)
     moved = jnp.where(targets.valid[..., None], hidden, 1e3)
-    grad = jax.grad(mean_cross_entropy)(hidden, head, targets, 4)
+    grad = gradients(hidden, head, targets, 4)[0]
     assert not np.asarray(grad)[~np.asarray(targets.valid)].any()
-    np.testing.assert_array_equal(
-        mean_cross_entropy(hidden, head, targets, 4), mean_cross_entropy(moved, head, other, 4)
-    )
+    np.testing.assert_array_equal(jitted(hidden, head, targets, 4), jitted(moved, head, other, 4))
 
 
 def test_no_target_is_zero_with_zero_gradients_and_large_logits_stay_finite():
     hidden, head, targets = random_problem(seed=2)
     empty = Targets(targets.ids, jnp.zeros_like(targets.valid))
-    loss, grad = jax.value_and_grad(mean_cross_entropy)(hidden, head, empty)
-    assert loss == 0 and not np.asarray(grad).any()
-    loss, grad = jax.value_and_grad(mean_cross_entropy)(hidden * 1e4, head, targets)
-    assert np.isfinite(loss) and np.isfinite(grad).all()
+    assert jitted(hidden, head, empty, 8) == 0
+    assert not any(np.asarray(grad).any() for grad in gradients(hidden, head, empty, 4))
+    assert np.isfinite(jitted(hidden * 1e4, head, targets, 8))
+    assert all(np.isfinite(grad).all() for grad in gradients(hidden * 1e4, head, targets, 4))
 
 
 def test_half_precision_inputs_are_computed_in_float32():
     hidden, head, targets = random_problem(seed=3)
     hidden, head = hidden.astype(jnp.bfloat16), head.astype(jnp.bfloat16)
     want = plain_cross_entropy(hidden.astype(jnp.float32), head.astype(jnp.float32), targets)
-    loss, grads = jax.value_and_grad(mean_cross_entropy, (0, 1))(hidden, head, targets, 4)
+    loss = jitted(hidden, head, targets, 4)
     assert loss.dtype == jnp.float32
     np.testing.assert_allclose(loss, want, rtol=1e-6)
-    assert all(grad.dtype == jnp.bfloat16 for grad in grads)
+    assert all(grad.dtype == jnp.bfloat16 for grad in gradients(hidden, head, targets, 4))
 
 
 def test_logits_are_never_whole_in_memory():
     hidden = jax.ShapeDtypeStruct((4, 512, 8), jnp.float32)
     head = jax.ShapeDtypeStruct((3001, 8), jnp.float32)
-    targets = Targets(
-        jax.ShapeDtypeStruct((4, 512), jnp.int32), jax.ShapeDtypeStruct((4, 512), jnp.bool_)
-    )
+    targets = Targets(jax.ShapeDtypeStruct((4, 512), jnp.int32), jax.ShapeDtypeStruct((4, 512), jnp.bool_))
     step = jax.jit(jax.grad(lambda h, w, t: mean_cross_entropy(h, w, t, 64), (0, 1)))
     temporary = step.lower(hidden, head, targets).compile().memory_analysis().temp_size_in_bytes
     assert temporary < 4 * 512 * 3001 * 4 / 4  # the logits alone would be 24.6 MB
@@ -128,9 +128,9 @@ def test_balance_loss_matches_the_formula_with_padding_and_an_empty_row():
     scores = jnp.array(rng.random((4, 9, 6)), jnp.float32)
     experts = jnp.array([[rng.permutation(6)[:2] for _ in range(9)] for _ in range(4)], jnp.int32)
     valid = jnp.array(rng.random((4, 9)) < 0.6).at[2].set(False)
-    got = balance_loss(scores, experts, valid)
+    got = balance(scores, experts, valid)
     np.testing.assert_allclose(got, plain_balance_loss(scores, experts, valid), rtol=1e-6)
-    assert balance_loss(scores, experts, jnp.zeros_like(valid)) == 0
+    assert balance(scores, experts, jnp.zeros_like(valid)) == 0
     loads = row_loads(experts, valid, 6)
     assert loads.shape == (4, 6)
     np.testing.assert_array_equal(loads.sum(1), 2 * valid.sum(1))
@@ -140,12 +140,13 @@ def test_balance_loss_is_one_when_uniform_and_its_gradient_pushes_the_busy_exper
     experts = jnp.arange(8, dtype=jnp.int32).reshape(1, 8, 1) % 4
     scores = jnp.ones((1, 8, 4))
     valid = jnp.ones((1, 8), bool)
-    np.testing.assert_allclose(balance_loss(scores, experts, valid), 1.0, rtol=1e-6)
+    np.testing.assert_allclose(balance(scores, experts, valid), 1.0, rtol=1e-6)
     busy = jnp.zeros((1, 8, 1), jnp.int32)
-    grad = jax.grad(balance_loss)(scores, busy, valid)
+    gradient = jax.jit(jax.grad(balance_loss))
+    grad = gradient(scores, busy, valid)
     assert (grad[..., 0] > 0).all() and (grad[..., 1:] < 0).all()
-    zero = jax.value_and_grad(balance_loss)(jnp.zeros_like(scores), experts, valid)
-    assert all(np.isfinite(part).all() for part in zero)
+    assert balance(jnp.zeros_like(scores), experts, valid) == 0
+    assert np.isfinite(gradient(jnp.zeros_like(scores), experts, valid)).all()
 
 
 def test_terms_are_weighted_as_specified():

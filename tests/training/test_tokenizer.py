@@ -4,7 +4,8 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dsv4_jax.errors import ConfigError
 from dsv4_jax.training.tokenizer import BOS, BOS_ID, EOS, EOS_ID, encode_documents, train_tokenizer

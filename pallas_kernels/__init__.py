@@ -1,0 +1,1 @@
+"""Kernels, one family a folder: contract, plain reference, fast formulations. They import nothing of ours."""
