@@ -1,87 +1,127 @@
 """Public entry point of the family: contract, dispatch, custom VJP. No blocking here."""
 
 import functools
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
-from pallas_kernels.grouped_matmul import reference, sorted_blocks
-from pallas_kernels.grouped_matmul.tuning import choose_rows
+from pallas_kernels.grouped_matmul import reference, routing, stream, tuning, xla
 
 
 def expert_ffn(
     x: Float[Array, "T D"],
-    gate_up: Float[Array, "E 2 F D"],
-    down: Float[Array, "E D F"],
+    gate_up: Float[Array, "S 2 F D"],
+    down: Float[Array, "S D F"],
     expert_ids: Int32[Array, "T Ke"],
     weights: Float32[Array, "T Ke"],
     *,
     swiglu_limit: float,
     num_experts: int | None = None,
-    valid: Bool[Array, "T"] | None = None,
     first_expert: Int32[Array, ""] | int = 0,
+    valid: Bool[Array, "T"] | None = None,
     impl: Literal["xla", "reference"] = "xla",
-    rows: int | None = None,
+    native_bfloat16: bool = False,
+    blocks: tuning.ExpertBlocks | None = None,
 ) -> Float32[Array, "T D"]:
     """The routed experts' output for every token, weighted and summed.
 
     Equation (DeepSeek-V4 report, section 2.1):
-        y_t = sum_k weights[t, k] Expert_{expert_ids[t, k]}(x_t)
+        y_t = sum_k weights[t, k] * Expert_{first_expert + expert_ids[t, k]}(x_t)
         Expert(x) = (silu(min(x W1, c)) * clip(x W3, -c, c)) W2,   c = swiglu_limit
 
     Args:
         x: [T, D] tokens in the compute dtype.
-        gate_up: [E, 2, F, D], W1 then W3, output dims first; cast to the dtype of `x` when used.
-        down: [E, D, F], W2.
-        expert_ids: i32[T, Ke] in 0..num_experts - 1.
-        weights: f32[T, Ke] routing weights.
-        swiglu_limit: c (10 in V4); 0 means no clamp.
-        num_experts: experts the ids refer to; all E by default. Smaller when `gate_up` is a stack of layers.
-        valid: bool[T]; other tokens give 0 and cost nothing. All by default.
-        first_expert: added to every id: where a layer's experts start inside a stack of layers.
+        gate_up: [S, 2, F, D] W1 and W3 of S >= E experts, output dim first; rounded to the dtype of `x`.
+            S > E: the experts of several layers behind one another (see `first_expert`).
+        down: [S, D, F] W2, likewise.
+        expert_ids: i32[T, Ke] in 0 .. E-1. Pairs whose id lies outside contribute nothing and cost nothing.
+        weights: f32[T, Ke] routing weights, applied after W2.
+        swiglu_limit: c >= 0 (10 in V4); 0 means no clamp.
+        num_experts: E (256 or 384 in V4); None means S.
+        first_expert: i32[] where this layer's experts start in the stack; may be traced. Inside a scan over
+            layers this spares the copy of a whole layer that slicing the stack would be.
+        valid: bool[T]; False marks padding: such tokens give 0, get no gradient and cost nothing,
+            whatever numbers (NaN too) stand in `x`. None means all True.
         impl: "xla" or "reference". There is no silent fallback.
-        rows: tokens a block; None lets `tuning.choose_rows` pick.
+        native_bfloat16: for bfloat16 inputs, multiply in bfloat16 (exact products, float32 sums either way).
+            Right for CPUs with AVX512-BF16 or AMX and for accelerators; without such units it is slower.
+        blocks: rows handled at a time; None lets `tuning.choose_blocks` pick. Speed only.
 
     Returns:
-        f32[T, D].
+        f32[T, D]. Finite for finite inputs; exact zeros for padding.
 
-    Numerics: float32 accumulation in both matmuls, clamp and SiLU; the hidden activation is cast to the
-        dtype of `x` between them. A token's result does not depend on the other tokens.
-    Gradients: w.r.t. x, gate_up, down and weights; hidden activations are recomputed.
-    Cost: 6 T Ke D F FLOP, plus up to `rows` - 1 rows of padding an expert; each used expert's weights are
-        read once a block.
-    Sharding: T may be sharded; D and F must be whole; E only with the dispatch that expert parallelism brings.
+    Numerics: both products accumulate in float32, clamp, SiLU, gate product and routing weights are float32;
+        the hidden activation is rounded to the dtype of `x` in between. A token's experts are added in
+        ascending expert order. Within 1e-5 (relative to max |y|) of the reference in float32: only the
+        order of sums differs; within 1e-2 in bfloat16: a hidden value may round the other way.
+    Gradients: w.r.t. x, gate_up, down and weights, each in its operand's dtype, summed in float32 in sorted
+        order (deterministic). Saves the operands only; hidden activations are recomputed. Weight
+        gradients have the shape of the stack: slice a layer yourself where gradients are wanted.
+    Cost: 6 * P * D * F FLOP for P valid pairs, rounded up to whole blocks an expert, and 3 * D * F weights
+        read once an expert in use; backward 16 * P * D * F. Memory: `tuning.ExpertBlocks.workspace_bytes`.
+    Sharding: T may be split freely. Experts may be split: give each device its slice of the stack and ids
+        relative to it (foreign ids contribute nothing), and sum the results. F may be split likewise.
+        D must be whole.
     Raises:
-        ValueError: for shapes that do not fit together.
+        ValueError: for shapes that do not fit, an unknown impl, or too many pairs for int32 sort keys;
+            all problems at once.
     """
-    tokens, hidden = x.shape
-    if gate_up.shape[1] != 2 or gate_up.shape[3] != hidden:
-        raise ValueError(f"gate_up {gate_up.shape} must be [E, 2, F, {hidden}]")
-    if down.shape != (gate_up.shape[0], hidden, gate_up.shape[2]):
-        raise ValueError(f"down {down.shape} must be {(gate_up.shape[0], hidden, gate_up.shape[2])}")
-    if expert_ids.shape != weights.shape or expert_ids.shape[0] != tokens:
-        raise ValueError(f"ids {expert_ids.shape} and weights {weights.shape} must be [{tokens}, Ke]")
-    valid = jnp.ones(tokens, bool) if valid is None else valid
-    first_expert = jnp.asarray(first_expert, jnp.int32)
-    if impl == "reference":
-        return reference.expert_ffn_reference(
-            x, gate_up, down, expert_ids, weights,
-            swiglu_limit=swiglu_limit, valid=valid, first_expert=first_expert,
-        )  # fmt: skip
     num_experts = gate_up.shape[0] if num_experts is None else num_experts
-    rows = rows or choose_rows(tokens * expert_ids.shape[1], num_experts)
-    static = (num_experts, swiglu_limit, rows)
-    return _expert_ffn(static, x, gate_up, down, expert_ids, weights, valid, first_expert)
+    operands = _Operands(
+        x, gate_up, down, expert_ids, weights,
+        jnp.asarray(first_expert, jnp.int32),
+        jnp.ones(x.shape[:1], bool) if valid is None else valid,
+    )  # fmt: skip
+    if problems := _problems(operands, num_experts, swiglu_limit, impl):
+        raise ValueError("expert_ffn: " + "; ".join(problems))
+    if impl == "reference":
+        return reference.expert_ffn_reference(*operands, num_experts=num_experts, swiglu_limit=swiglu_limit)
+    return _expert_ffn((num_experts, float(swiglu_limit), native_bfloat16, blocks), *operands)
+
+
+class _Operands(NamedTuple):
+    x: jax.Array
+    gate_up: jax.Array
+    down: jax.Array
+    expert_ids: jax.Array
+    weights: jax.Array
+    first_expert: jax.Array
+    valid: jax.Array
+
+
+def _problems(o: _Operands, num_experts: int, limit: float, impl: str) -> list[str]:
+    """Every rule the arguments break."""
+    stack, _, width, hidden = o.gate_up.shape if o.gate_up.ndim == 4 else (0, 0, 0, 0)
+    tokens, top_k = o.expert_ids.shape if o.expert_ids.ndim == 2 else (0, 0)
+    bits = routing.key_bits(tokens * top_k, num_experts)
+    rules = {
+        f"impl={impl!r} must be 'xla' or 'reference'": impl in ("xla", "reference"),
+        f"swiglu_limit={limit} must not be negative": limit >= 0,
+        f"gate_up {o.gate_up.shape} must be [S, 2, F, D]": o.gate_up.shape == (stack, 2, width, hidden),
+        f"down {o.down.shape} must be {[stack, hidden, width]}": o.down.shape == (stack, hidden, width),
+        f"expert_ids {o.expert_ids.shape} must be [T, Ke]": o.expert_ids.ndim == 2,
+        f"weights {o.weights.shape} must be {o.expert_ids.shape}": o.weights.shape == o.expert_ids.shape,
+        f"x {o.x.shape} must be {[tokens, hidden]}": o.x.shape == (tokens, hidden),
+        f"valid {o.valid.shape} must be {[tokens]}": o.valid.shape == (tokens,),
+        f"num_experts={num_experts} must be in 1 .. {stack}": 1 <= num_experts <= stack,
+        f"{tokens} x {top_k} pairs of {num_experts} experts need sort keys of {bits} > 31 bits": bits <= 31,
+    }
+    return [rule for rule, holds in rules.items() if not holds]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _expert_ffn(static, x, gate_up, down, expert_ids, weights, valid, first_expert):
-    num_experts, limit, rows = static
-    blocks = sorted_blocks.sort_into_blocks(expert_ids, valid, num_experts, rows)
-    return sorted_blocks.forward(x, gate_up, down, blocks, weights, first_expert, limit=limit, rows=rows)
+def _expert_ffn(static, *operands):
+    num_experts, limit, native, blocks = static
+    o = _Operands(*operands)
+    if blocks is None:
+        _, hidden, width = o.down.shape
+        streamable = all(stream.can_stream(n, o.x.dtype, o.gate_up.dtype) for n in (hidden, width))
+        blocks = tuning.choose_blocks(o.expert_ids.size, num_experts, streamable=streamable)
+    return xla.expert_ffn_forward(
+        *operands, num_experts=num_experts, limit=limit, blocks=blocks, dtype=_dot_dtype(o.x, native)
+    )
 
 
 def _save(static, *operands):
@@ -89,15 +129,19 @@ def _save(static, *operands):
 
 
 def _pull(static, operands, dy):
-    num_experts, limit, rows = static
-    x, gate_up, down, expert_ids, weights, valid, first_expert = operands
-    blocks = sorted_blocks.sort_into_blocks(expert_ids, valid, num_experts, rows)
-    dx, dgate_up, ddown, dweights = sorted_blocks.backward(
-        x, gate_up, down, blocks, weights, first_expert, dy, limit=limit, rows=rows
+    num_experts, limit, native, blocks = static
+    o = _Operands(*operands)
+    if blocks is None or blocks.streamed:
+        blocks = tuning.choose_blocks(o.expert_ids.size, num_experts, backward=True)
+    dx, d_gate_up, d_down, d_weights = xla.expert_ffn_backward(
+        dy, *operands, num_experts=num_experts, limit=limit, blocks=blocks, dtype=_dot_dtype(o.x, native)
     )
-    none = [np.zeros(a.shape, jax.dtypes.float0) for a in (expert_ids, valid, first_expert)]
-    grads = dx.astype(x.dtype), dgate_up.astype(gate_up.dtype), ddown.astype(down.dtype)
-    return *grads, none[0], dweights, none[1], none[2]
+    return dx, d_gate_up, d_down, None, d_weights, None, None
 
 
 _expert_ffn.defvjp(_save, _pull)
+
+
+def _dot_dtype(x: jax.Array, native_bfloat16: bool) -> jax.typing.DTypeLike:
+    """What the products are computed in; bfloat16 products are exact in float32, so only speed differs."""
+    return x.dtype if native_bfloat16 else jnp.float32

@@ -4,14 +4,21 @@ import jax
 import jax.numpy as jnp
 
 
-def expert_ffn_reference(x, gate_up, down, expert_ids, weights, *, swiglu_limit, valid, first_expert):
+def expert_ffn_reference(
+    x, gate_up, down, expert_ids, weights, first_expert, valid, *, num_experts: int, swiglu_limit: float
+) -> jax.Array:
     """The definition; the contract is in `op.expert_ffn`."""
-    both = jnp.einsum("td,egfd->etgf", x, gate_up.astype(x.dtype), preferred_element_type=jnp.float32)
-    gate, up = both[:, :, 0], both[:, :, 1]
+    gate_up = jax.lax.dynamic_slice_in_dim(gate_up, first_expert, num_experts).astype(x.dtype)
+    down = jax.lax.dynamic_slice_in_dim(down, first_expert, num_experts).astype(x.dtype)
+    x, weights = jnp.where(valid[:, None], x, 0), jnp.where(valid[:, None], weights, 0)
+
+    both = jnp.einsum("td,egfd->gtef", x, gate_up, preferred_element_type=jnp.float32)
+    gate, up = both[0], both[1]
     if swiglu_limit:
         gate, up = jnp.minimum(gate, swiglu_limit), jnp.clip(up, -swiglu_limit, swiglu_limit)
     hidden = (jax.nn.silu(gate) * up).astype(x.dtype)
-    out = jnp.einsum("etf,edf->etd", hidden, down.astype(x.dtype), preferred_element_type=jnp.float32)
-    chosen = (first_expert + expert_ids)[..., None] == jnp.arange(gate_up.shape[0])
-    share = (chosen * weights[..., None]).sum(axis=1) * valid[:, None]  # f32[T, E]
-    return jnp.einsum("te,etd->td", share, out, preferred_element_type=jnp.float32)
+    out = jnp.einsum("tef,edf->ted", hidden, down, preferred_element_type=jnp.float32)
+
+    chosen = expert_ids[:, :, None] == jnp.arange(num_experts)  # [T, Ke, E]
+    share = (chosen * weights[:, :, None]).sum(axis=1)
+    return (share[:, :, None] * out).sum(axis=1)

@@ -7,7 +7,6 @@ single keys is cheaper on a CPU than `argsort` (two operands) and than ranks by 
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int32
@@ -23,7 +22,7 @@ class SortedPairs(NamedTuple):
         total: i32[] pairs that have an expert.
     """
 
-    keys: Int32[Array, "P_plus_rows"]
+    keys: Int32[Array, " places"]
     shift: int
     total: Int32[Array, ""]
 
@@ -35,7 +34,7 @@ class SortedPairs(NamedTuple):
         """The sorted place behind the last pair of an expert."""
         return (self.keys < ((expert + 1) << self.shift)).sum(dtype=jnp.int32)
 
-    def pairs_at(self, place: Int32[Array, ""], rows: int) -> Int32[Array, "rows"]:
+    def pairs_at(self, place: Int32[Array, ""], rows: int) -> Int32[Array, " rows"]:
         """Pair numbers at `rows` sorted places from `place` on."""
         keys = lax.dynamic_slice_in_dim(self.keys, place, rows)
         return keys & ((1 << self.shift) - 1)

@@ -20,14 +20,14 @@ TERMS_PER_LOOP = 8  # beyond 15 readers of a value XLA stops fusing it: the whol
 MAX_TERMS = 128  # bounds the size of the program at great widths
 
 
-def can_stream(width: int, dtype: jax.typing.DTypeLike) -> bool:
-    """Whether rows of `width` numbers of `dtype` can be read this way."""
-    return width % LANES == 0 and dtype in (jnp.float32, jnp.bfloat16)
+def can_stream(width: int, *dtypes: jax.typing.DTypeLike) -> bool:
+    """Whether rows of `width` numbers can be read this way; all dtypes must be the same one."""
+    return width % LANES == 0 and len(set(dtypes)) == 1 and dtypes[0] in (jnp.float32, jnp.bfloat16)
 
 
 def stream_product(
-    stack: Float[Array, "S N K"], index: Int32[Array, ""], x: Float32[Array, "K"]
-) -> Float32[Array, "N"]:
+    stack: Float[Array, "S N K"], index: Int32[Array, ""], x: Float32[Array, " K"]
+) -> Float32[Array, " N"]:
     """stack[index] @ x in float32, without a copy of stack[index]."""
     _, num, width = stack.shape
     lanes = LANES

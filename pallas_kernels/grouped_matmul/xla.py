@@ -4,8 +4,6 @@ Layout: inside a block activations are transposed, [features, rows]. XLA:CPU pac
 matmul; with the weights on the left it packs the few rows instead of the whole matrix.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -15,40 +13,27 @@ from pallas_kernels.grouped_matmul.stream import stream_product
 
 
 def expert_ffn_forward(
-    x, gate_up, down, expert_ids, weights, first_expert, valid, *, num_experts, swiglu_limit, plan
-):
-    """f32[T, D]; the contract is in `op.expert_ffn`."""
-    pairs = sort_pairs(expert_ids, valid, num_experts=num_experts, rows=plan.rows)
-    run = _one_row_at_a_time if plan.streamed else _block_by_block
-    y = functools.partial(run, x, gate_up, down, first_expert, pairs, swiglu_limit, plan)
-    return y(weights.reshape(-1), expert_ids.shape[1])
+    x, gate_up, down, expert_ids, weights, first_expert, valid, *, num_experts, limit, blocks, dtype
+) -> jax.Array:
+    """f32[T, D]; the contract is in `op.expert_ffn`, `dtype` is that of the products."""
+    pairs = sort_pairs(expert_ids, valid, num_experts=num_experts, rows=blocks.rows)
+    top_k, weights = expert_ids.shape[1], weights.reshape(-1)
 
-
-def _one_row_at_a_time(x, gate_up, down, first_expert, pairs, limit, plan, weights, top_k):
-    """Decode: a loop over pairs that reads each expert where it lies."""
-    gate_up = gate_up.reshape(gate_up.shape[0], -1, gate_up.shape[-1])
-
-    def pair(place, y):
+    def stream_pair(place, y):
         index = first_expert + pairs.expert_at(place)
         number = pairs.pairs_at(place, 1)[0]
         token = lax.div(number, top_k)
-        row = x[token].astype(jnp.float32)
-        hidden = _gated(stream_product(gate_up, index, row), limit)
-        hidden = hidden.astype(x.dtype).astype(jnp.float32)
+        both = stream_product(flat_gate_up, index, x[token].astype(jnp.float32))
+        hidden = _gated(both, limit).astype(x.dtype).astype(jnp.float32)
         out = stream_product(down, index, hidden) * weights[number]
         return y.at[token].add(out, mode="promise_in_bounds")
-
-    return lax.fori_loop(0, pairs.total, pair, jnp.zeros(x.shape, jnp.float32))
-
-
-def _block_by_block(x, gate_up, down, first_expert, pairs, limit, plan, weights, top_k):
-    dtype = jnp.float32 if plan.upcast else x.dtype
 
     def expert_rows(expert, start, end, y):
         w13, w2 = _matrices(gate_up, down, first_expert + expert, x.dtype, dtype)
 
         def block(number, y):
-            numbers, tokens, own = _block(pairs, start + number * plan.rows, end, plan.rows, top_k)
+            numbers, own = _block(pairs, start, end, number, blocks.rows)
+            tokens = lax.div(numbers, top_k)
             rows = x.at[tokens].get(mode="promise_in_bounds").astype(dtype)
             hidden = _gated(_dot(w13, rows, 1, 1), limit).astype(x.dtype)
             out = _dot(w2, hidden.astype(dtype), 1, 0)
@@ -56,9 +41,67 @@ def _block_by_block(x, gate_up, down, first_expert, pairs, limit, plan, weights,
             out = lax.optimization_barrier(out).T * weights[numbers, None]
             return y.at[tokens].add(jnp.where(own, out, 0), mode="promise_in_bounds")
 
-        return lax.fori_loop(0, _num_blocks(start, end, plan), block, y)
+        return lax.fori_loop(0, _num_blocks(start, end, blocks.rows), block, y)
 
-    return _for_each_expert(pairs, expert_rows, jnp.zeros(x.shape, jnp.float32))
+    y = jnp.zeros(x.shape, jnp.float32)
+    if blocks.streamed:
+        flat_gate_up = gate_up.reshape(gate_up.shape[0], -1, gate_up.shape[-1])
+        return lax.fori_loop(0, pairs.total, stream_pair, y)
+    return _for_each_expert(pairs, expert_rows, y)
+
+
+def expert_ffn_backward(
+    dy, x, gate_up, down, expert_ids, weights, first_expert, valid, *, num_experts, limit, blocks, dtype
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Gradients of x, gate_up, down and weights; hidden activations are recomputed."""
+    pairs = sort_pairs(expert_ids, valid, num_experts=num_experts, rows=blocks.rows)
+    top_k, flat_weights = expert_ids.shape[1], weights.reshape(-1)
+
+    def expert_rows(expert, start, end, sums):
+        dx, d_gate_up, d_down, d_weights = sums
+        index = first_expert + expert
+        w13, w2 = _matrices(gate_up, down, index, x.dtype, dtype)
+
+        def block(number, sums):
+            dx, d_w13, d_w2, d_weights = sums
+            numbers, own = _block(pairs, start, end, number, blocks.rows)
+            tokens = lax.div(numbers, top_k)
+
+            def own_rows(a):  # zero rows add nothing to any gradient
+                return jnp.where(own, a.at[tokens].get(mode="promise_in_bounds"), 0).astype(dtype)
+
+            x_rows, dy_rows = own_rows(x), own_rows(dy)
+            hidden, pull = jax.vjp(
+                lambda both: _gated(both, limit).astype(x.dtype).astype(jnp.float32),
+                _dot(w13, x_rows, 1, 1),
+            )
+            weight = flat_weights[numbers]
+            # Unweighted, it gives the routing weight's gradient too: dy . (W2 h) = (W2^T dy) . h
+            d_hidden = _dot(w2, dy_rows, 0, 1)
+            d_weights = d_weights.at[numbers].add((d_hidden * hidden).sum(axis=0))
+            (d_both,) = pull(d_hidden * weight)
+            d_both = d_both.astype(dtype)
+            # dW2 += (weight * dy)^T h^T,  dW13 += d_both x,  dx += d_both^T W13
+            d_w2 += _dot(dy_rows, (hidden * weight).astype(dtype), 0, 1)
+            d_w13 += _dot(d_both, x_rows, 1, 0)
+            dx = dx.at[tokens].add(_dot(d_both, w13, 0, 0), mode="promise_in_bounds")
+            return dx, d_w13, d_w2, d_weights
+
+        zeros = jnp.zeros(w13.shape, jnp.float32), jnp.zeros(w2.shape, jnp.float32)
+        dx, d_w13, d_w2, d_weights = lax.fori_loop(
+            0, _num_blocks(start, end, blocks.rows), block, (dx, *zeros, d_weights)
+        )
+        d_w13 = d_w13.reshape(gate_up.shape[1:])
+        d_gate_up = lax.dynamic_update_index_in_dim(d_gate_up, d_w13, index, 0)
+        d_down = lax.dynamic_update_index_in_dim(d_down, d_w2, index, 0)
+        return dx, d_gate_up, d_down, d_weights
+
+    # Stacks of gradients stay float32 until the end: a backend without bfloat16 would otherwise convert
+    # all of them at every update.
+    sums = tuple(jnp.zeros(a.shape, jnp.float32) for a in (x, gate_up, down, flat_weights))
+    sums = _for_each_expert(pairs, expert_rows, sums)
+    operands = x, gate_up, down, weights
+    return tuple(s.reshape(a.shape).astype(a.dtype) for s, a in zip(sums, operands, strict=True))
 
 
 def _for_each_expert(pairs, step, state):
@@ -70,29 +113,26 @@ def _for_each_expert(pairs, step, state):
         end = pairs.end_of(expert)
         return end, step(expert, start, end, state)
 
-    _, state = lax.while_loop(lambda carry: carry[0] < pairs.total, body, (jnp.int32(0), state))
-    return state
+    return lax.while_loop(lambda carry: carry[0] < pairs.total, body, (jnp.int32(0), state))[1]
 
 
-def _num_blocks(start, end, plan):
-    return lax.div(end - start + (plan.rows - 1), plan.rows)
+def _num_blocks(start, end, rows):
+    return lax.div(end - start + (rows - 1), rows)
 
 
-def _block(pairs, place, end, rows, top_k):
-    """Pair numbers i32[rows], their tokens, and bool[rows, 1]: whether they belong to the expert."""
-    numbers = pairs.pairs_at(place, rows)
+def _block(pairs, start, end, number, rows):
+    """Pair numbers i32[rows] of one block, and bool[rows, 1]: whether they belong to the expert."""
+    place = start + number * rows
     own = place + jnp.arange(rows, dtype=jnp.int32) < end
-    return numbers, lax.div(numbers, top_k), own[:, None]
+    return pairs.pairs_at(place, rows), own[:, None]
 
 
 def _dot(lhs, rhs, lhs_dim, rhs_dim):
-    return lax.dot_general(
-        lhs, rhs, (((lhs_dim,), (rhs_dim,)), ((), ())), preferred_element_type=jnp.float32
-    )
+    return lax.dot_general(lhs, rhs, (((lhs_dim,), (rhs_dim,)), ((), ())), preferred_element_type=jnp.float32)
 
 
 def _gated(both, limit):
-    """silu(min(gate, c)) * clip(up, -c, c) of f32[2F, rows]."""
+    """silu(min(gate, c)) * clip(up, -c, c) of f32[2F] or f32[2F, rows]."""
     gate, up = jnp.split(both, 2)
     if limit:
         gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
@@ -100,7 +140,7 @@ def _gated(both, limit):
 
 
 def _matrices(gate_up, down, index, compute, dtype):
-    """One expert's [2F, D] and [D, F], rounded to the compute dtype, held in the dot's dtype."""
+    """One expert's [2F, D] and [D, F], rounded to the compute dtype, held in the products' dtype."""
     # The barrier ties the stacks to the loop: otherwise a backend that computes in float32 converts
     # whole bfloat16 stacks before the loop instead of one expert inside it.
     gate_up, down, index = lax.optimization_barrier((gate_up, down, index))

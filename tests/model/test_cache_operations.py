@@ -23,6 +23,10 @@ from tests.model.equivalence import (
 from tests.model.telling_weights import telling_model
 
 
+DRAFT = REWIND + 1
+"""As in the verification of REWIND drafts: just fits into the compressors' rings, not into the window's."""
+
+
 @pytest.fixture(scope="module")
 def small() -> LanguageModel:
     return telling_model(SMALL)
@@ -100,6 +104,10 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(counts=st.lists(st.integers(0, 1), min_size=BATCH, max_size=BATCH))
     def append_one(self, counts: list[int]) -> None:
         self._append(counts, 1)
+
+    @rule(counts=st.lists(st.integers(0, DRAFT), min_size=BATCH, max_size=BATCH))
+    def append_a_few(self, counts: list[int]) -> None:
+        self._append(counts, DRAFT)
 
     @precondition(lambda self: any(self.marks))
     @rule(wanted=st.lists(st.integers(0, REWIND), min_size=BATCH, max_size=BATCH))

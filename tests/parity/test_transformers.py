@@ -152,7 +152,8 @@ def test_transformers_cache_agrees_with_its_full_forward(name):
     """Otherwise only the forward without a cache could serve as the oracle of generation."""
     ours = run(name)
     length = ours.ids.shape[1]
-    for plan in ([1] * length, [7, 1, 1, length - 12, 3]):
+    single_steps = [1] * length if length < 50 else [length - 8] + [1] * 8
+    for plan in (single_steps, [7, 1, 1, length - 12, 3]):
         assert np.abs(ours.oracle.logits_cached(ours.ids, plan) - ours.theirs.logits).max() <= 5e-5
 
 
