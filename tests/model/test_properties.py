@@ -76,7 +76,7 @@ def test_token_by_token_equals_the_whole(small):
     assert largest_difference(got, full(small, rows, WIDTH)) <= TOLERANCE
 
 
-@pytest.mark.parametrize("width", [1, 100])
+@pytest.mark.parametrize("width", [1, 100, 257])  # 257: queries in several blocks, past included
 def test_awkward_lengths_at_the_released_ratios(real, width, record_property):
     rows = random_rows(REAL.vocab_size, AWKWARD_LENGTHS, seed=2)
     cache = real.new_cache(len(rows), max(AWKWARD_LENGTHS))
