@@ -108,9 +108,7 @@ def test_biases_follow_the_loads_and_hash_tables_stay(first_step):
 def test_every_part_but_the_indexer_gets_a_gradient(first_step):
     _, before, after, _ = first_step
     moments, _ = jax.tree_util.tree_flatten_with_path(after.moments[1].mu)
-    without = {
-        "/".join(str(key.key) for key in path) for path, leaf in moments if not np.asarray(leaf).any()
-    }
+    without = {"/".join(str(key.key) for key in path) for path, leaf in moments if not np.asarray(leaf).any()}
     # Choosing entries is not differentiable: the indexer has a loss of its own (report, section 2.3).
     assert without and all("/indexer/" in path for path in without)
     assert all(np.isfinite(leaf).all() for _, leaf in moments)
@@ -119,7 +117,9 @@ def test_every_part_but_the_indexer_gets_a_gradient(first_step):
 def test_padding_has_no_influence_on_the_step(first_step):
     _, _, after, report = first_step
     other, other_report = run(fresh_state(), make_batch(padding_token=59))
-    for left, right in zip(jax.tree.leaves((after, report)), jax.tree.leaves((other, other_report)), strict=True):
+    for left, right in zip(
+        jax.tree.leaves((after, report)), jax.tree.leaves((other, other_report)), strict=True
+    ):
         np.testing.assert_array_equal(left, right)
 
 
