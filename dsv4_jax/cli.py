@@ -181,7 +181,7 @@ def doctor(as_json: Json = False) -> None:
 
 
 def quickstart(
-    minutes: float = 4.0,
+    minutes: float = 5.5,
     out: pathlib.Path = pathlib.Path("quickstart"),
     seed: int = 0,
     prompt: str = "def ",
@@ -192,10 +192,10 @@ def quickstart(
     Needs no download. Ctrl-C ends the training early and keeps what was trained.
 
     examples:
-      dsv4 quickstart --minutes 1 --out /tmp/first
+      dsv4 quickstart --minutes 1 --out first_model
 
     Args:
-        minutes: time for training.
+        minutes: time for everything, on two CPU cores.
         out: directory of the checkpoint and the loss curve.
         seed: of parameters, data order and sampling.
         prompt: what the trained model continues.

@@ -134,10 +134,7 @@ def layer_stacks(config: ModelConfig) -> tuple[LayerStack, ...]:
         best = (1, 1)  # (unit length, repeats)
         for unit in range(1, (len(kinds) - start) // MIN_SCANNED_REPEATS + 1):
             repeats = 1
-            while (
-                kinds[start + repeats * unit : start + (repeats + 1) * unit]
-                == kinds[start : start + unit]
-            ):
+            while kinds[start + repeats * unit : start + (repeats + 1) * unit] == kinds[start : start + unit]:
                 repeats += 1
             if repeats >= MIN_SCANNED_REPEATS and unit * repeats > best[0] * best[1]:
                 best = (unit, repeats)

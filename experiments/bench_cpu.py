@@ -125,12 +125,8 @@ def our_decode(lm: LanguageModel, tokens: np.ndarray, steps: int) -> Callable[[]
     def run() -> None:
         logits, cache = state
         for index in range(steps):
-            _, logits, _, cache = lm.decode(
-                cache, logits, key, jnp.int32(index), zero, one, running, stops
-            )
-        state[:] = jax.block_until_ready(logits), dataclasses.replace(
-            cache, length=cache.length - steps
-        )
+            _, logits, _, cache = lm.decode(cache, logits, key, jnp.int32(index), zero, one, running, stops)
+        state[:] = jax.block_until_ready(logits), dataclasses.replace(cache, length=cache.length - steps)
 
     return run
 
@@ -210,9 +206,7 @@ def main(options: Options) -> None:
         lm.save(folder, layout="transformers")
         for dtype in options.dtypes:
             peak, bandwidth = machine(dtype)
-            console.print(
-                f"{dtype}: matmul peak {peak / 1e9:.0f} GFLOP/s, copy {bandwidth / 1e9:.1f} GB/s"
-            )
+            console.print(f"{dtype}: matmul peak {peak / 1e9:.0f} GFLOP/s, copy {bandwidth / 1e9:.1f} GB/s")
             lm, model = ours(folder, dtype), theirs(folder, dtype)
             weights = sum(leaf.nbytes for leaf in jax.tree.leaves(lm.parameters))
             cases = [("prefill", 1, length) for length in options.prefill]
@@ -240,9 +234,7 @@ def main(options: Options) -> None:
                         "ratio": other / mine,
                         "linear_flops_share_of_peak": 2 * active * done / mine / peak,
                         "weight_bytes_share_of_copy": (
-                            weights * options.decode_steps / mine / bandwidth
-                            if work == "decode"
-                            else None
+                            weights * options.decode_steps / mine / bandwidth if work == "decode" else None
                         ),
                     }
                 )

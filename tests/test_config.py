@@ -33,9 +33,7 @@ def test_stacks_cover_every_layer_in_order(config):
 
 
 def test_a_run_of_one_kind_is_scanned_too():
-    config = dataclasses.replace(
-        v4_flash(), attention_kinds=("csa",) * 9, router_kinds=("learned",) * 9
-    )
+    config = dataclasses.replace(v4_flash(), attention_kinds=("csa",) * 9, router_kinds=("learned",) * 9)
     assert shape_of(config) == [(0, 1, 9)]
 
 

@@ -42,9 +42,7 @@ class CheckpointFiles:
         warnings: what is odd but harmless, one sentence each.
     """
 
-    def __init__(
-        self, directory: Path, headers: Iterable[Header], warnings: list[str], copy: bool
-    ) -> None:
+    def __init__(self, directory: Path, headers: Iterable[Header], warnings: list[str], copy: bool) -> None:
         tensors: dict[str, TensorInfo] = {}
         metadata: dict[str, str] = {}
         self._identities = {}
@@ -184,9 +182,7 @@ def _listing(directory: Path) -> set[str]:
         raise _refused(directory, [problem]) from error
 
 
-def _index_of(
-    directory: Path, listing: set[str], found: set[str]
-) -> tuple[ShardIndex | None, list[str]]:
+def _index_of(directory: Path, listing: set[str], found: set[str]) -> tuple[ShardIndex | None, list[str]]:
     """The index if there is a usable one, and what is wrong with it or with its absence."""
     path = directory / INDEX_FILE
     try:

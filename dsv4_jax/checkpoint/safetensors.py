@@ -142,9 +142,7 @@ def load_header(path: str | Path) -> Header:
         problems += [f"{path.name}: tensor {shown(name)}: {problem}" for problem in found]
         if not found:
             begin, end = (data_start + offset for offset in entry["data_offsets"])
-            tensors.append(
-                TensorInfo(name, entry["dtype"], tuple(entry["shape"]), path, begin, end)
-            )
+            tensors.append(TensorInfo(name, entry["dtype"], tuple(entry["shape"]), path, begin, end))
     if len(tensors) == len(parsed):  # with an unreadable entry, its bytes would look like a hole
         tensors.sort(key=lambda tensor: (tensor.start, tensor.end))
         problems += _layout_problems(path, tensors, data_start, identity.size)
@@ -184,10 +182,7 @@ def _read_document(file: StoredFile) -> tuple[bytes, int]:
 def _metadata_problems(path: Path, metadata: object) -> list[str]:
     if not isinstance(metadata, dict):
         return [f"{path.name}: __metadata__ is {shown(metadata)}, expected an object of strings"]
-    problems = [
-        f"{path.name}: __metadata__ key {shown(key)} occurs twice"
-        for key in repeated_keys(metadata)
-    ]
+    problems = [f"{path.name}: __metadata__ key {shown(key)} occurs twice" for key in repeated_keys(metadata)]
     problems += [
         f"{path.name}: __metadata__ {shown(key)} is {shown(value)}, expected a string"
         for key, value in metadata.items()
@@ -220,9 +215,7 @@ def _entry_problems(name: str, entry: object) -> list[str]:
         problems.append(f"dtype {shown(dtype)} is {'not supported' if known else 'unknown'}")
     shape_fine = isinstance(shape, list) and len(shape) <= MAX_RANK and all(map(_is_size, shape))
     if "shape" in entry and not shape_fine:
-        problems.append(
-            f"shape {shown(shape)} is not a list of at most {MAX_RANK} integers in [0, 2^63)"
-        )
+        problems.append(f"shape {shown(shape)} is not a list of at most {MAX_RANK} integers in [0, 2^63)")
     elif shape_fine and 0 in shape:
         problems.append(f"shape {shape} is empty; no tensor of a checkpoint is")
         shape_fine = False
@@ -238,15 +231,12 @@ def _entry_problems(name: str, entry: object) -> list[str]:
             problems.append(f"shape {shape} of {dtype} overflows: more than 2^63 bytes")
         elif expected != found:
             problems.append(
-                f"shape {shape} of {dtype} takes {expected} bytes, "
-                f"data_offsets {offsets} hold {found}"
+                f"shape {shape} of {dtype} takes {expected} bytes, data_offsets {offsets} hold {found}"
             )
     return problems
 
 
-def _layout_problems(
-    path: Path, tensors: list[TensorInfo], data_start: int, size: int
-) -> list[str]:
+def _layout_problems(path: Path, tensors: list[TensorInfo], data_start: int, size: int) -> list[str]:
     """Holes, overlaps and a wrong file size, given tensors sorted by position."""
     problems, previous, cursor = [], None, data_start
     for tensor in tensors:

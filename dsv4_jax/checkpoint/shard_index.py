@@ -74,9 +74,7 @@ def read_index(path: Path) -> ShardIndex:
     return ShardIndex(weight_map, total_size, problems, warnings)
 
 
-def disagreements(
-    weight_map: Mapping[str, str], stored: Mapping[str, Collection[str]]
-) -> Iterator[str]:
+def disagreements(weight_map: Mapping[str, str], stored: Mapping[str, Collection[str]]) -> Iterator[str]:
     """Where an index and its shards contradict each other.
 
     Args:

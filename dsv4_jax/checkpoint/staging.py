@@ -82,9 +82,7 @@ class StagedFiles:
         with self._reporting():
             return os.listdir(self.directory)
 
-    def commit(
-        self, marker: str, *, former_markers: Collection[str], former_files: Collection[str]
-    ) -> None:
+    def commit(self, marker: str, *, former_markers: Collection[str], former_files: Collection[str]) -> None:
         """Moves the staged files into the directory, `marker` last, or raises with nothing changed.
 
         Args:

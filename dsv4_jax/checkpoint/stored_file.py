@@ -106,8 +106,7 @@ class StoredFile:
                 if count == 0:
                     raise refusal(
                         self.path,
-                        f"ends at byte {start + done}, expected {size - done} bytes more; "
-                        "download it again",
+                        f"ends at byte {start + done}, expected {size - done} bytes more; download it again",
                     )
                 done += count
         except OSError as error:
@@ -126,9 +125,7 @@ class StoredFile:
             if self._mapping is None:
                 self.check_unchanged()
                 try:
-                    self._mapping = mmap.mmap(
-                        self._descriptor, self.identity.size, access=mmap.ACCESS_READ
-                    )
+                    self._mapping = mmap.mmap(self._descriptor, self.identity.size, access=mmap.ACCESS_READ)
                 except (OSError, ValueError) as error:
                     problem = f"cannot be mapped ({_reason(error)}); copy=True reads without it"
                     raise refusal(self.path, problem) from error

@@ -114,9 +114,7 @@ def write_sharded(
         staged.commit(
             marker,
             former_markers=[name for name in (INDEX_FILE, SINGLE_FILE) if name in present],
-            former_files=[
-                name for name in present if _SHARD.fullmatch(name) or name in extra_files
-            ],
+            former_files=[name for name in present if _SHARD.fullmatch(name) or name in extra_files],
         )
     names = [*extra_files, *shards, *([INDEX_FILE] if index else [])]
     return tuple(directory / name for name in names)

@@ -64,7 +64,7 @@ class QuickstartResult:
 
 
 def quickstart(
-    minutes: float = 5.0,
+    minutes: float = 5.5,
     out: Path = Path("quickstart"),
     seed: int = 0,
     prompt: str = "def ",

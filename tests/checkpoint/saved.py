@@ -18,12 +18,8 @@ def example(seed: int = 0) -> dict[str, np.ndarray]:
     random = np.random.default_rng(seed)
     return {
         "embed.weight": random.normal(size=(7, 5)).astype(ml_dtypes.bfloat16),
-        "layers.0.w.weight": random.integers(0, 255, (3, 5), np.uint8).view(
-            ml_dtypes.float8_e4m3fn
-        ),
-        "layers.0.w.scale": random.integers(1, 254, (1, 1), np.uint8).view(
-            ml_dtypes.float8_e8m0fnu
-        ),
+        "layers.0.w.weight": random.integers(0, 255, (3, 5), np.uint8).view(ml_dtypes.float8_e4m3fn),
+        "layers.0.w.scale": random.integers(1, 254, (1, 1), np.uint8).view(ml_dtypes.float8_e8m0fnu),
         "layers.0.fn": random.normal(size=(24, 3)).astype(np.float32),
         "layers.0.tid2eid": random.integers(0, 9, (7, 2)),
         "layers.0.experts": random.integers(-128, 127, (3, 3), np.int8),

@@ -126,9 +126,7 @@ def test_mutated_header_of_the_right_length(data: st.DataObject) -> None:
         at = data.draw(st.integers(0, len(text)))
         end = data.draw(st.integers(at, min(len(text), at + 12)))
         new = data.draw(
-            st.sampled_from(
-                [b"", b"0", b"1", b"-", b"12", b"null", b"{}", b"[]", b'"w"', b",", b"."]
-            )
+            st.sampled_from([b"", b"0", b"1", b"-", b"12", b"null", b"{}", b"[]", b'"w"', b",", b"."])
             | st.binary(max_size=4)
         )
         text[at:end] = new

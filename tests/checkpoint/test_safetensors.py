@@ -69,9 +69,7 @@ def test_the_cases_differ_from_a_good_file(tmp_path: Path) -> None:
     assert (tensor.dtype, tensor.shape, tensor.path) == ("F32", (2, 3), path)
     assert (tensor.start, tensor.end, tensor.num_bytes) == (start, start + 24, 24)
     with open_checkpoint(tmp_path) as files:
-        np.testing.assert_array_equal(
-            files.read("layers.0.w"), np.frombuffer(DATA[:24], "<f4").reshape(2, 3)
-        )
+        np.testing.assert_array_equal(files.read("layers.0.w"), np.frombuffer(DATA[:24], "<f4").reshape(2, 3))
 
 
 def test_all_problems_of_a_file_at_once(tmp_path: Path) -> None:

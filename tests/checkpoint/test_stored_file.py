@@ -66,9 +66,7 @@ def test_change_between_header_and_first_read(
 
 @pytest.mark.parametrize("copy", [False, True])
 @pytest.mark.parametrize("change", CHANGES)
-def test_change_between_two_reads(
-    sharded: Path, change: Callable[[Path], None], copy: bool
-) -> None:
+def test_change_between_two_reads(sharded: Path, change: Callable[[Path], None], copy: bool) -> None:
     expected = EXPECTED.get(change, "was replaced, rewritten or truncated while it was read")
     with pytest.raises(CheckpointError, match=f"{THIRD}: {expected}"):
         with open_checkpoint(sharded, copy=copy) as files:
@@ -78,9 +76,7 @@ def test_change_between_two_reads(
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_change_after_the_last_read_is_seen_at_the_end(
-    sharded: Path, change: Callable[[Path], None]
-) -> None:
+def test_change_after_the_last_read_is_seen_at_the_end(sharded: Path, change: Callable[[Path], None]) -> None:
     with pytest.raises(CheckpointError, match=THIRD):
         with open_checkpoint(sharded) as files:
             files.read("a.w")
@@ -96,9 +92,7 @@ def test_an_error_inside_is_not_hidden_by_the_final_check(sharded: Path) -> None
             raise RuntimeError("mine")
 
 
-def test_change_while_the_file_is_being_mapped(
-    sharded: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_change_while_the_file_is_being_mapped(sharded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = mmap.mmap
 
     def map_then_truncate(*arguments: object, **options: object) -> mmap.mmap:

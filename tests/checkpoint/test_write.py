@@ -46,9 +46,7 @@ def test_shards_and_index(tmp_path: Path) -> None:
     assert index["metadata"] == {"total_size": sum(array.nbytes for array in arrays.values())}
     assert list(index["weight_map"]) == sorted(arrays)
     shards = sorted(set(index["weight_map"].values()))
-    assert shards == [
-        f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)
-    ]
+    assert shards == [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     assert len(shards) > 2
     for shard in shards:
         size = sum(t.num_bytes for t in load_header(tmp_path / shard).tensors.values())
@@ -135,9 +133,7 @@ def test_metadata(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64])
-def test_chunks_and_odd_strides(
-    tmp_path: Path, chunk: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_chunks_and_odd_strides(tmp_path: Path, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(write, "_CHUNK_BYTES", chunk)
     monkeypatch.setattr(staging, "_WRITE_CHUNK_BYTES", 3)
     base = np.arange(120, dtype=np.float32).reshape(4, 5, 6)
@@ -249,9 +245,7 @@ def test_non_empty_directory_needs_overwrite(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("first", "second"), [(200, 5e9), (5e9, 200), (200, 100), (100, 100)])
-def test_overwriting_leaves_only_the_new_checkpoint(
-    tmp_path: Path, first: float, second: float
-) -> None:
+def test_overwriting_leaves_only_the_new_checkpoint(tmp_path: Path, first: float, second: float) -> None:
     save(tmp_path, 1, max_shard_bytes=first)
     (tmp_path / "loss.png").write_bytes(b"png")
     save(tmp_path, 2, max_shard_bytes=second, overwrite=True)
