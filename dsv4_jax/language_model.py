@@ -1,7 +1,7 @@
 """LanguageModel: the face of a model for notebooks, the command line, servers and tests."""
 
 import functools
-import warnings
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int32
 from tokenizers import Tokenizer
 
+from dsv4_jax.arguments import capacity, checked_counts, checked_prompts, checked_tokens
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.inference import generate as generation
 from dsv4_jax.inference.sampling import sample
@@ -20,6 +21,8 @@ from dsv4_jax.model import span as spans
 from dsv4_jax.model.cache import Cache, new_cache
 from dsv4_jax.model.initial import Parameters, graph_of, initial_parameters
 from dsv4_jax.numerics.policy import Policy
+
+LOGGER = logging.getLogger(__name__)
 
 
 class LanguageModel:
@@ -115,7 +118,7 @@ class LanguageModel:
         return _mtp_logits(self._graph, self.parameters, self._span(tokens, None, None))
 
     def _span(self, tokens: Any, num_valid: Any, segment_ids: Any) -> spans.Span:
-        ids = _checked_tokens(tokens, self.config.vocab_size)
+        ids = checked_tokens(tokens, self.config.vocab_size)
         if segment_ids is not None:
             if num_valid is not None:
                 raise ValueError("give num_valid or segment_ids, not both")
@@ -124,7 +127,7 @@ class LanguageModel:
                     f"segment_ids of shape {np.shape(segment_ids)} must match tokens {ids.shape}"
                 )
             return spans.packed(ids, jnp.asarray(segment_ids, jnp.int32))
-        return spans.from_start(ids, _checked_counts(num_valid, ids.shape))
+        return spans.from_start(ids, checked_counts(num_valid, ids.shape))
 
     # ---- incremental -----------------------------------------------------------------------------
 
@@ -151,11 +154,11 @@ class LanguageModel:
         Raises:
             ValueError: if a row would exceed `max_length`, or for bad tokens or shapes.
         """
-        ids = _checked_tokens(tokens, self.config.vocab_size)
-        counts = _checked_counts(num_valid, ids.shape)
-        after = np.asarray(cache.length) + np.asarray(counts)
-        if ids.shape[0] != len(after):
+        ids = checked_tokens(tokens, self.config.vocab_size)
+        counts = checked_counts(num_valid, ids.shape)
+        if ids.shape[0] != len(cache.length):
             raise ValueError(f"tokens have {ids.shape[0]} rows, the cache {len(cache.length)}")
+        after = np.asarray(cache.length) + np.asarray(counts)
         if (after > cache.max_length).any():
             row = int(after.argmax())
             raise ValueError(
@@ -208,9 +211,9 @@ class LanguageModel:
         top_p: float = 1.0,
     ) -> Iterator[np.ndarray]:
         """As `generate` for ids, yielding i32[B] after each step."""
-        prompts = _checked_prompts(tokens, self.config.vocab_size)
+        prompts = checked_prompts(tokens, self.config.vocab_size)
         needed = max(len(prompt) for prompt in prompts) + max(max_new_tokens, 0)
-        cache = self.new_cache(len(prompts), _capacity(needed, self.config))
+        cache = self.new_cache(len(prompts), capacity(needed, self.config))
         yield from generation.stream(
             self,
             cache,
@@ -250,7 +253,8 @@ class LanguageModel:
                 break
             new.append(int(token[0]))
             text = self.tokenizer.decode(new, skip_special_tokens=True)
-            if not text.endswith("\ufffd"):  # an unfinished character: wait for its other bytes
+            # At the end of an unfinished character, wait for its other bytes.
+            if text != shown and not text.endswith("\ufffd"):
                 yield text[len(shown) :]
                 shown = text
         rest = self.tokenizer.decode(new, skip_special_tokens=True)[len(shown) :]
@@ -309,7 +313,7 @@ class LanguageModel:
             overwrite=overwrite,
         )
         for note in notes:
-            warnings.warn(note, stacklevel=2)
+            LOGGER.warning("%s: %s", path, note)
 
 
 def load(
@@ -337,7 +341,7 @@ def load(
     policy = Policy.of(dtype, numerics)
     loaded = load_checkpoint(Path(path), policy, draft_head=draft_head, text_only=text_only)
     for warning in loaded.warnings:
-        warnings.warn(warning, stacklevel=2)
+        LOGGER.warning("%s: %s", path, warning)
     tokenizer = None
     if loaded.tokenizer_file is not None:
         tokenizer = Tokenizer.from_file(str(loaded.tokenizer_file))
@@ -401,49 +405,3 @@ def _decode(graph, parameters, cache, logits, key, index, temperature, top_p, ru
     running = running & ~jnp.isin(token, stops)
     after = model(spans.appended(token[:, None], cache.length, jnp.ones_like(token)), cache)
     return token, model.logits(model.hidden(after.streams))[:, 0], running, after.cache
-
-
-# ---- argument checks ---------------------------------------------------------------------------------
-
-
-def _checked_tokens(tokens: Any, vocab_size: int) -> Int32[Array, "B T"]:
-    if isinstance(tokens, jax.core.Tracer):
-        return tokens.astype(jnp.int32)
-    ids = np.asarray(tokens)
-    problems = []
-    if ids.ndim != 2 or 0 in ids.shape:
-        problems.append(f"tokens of shape {ids.shape} must be [B, T] with B, T >= 1")
-    if not np.issubdtype(ids.dtype, np.integer):
-        problems.append(f"tokens of dtype {ids.dtype} must be integers")
-    elif ids.size and not (0 <= ids.min() and ids.max() < vocab_size):
-        bad = sorted({int(i) for i in ids[(ids < 0) | (ids >= vocab_size)].flat})[:5]
-        problems.append(f"token ids {bad} are outside the vocabulary 0..{vocab_size - 1}")
-    if problems:
-        raise ValueError("; ".join(problems))
-    return jnp.asarray(ids, jnp.int32)
-
-
-def _checked_counts(num_valid: Any, shape: tuple[int, ...]) -> Int32[Array, "B"]:
-    if num_valid is None:
-        return jnp.full(shape[:1], shape[1], jnp.int32)
-    counts = np.asarray(num_valid)
-    if counts.shape != shape[:1] or counts.min() < 0 or counts.max() > shape[1]:
-        raise ValueError(f"num_valid={counts.tolist()} must hold {shape[0]} counts in 0..{shape[1]}")
-    return jnp.asarray(counts, jnp.int32)
-
-
-def _checked_prompts(tokens: Any, vocab_size: int) -> list[list[int]]:
-    prompts = [np.asarray(row).reshape(-1) for row in tokens]
-    if not prompts or any(row.size == 0 for row in prompts):
-        raise ValueError("generation needs at least one prompt, and at least one token in each")
-    return [_checked_tokens(row[None], vocab_size)[0].tolist() for row in prompts]
-
-
-def _capacity(tokens: int, config: ModelConfig) -> int:
-    """Rounded up to a power of two, so that runs of similar length share their compiled steps."""
-    if tokens > config.max_position_embeddings:
-        raise ValueError(
-            f"prompt and new tokens make {tokens}; the model holds at most "
-            f"max_position_embeddings={config.max_position_embeddings}"
-        )
-    return min(max(1 << (tokens - 1).bit_length(), 256), config.max_position_embeddings)

@@ -54,8 +54,9 @@ class Corpus:
         return sum(len(doc.text.encode()) for doc in self.train + self.validation)
 
 
-def _digest(name: str) -> int:
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
+def _digest(name: str, purpose: str) -> int:
+    """64 bits that depend on the arguments alone; different purposes are independent."""
+    return int.from_bytes(hashlib.sha256(f"{purpose}:{name}".encode()).digest()[:8], "big")
 
 
 def is_validation(name: str, fraction: float = VALIDATION_FRACTION) -> bool:
@@ -64,7 +65,7 @@ def is_validation(name: str, fraction: float = VALIDATION_FRACTION) -> bool:
     Depends on the name alone, so a file never moves to the other side with the seed, the order, the size
     cap, or Python's hash randomisation.
     """
-    return _digest(name) < fraction * 2**64
+    return _digest(name, "split") < fraction * 2**64
 
 
 def source_files(root: Path) -> list[Path]:
@@ -111,7 +112,9 @@ def gather_corpus(max_bytes: int = 16_000_000, root: Path | None = None) -> Corp
     """
     root = Path(sysconfig.get_path("stdlib")) if root is None else root
     taken, total = [], 0
-    for path in sorted(source_files(root), key=lambda path: _digest(path.relative_to(root).as_posix())):
+    for path in sorted(
+        source_files(root), key=lambda path: _digest(path.relative_to(root).as_posix(), "sample")
+    ):
         text = _read(path)
         if text is None:
             continue

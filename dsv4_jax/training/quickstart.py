@@ -99,7 +99,7 @@ def quickstart(
     start = time.monotonic()
     results = sys.stdout if results is None else results
     check_arguments(minutes, out, seed, max_new_tokens, steps)
-    console = Console(stderr=True, highlight=False, markup=False)
+    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     num_steps = planned_steps(minutes, recipe) if steps is None else steps
     stop_at = None if steps is not None else start + 60.0 * minutes + GRACE_SECONDS
 

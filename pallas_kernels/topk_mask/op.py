@@ -31,7 +31,9 @@ def topk_mask(
 
     Numerics: exact; ties go to the lowest index.
     Gradients: none (a choice of indices); wrap the scores in stop_gradient.
-    Cost: 32 compare-and-count passes over 4 S bytes a row; one prefix sum more if equal scores compete.
+    Cost: one compare-and-count pass over 4 S bytes a row for each bit that the slowest row needs to single
+        out k scores, at most 32, often fewer than 25, none if no row sees more than k; where equal scores
+        compete for the last places, log2 S passes more. Memory: 4 S bytes of keys a row.
     Sharding: rows may be sharded freely; S must be whole on every device.
     Raises:
         ValueError: for k < 1 or shapes that differ.

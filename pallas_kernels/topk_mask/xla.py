@@ -1,43 +1,83 @@
-"""Threshold selection: 32 counting passes find the k-th largest score bit by bit; no row is sorted."""
+"""Threshold selection: counting passes find the k-th largest score bit by bit; no row is sorted.
+
+Measured on 2 busy AVX2 cores (jax 0.10.2), against the plain form of the same idea (32 passes, one sum over
+the last axis each) and `lax.top_k` with a scatter of its indices: MEASURED
+"""
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float32, UInt32
+from jax import lax
+from jaxtyping import Array, Bool, Float32, Int32
 
+from pallas_kernels.arithmetic import round_up
 
-def ordered_bits(
-    scores: Float32[Array, "*rows S"], eligible: Bool[Array, "*rows S"]
-) -> UInt32[Array, "*rows S"]:
-    """Unsigned keys in the order of the scores; 0, below every score, for what cannot be chosen."""
-    bits = jax.lax.bitcast_convert_type(scores + 0.0, jnp.uint32)  # + 0.0: -0 and 0 are one score
-    sign = jnp.uint32(0x80000000)
-    keys = jnp.where(bits & sign, ~bits, bits | sign)
-    return jnp.where(eligible, keys, 0)
+PARTS = 32  # summands of the vectorised first step of a count
+NOT_ELIGIBLE = -(2**31)  # below the key of every score
 
 
 def topk_mask_xla(
     scores: Float32[Array, "*rows S"], visible: Bool[Array, "*rows S"], k: int
 ) -> Bool[Array, "*rows S"]:
     """The k largest by threshold; see `op.topk_mask`."""
-    eligible = visible & ~jnp.isnan(scores)
-    keys = ordered_bits(scores, eligible)
+    size = scores.shape[-1]
+    keys = ordered_keys(scores, visible & ~jnp.isnan(scores))
+    padding = [(0, 0)] * (keys.ndim - 1) + [(0, round_up(size, PARTS) - size)]
+    keys = jnp.pad(keys, padding, constant_values=NOT_ELIGIBLE)
+    eligible = keys > NOT_ELIGIBLE
+    cut, chosen = lower_bound(keys, count(eligible), k, lowest=NOT_ELIGIBLE, bits=32)
 
-    def refine(step: jax.Array, threshold: jax.Array) -> jax.Array:
-        # The largest t with at least k keys >= t is the k-th largest key; set its bits from the top.
-        candidate = threshold | (jnp.uint32(0x80000000) >> step.astype(jnp.uint32))
-        enough = (keys >= candidate).sum(axis=-1, keepdims=True, dtype=jnp.int32) >= k
-        return jnp.where(enough, candidate, threshold)
+    def lowest_index_first(mask: jax.Array) -> jax.Array:
+        """Of the scores equal to the cut, a row that has too many keeps the first ones."""
+        level = (keys == cut) & (chosen > k)
+        places = keys.shape[-1] - lax.broadcasted_iota(jnp.int32, keys.shape, keys.ndim - 1)
+        places = jnp.where(level, places, 0)
+        left = k - count(keys > cut)
+        last, _ = lower_bound(places, count(level), left, lowest=0, bits=keys.shape[-1].bit_length())
+        return mask & (~level | (places >= last))
 
-    threshold = jnp.zeros((*keys.shape[:-1], 1), jnp.uint32)
-    threshold = jax.lax.fori_loop(0, 32, refine, threshold)
-    above, level = keys > threshold, (keys == threshold) & eligible
-    left = k - above.sum(axis=-1, keepdims=True, dtype=jnp.int32)
-    crowded = jnp.any(level.sum(axis=-1, keepdims=True, dtype=jnp.int32) > left)
-    # Counting along the row is the expensive part, and only needed when equal scores compete.
-    level = jax.lax.cond(
-        crowded,
-        lambda level: level & (jnp.cumsum(level, axis=-1, dtype=jnp.int32) <= left),
-        lambda level: level,
-        level,
-    )
-    return above | level
+    mask = lax.cond(jnp.any(chosen > k), lowest_index_first, lambda mask: mask, eligible & (keys >= cut))
+    return mask[..., :size]
+
+
+def ordered_keys(
+    scores: Float32[Array, "*rows S"], eligible: Bool[Array, "*rows S"]
+) -> Int32[Array, "*rows S"]:
+    """Signed keys in the order of the scores; NOT_ELIGIBLE for what cannot be chosen."""
+    bits = lax.bitcast_convert_type(scores + 0.0, jnp.int32)  # + 0.0: -0 and 0 are one score
+    return jnp.where(eligible, jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits), NOT_ELIGIBLE)
+
+
+def count(mask: Bool[Array, "*rows S"]) -> Int32[Array, "*rows 1"]:
+    """Marks a row, in two steps: XLA:CPU vectorises a sum over a middle axis, but not one over the last."""
+    parts = mask.astype(jnp.int32).reshape(*mask.shape[:-1], PARTS, -1).sum(axis=-2)
+    return lax.optimization_barrier(parts).sum(axis=-1, keepdims=True)
+
+
+def lower_bound(
+    keys: Int32[Array, "*rows S"],
+    total: Int32[Array, "*rows 1"],
+    k: int | Int32[Array, "*rows 1"],
+    *,
+    lowest: int,
+    bits: int,
+) -> tuple[Int32[Array, "*rows 1"], Int32[Array, "*rows 1"]]:
+    """The greatest bound with at least k keys at or above it, and how many those are.
+
+    A row is finished as soon as exactly k keys are left (often well before its last bit), and at once if
+    `total`, its number of keys to choose from, is at most k: its bound is then `lowest`. Keys lie in
+    [lowest, lowest + 2^bits).
+    """
+
+    def refine(state):
+        bit, bound, chosen = state
+        higher = bound + lax.shift_left(jnp.int32(1), bit)
+        left = count(keys >= higher)
+        accept = (chosen > k) & (left >= k)
+        return bit - 1, jnp.where(accept, higher, bound), jnp.where(accept, left, chosen)
+
+    def unfinished(state):
+        bit, _, chosen = state
+        return (bit >= 0) & jnp.any(chosen > k)
+
+    start = jnp.int32(bits - 1), jnp.full_like(total, lowest), total
+    return lax.while_loop(unfinished, refine, start)[1:]

@@ -43,6 +43,22 @@ def test_special_values():
         check(scores, np.ones((1, 8), bool), k)
 
 
+def test_rows_in_every_state_together():
+    """Too few visible, exactly k, ties for the last place, no ties, all equal: one search serves them all."""
+    rng = np.random.default_rng(2)
+    scores = rng.standard_normal((6, 70)).astype(np.float32)
+    visible = np.ones((6, 70), bool)
+    visible[0, 5:] = False
+    visible[1, 9:] = False
+    scores[2] = np.round(scores[2] * 2) / 2
+    scores[4] = 7.0
+    visible[4, ::3] = False
+    scores[5, 20:] *= 1e38  # up to the largest numbers, both signs
+    scores[5, :3] = [np.nan, np.inf, -np.inf]
+    for k in (1, 9, 40, 69, 70, 71):
+        check(scores, visible, k)
+
+
 def test_nothing_visible():
     assert not topk_mask(jnp.ones((2, 5)), jnp.zeros((2, 5), bool), 3).any()
 

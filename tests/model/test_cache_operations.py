@@ -22,7 +22,6 @@ from tests.model.equivalence import (
 )
 from tests.model.telling_weights import telling_model
 
-
 DRAFT = REWIND + 1
 """As in the verification of REWIND drafts: just fits into the compressors' rings, not into the window's."""
 

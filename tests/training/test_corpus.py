@@ -100,3 +100,10 @@ def test_too_little_text_is_one_error_with_every_reason(tmp_path):
     assert len(error.value.problems) == 2
     assert f"{MIN_CORPUS_BYTES:,}" in str(error.value) and str(tmp_path) in str(error.value)
     assert source_files(tmp_path / "missing") == []
+
+
+def test_cap_leaves_both_parts_in_proportion(tmp_path):
+    make_tree(tmp_path, 600, size=3000)
+    whole, capped = gather_corpus(root=tmp_path), gather_corpus(max_bytes=600_000, root=tmp_path)
+    share = [len(c.validation) / len(c.train + c.validation) for c in (whole, capped)]
+    assert 0.03 < share[0] < 0.10 and 0.02 < share[1] < 0.12
