@@ -36,6 +36,7 @@ ROOMS = {
     "dsv4_jax.training.quickstart": "top",  # trains, then loads and generates like any user
     "dsv4_jax.checkpoint": "checkpoint",
     "dsv4_jax.language_model": "language_model",
+    "dsv4_jax.arguments": "language_model",
 }
 ROOM_ARROWS = {
     "config": set(),
