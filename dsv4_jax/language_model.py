@@ -9,7 +9,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Float, Float32, Int32
 from tokenizers import Tokenizer
 
@@ -19,7 +18,7 @@ from dsv4_jax.inference import generate as generation
 from dsv4_jax.inference.sampling import sample
 from dsv4_jax.model import span as spans
 from dsv4_jax.model.cache import Cache, new_cache
-from dsv4_jax.model.initial import Parameters, graph_of, initial_parameters
+from dsv4_jax.model.initial import Network, Parameters, initial_parameters
 from dsv4_jax.numerics.policy import Policy
 
 LOGGER = logging.getLogger(__name__)
@@ -50,7 +49,7 @@ class LanguageModel:
         self.tokenizer = tokenizer
         self.stored = dict(stored or {})
         self.source: Path | None = None  # folder it was loaded from; `save` copies its tokenizer files
-        self._graph = graph_of(config, policy)[0]
+        self._network = Network(config, policy)
 
     @classmethod
     def random(cls, config: ModelConfig, policy: Policy, seed: int = 0) -> "LanguageModel":
@@ -82,7 +81,7 @@ class LanguageModel:
             ValueError: for ids outside the vocabulary or shapes that do not fit.
         """
         span = self._span(tokens, num_valid, segment_ids)
-        return _logits(self._graph, self.parameters, span)
+        return _logits(self._network, self.parameters, span)
 
     def streams(
         self,
@@ -92,7 +91,7 @@ class LanguageModel:
     ) -> Float[Array, "L+1 B T N D"]:
         """Residual streams after the embedding and after each layer, compute dtype."""
         span = self._span(tokens, num_valid, segment_ids)
-        return _streams(self._graph, self.parameters, span)
+        return _streams(self._network, self.parameters, span)
 
     def taps(
         self,
@@ -103,7 +102,7 @@ class LanguageModel:
     ) -> list[dict[str, jax.Array]]:
         """Intermediate values by layer; names and shapes in `model.transformer.TAPS`."""
         span = self._span(tokens, num_valid, segment_ids)
-        return _taps(self._graph, self.parameters, span, frozenset(collect))
+        return _taps(self._network, self.parameters, span, frozenset(collect))
 
     def mtp_logits(self, tokens: Int32[Array, "B T"]) -> Float32[Array, "B T-1 V"]:
         """Multi-token prediction: row i predicts token i + 2 (report, section 2.1).
@@ -115,7 +114,7 @@ class LanguageModel:
             raise ValueError("this model has no MTP block (num_nextn_predict_layers = 0)")
         if np.shape(tokens)[1] < 2:
             raise ValueError(f"tokens of shape {np.shape(tokens)}: MTP needs at least 2 tokens a row")
-        return _mtp_logits(self._graph, self.parameters, self._span(tokens, None, None))
+        return _mtp_logits(self._network, self.parameters, self._span(tokens, None, None))
 
     def _span(self, tokens: Any, num_valid: Any, segment_ids: Any) -> spans.Span:
         ids = checked_tokens(tokens, self.config.vocab_size)
@@ -133,7 +132,7 @@ class LanguageModel:
 
     def new_cache(self, batch: int, max_length: int, max_rewind: int = 8) -> Cache:
         """An empty cache for `batch` rows of up to `max_length` tokens (see `model.cache.new_cache`)."""
-        return new_cache(self.config, batch, max_length, self.policy.cache_dtype, max_rewind)
+        return _new_cache(self.config, batch, max_length, self.policy.cache_dtype, max_rewind)
 
     def extend(
         self,
@@ -165,7 +164,7 @@ class LanguageModel:
                 f"row {row} would hold {after[row]} tokens; the cache was made for "
                 f"max_length={cache.max_length}"
             )
-        return _extend(self._graph, self.parameters, cache, ids, counts)
+        return _extend(self._network, self.parameters, cache, ids, counts)
 
     # ---- generation ------------------------------------------------------------------------------
 
@@ -263,12 +262,12 @@ class LanguageModel:
 
     def prefill(self, cache, tokens, num_valid, last):
         """`inference.generate.Steps.prefill`: appends a chunk, keeps each row's newest logits."""
-        return _prefill(self._graph, self.parameters, cache, tokens, num_valid, last)
+        return _prefill(self._network, self.parameters, cache, tokens, num_valid, last)
 
     def decode(self, cache, logits, key, index, temperature, top_p, running, stops):
         """`inference.generate.Steps.decode`: draws a token a row and appends it."""
         return _decode(
-            self._graph,
+            self._network,
             self.parameters,
             cache,
             logits,
@@ -350,18 +349,21 @@ def load(
     return lm
 
 
-# ---- compiled steps: one jit each over (static graph, parameter pytree, ...) ------------------------
+# ---- compiled steps: one jit each over (static network, parameter pytree, ...) ------------------------
+
+
+_new_cache = jax.jit(new_cache, static_argnums=(0, 1, 2, 3, 4))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _logits(graph, parameters, span):
-    model = nnx.merge(graph, parameters)
+def _logits(network, parameters, span):
+    model = network.holding(parameters)
     return model.logits(model.hidden(model(span).streams))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _streams(graph, parameters, span):
-    model = nnx.merge(graph, parameters)
+def _streams(network, parameters, span):
+    model = network.holding(parameters)
     e = model.embedding(span.ids)
     first = jnp.broadcast_to(e[:, :, None], (*e.shape[:2], model.config.hc_mult, e.shape[2]))
     taps = model(span, collect=frozenset({"streams"})).taps
@@ -369,26 +371,26 @@ def _streams(graph, parameters, span):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
-def _taps(graph, parameters, span, collect):
-    return nnx.merge(graph, parameters)(span, collect=collect).taps
+def _taps(network, parameters, span, collect):
+    return network.holding(parameters)(span, collect=collect).taps
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _mtp_logits(graph, parameters, span):
-    model = nnx.merge(graph, parameters)
+def _mtp_logits(network, parameters, span):
+    model = network.holding(parameters)
     return model.logits(model.predict_further(model(span).streams, span)[0])
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _extend(graph, parameters, cache, tokens, num_valid):
-    model = nnx.merge(graph, parameters)
+def _extend(network, parameters, cache, tokens, num_valid):
+    model = network.holding(parameters)
     after = model(spans.appended(tokens, cache.length, num_valid), cache)
     return model.logits(model.hidden(after.streams)), after.cache
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=(2, 5))
-def _prefill(graph, parameters, cache, tokens, num_valid, last):
-    model = nnx.merge(graph, parameters)
+def _prefill(network, parameters, cache, tokens, num_valid, last):
+    model = network.holding(parameters)
     after = model(spans.appended(tokens, cache.length, num_valid), cache)
     # Only each row's last real token meets the head.
     at = jnp.maximum(num_valid - 1, 0)[:, None, None, None]
@@ -398,8 +400,8 @@ def _prefill(graph, parameters, cache, tokens, num_valid, last):
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=(2, 3))
-def _decode(graph, parameters, cache, logits, key, index, temperature, top_p, running, stops):
-    model = nnx.merge(graph, parameters)
+def _decode(network, parameters, cache, logits, key, index, temperature, top_p, running, stops):
+    model = network.holding(parameters)
     drawn = sample(logits, jax.random.fold_in(key, index), temperature, top_p)
     token = jnp.where(running, drawn, stops[0])
     running = running & ~jnp.isin(token, stops)

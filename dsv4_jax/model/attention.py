@@ -16,7 +16,7 @@ from dsv4_jax.config import AttentionKind, ModelConfig
 from dsv4_jax.model.cache import LayerCache, fits_in_ring, read_ring, write_ring
 from dsv4_jax.model.compressor import Compressor
 from dsv4_jax.model.indexer import Indexer, index_scores, select
-from dsv4_jax.model.linear import project
+from dsv4_jax.model.linear import flat, project, project_groups
 from dsv4_jax.model.norm import rms_norm
 from dsv4_jax.model.parameters import constant, matrix
 from dsv4_jax.model.rope import Rotation, rotate
@@ -303,11 +303,11 @@ class Attention(nnx.Module):
         """
         batch, length = x.shape[:2]
         by_head = Rotation(rotation.cos[:, :, None], rotation.sin[:, :, None])
-        latent = rms_norm(project("btd,qd->btq", x, self.wq_a[...]), self.q_norm[...], self.eps)
-        q = project("btq,gjdq->btgjd", latent, self.wq_b[...])
+        latent = rms_norm(project(x, self.wq_a[...]), self.q_norm[...], self.eps)
+        q = project(latent, self.wq_b[...])
         groups, per_group, head_dim = q.shape[2:]
         q = rotate(rms_norm(q.reshape(batch, length, -1, head_dim), None, self.eps), by_head)
-        kv = rms_norm(project("btd,kd->btk", x, self.wkv[...]), self.kv_norm[...], self.eps)
+        kv = rms_norm(project(x, self.wkv[...]), self.kv_norm[...], self.eps)
         kv = rotate(kv, rotation)
 
         new_cache = cache
@@ -349,8 +349,8 @@ class Attention(nnx.Module):
         taps = view(*seen, **sizes, collect=collect) if collect & {"selected", "attention"} else {}
         # The values were rotated at their own positions; turning back by the query's leaves the offset.
         o = rotate(o, by_head.inverse).reshape(batch, length, groups, per_group, head_dim)
-        a = project("btgjd,gojd->btgo", o, self.wo_a[...])
-        return project("btgo,dgo->btd", a, self.wo_b[...]), new_cache, taps
+        a = project_groups(flat(o), flat(self.wo_a[...]))
+        return project(flat(a), flat(self.wo_b[...])), new_cache, taps
 
     def _through_ring(self, ring, kv, span, repeat):
         """The ring after the call, and the window entries before and of the call in one line."""

@@ -69,8 +69,8 @@ class Compressor(nnx.Module):
             All entries visible to this call (the cache's stack, or [1, B, P, Dc] without one) and the
             cache after it.
         """
-        kv = project("btd,wcd->btwc", x, self.wkv[...])
-        gate = project("btd,wcd->btwc", x, self.wgate[...])
+        kv = project(x, self.wkv[...])
+        gate = project(x, self.wgate[...])
         if cache is None:
             return self._emit(kv, gate, blocks)[None], None
         rings = [

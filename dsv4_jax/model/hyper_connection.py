@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32
 
 from dsv4_jax.config import ModelConfig
-from dsv4_jax.model.linear import project_float32
+from dsv4_jax.model.linear import flat, project_float32
 from dsv4_jax.model.parameters import constant, matrix
 
 
@@ -45,9 +45,9 @@ def _scores(
     streams: Float[Array, "B T N D"], fn: Float32[Array, "rows N D"], eps: float
 ) -> Float32[Array, "rows B T"]:
     """(v fn^T) / rms(v) with v the flattened streams; dividing after the product is the same algebra."""
-    x = streams.astype(jnp.float32)
-    inverse_rms = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=(-2, -1)) + eps)
-    return project_float32("btnd,rnd->rbt", x, fn) * inverse_rms
+    x = flat(streams.astype(jnp.float32))
+    inverse_rms = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1) + eps)
+    return jnp.moveaxis(project_float32(x, flat(fn)), -1, 0) * inverse_rms
 
 
 def _mix(streams, comb):

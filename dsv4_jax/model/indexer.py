@@ -46,9 +46,9 @@ class Indexer(nnx.Module):
         rotation: Rotation,
     ) -> tuple[Float[Array, "B T Hi Di"], Float32[Array, "B T Hi"]]:
         """Rotated head queries (not normalised) and the scaled head weights."""
-        q = project("btq,hdq->bthd", latent, self.wq_b[...])
+        q = project(latent, self.wq_b[...])
         q = rotate(q, Rotation(rotation.cos[:, :, None], rotation.sin[:, :, None]))
-        weights = project("btd,hd->bth", x, self.weights_proj[...]).astype(jnp.float32)
+        weights = project(x, self.weights_proj[...]).astype(jnp.float32)
         return q, weights * self.scale
 
     def keys(

@@ -2,7 +2,7 @@
 
 import functools
 import zlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,14 +21,22 @@ def _abstract(config: ModelConfig, policy: Policy) -> tuple[Any, nnx.State]:
     return nnx.split(nnx.eval_shape(lambda: Transformer(config, policy)))
 
 
-def graph_of(config: ModelConfig, policy: Policy) -> tuple[Any, Parameters]:
-    """The static structure of the network and the shapes of its parameters; nothing is allocated.
+class Network(NamedTuple):
+    """What is static about a model: the static argument of every compiled step.
 
-    Returns:
-        `graph` for `nnx.merge(graph, parameters)`, and a nested dict of `jax.ShapeDtypeStruct`.
+    An NNX graph would do as well, but takes a millisecond to hash, at every call.
     """
-    graph, state = _abstract(config, policy)
-    return graph, nnx.to_pure_dict(state)
+
+    config: ModelConfig
+    policy: Policy
+
+    def shapes(self) -> Parameters:
+        """The parameters as `jax.ShapeDtypeStruct`; nothing is allocated."""
+        return nnx.to_pure_dict(_abstract(*self)[1])
+
+    def holding(self, parameters: Parameters) -> Transformer:
+        """The model with these parameters, arrays or tracers."""
+        return nnx.merge(_abstract(*self)[0], parameters)
 
 
 def initial_parameters(config: ModelConfig, policy: Policy, seed: int) -> Parameters:

@@ -1,26 +1,47 @@
 """The two ways this model multiplies by a weight."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
 
-def project(equation: str, x: Float[Array, "..."], weight: Float[Array, "..."]) -> Float[Array, "..."]:
-    """einsum with float32 accumulation and one cast back to the dtype of `x`.
+def project(x: Float[Array, "*tokens D"], weight: Float[Array, "*out D"]) -> Float[Array, "..."]:
+    """x weight^T over the last axis of both, [*tokens, *out]: float32 accumulation, one cast at the end.
 
     `preferred_element_type` is stated because a bf16 x bf16 -> bf16 dot runs at float32 speed on CPUs.
     """
-    y = jnp.einsum(equation, x, weight.astype(x.dtype), preferred_element_type=jnp.float32)
-    return y.astype(x.dtype)
+    return _product(x, weight.astype(x.dtype), None).astype(x.dtype)
 
 
-def project_float32(
-    equation: str, x: Float[Array, "..."], weight: Float[Array, "..."]
-) -> Float32[Array, "..."]:
-    """einsum whose operands, products and result are float32 on every backend (router, mHC, head)."""
-    return jnp.einsum(
-        equation,
-        x.astype(jnp.float32),
-        weight.astype(jnp.float32),
-        precision=jax.lax.Precision.HIGHEST,
+def project_float32(x: Float[Array, "*tokens D"], weight: Float[Array, "*out D"]) -> Float32[Array, "..."]:
+    """As `project`, with operands, products and result in float32 on every backend (router, mHC, head)."""
+    return _product(x.astype(jnp.float32), weight.astype(jnp.float32), jax.lax.Precision.HIGHEST)
+
+
+def project_groups(
+    x: Float[Array, "*tokens G D"], weight: Float[Array, "G O D"]
+) -> Float[Array, "*tokens G O"]:
+    """Each group's channels times that group's matrix; precision as in `project`."""
+    rows = x.reshape(-1, *x.shape[-2:]).swapaxes(0, 1)  # [G, tokens, D]
+    y = jax.lax.dot_general(
+        rows, weight.astype(x.dtype), (((2,), (2,)), ((0,), (0,))), preferred_element_type=jnp.float32
     )
+    return y.swapaxes(0, 1).astype(x.dtype).reshape(*x.shape[:-1], -1)
+
+
+def flat(x: Float[Array, "*kept a b"]) -> Float[Array, "*kept ab"]:
+    """The last two axes as one, for a product that sums over both."""
+    return x.reshape(*x.shape[:-2], -1)
+
+
+def _product(x, weight, precision):
+    # One row axis, one column axis, one summed axis, the last of both: a product with more of any kind is
+    # rewritten by XLA:CPU with a transposed copy of the weight, at every call.
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    columns = weight.reshape(math.prod(weight.shape[:-1]), weight.shape[-1])
+    y = jax.lax.dot_general(
+        rows, columns, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
+    )
+    return y.reshape(*x.shape[:-1], *weight.shape[:-1])

@@ -43,11 +43,11 @@ class SharedExpert(nnx.Module):
 
     def __call__(self, x: Float[Array, "tokens D"]) -> Float[Array, "tokens D"]:
         """(silu(min(x w1, c)) * clip(x w3, -c, c)) w2; clamp, SiLU and product in float32."""
-        both = project("td,gfd->gtf", x, self.gate_up[...]).astype(jnp.float32)
-        gate, up = both[0], both[1]
+        both = project(x, self.gate_up[...]).astype(jnp.float32)
+        gate, up = both[:, 0], both[:, 1]
         if self.limit:
             gate, up = jnp.minimum(gate, self.limit), jnp.clip(up, -self.limit, self.limit)
-        return project("tf,df->td", (jax.nn.silu(gate) * up).astype(x.dtype), self.down[...])
+        return project((jax.nn.silu(gate) * up).astype(x.dtype), self.down[...])
 
 
 class MixtureOfExperts(nnx.Module):

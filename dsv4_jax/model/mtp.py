@@ -47,8 +47,8 @@ class MultiTokenPrediction(nnx.Module):
             around: positions of the tokens t.
             collect: taps to return (`transformer.TAPS`).
         """
-        e = project("btd,ed->bte", rms_norm(next_embedding, self.enorm[...], self.eps), self.e_proj[...])
-        h = project("btnd,ed->btne", rms_norm(streams, self.hnorm[...], self.eps), self.h_proj[...])
+        e = project(rms_norm(next_embedding, self.enorm[...], self.eps), self.e_proj[...])
+        h = project(rms_norm(streams, self.hnorm[...], self.eps), self.h_proj[...])
         graph, state = nnx.split(self.block)
         block = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[0], state))
         x = (e[:, :, None] + h).astype(streams.dtype)

@@ -67,7 +67,7 @@ class Router(nnx.Module):
 
     def __call__(self, x: Float[Array, "tokens D"], ids: Int32[Array, "tokens"]) -> Routing:
         """Routes each token; ties in the biased score go to the lowest expert."""
-        scores = sqrt_softplus(project_float32("td,ed->te", x, self.weight[...]))
+        scores = sqrt_softplus(project_float32(x, self.weight[...]))
         if self.tid2eid is not None:
             experts = self.tid2eid[...].at[ids].get(mode="clip")
         else:

@@ -57,7 +57,7 @@ class Stack(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """DeepSeek-V4. Build it with `initial.graph_of`; parameters come from a draw or a checkpoint.
+    """DeepSeek-V4. Build it with `initial.Network`; parameters come from a draw or a checkpoint.
 
     Args:
         config: the architecture.
@@ -151,7 +151,7 @@ class Transformer(nnx.Module):
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float32[Array, "B T V"]:
         """Float32 head product (report, section 2.1); no cap, no tying."""
-        return project_float32("btd,vd->btv", hidden, self.head[...])
+        return project_float32(hidden, self.head[...])
 
     def predict_further(
         self,

@@ -10,9 +10,8 @@ from typing import Literal, Self
 
 import jax
 import numpy as np
-from flax import nnx
 
-from dsv4_jax.config import ModelConfig
+from dsv4_jax.model.initial import Network
 from dsv4_jax.training.data import TrainingRows
 from dsv4_jax.training.optimizer import AdamW, Schedule
 from dsv4_jax.training.step import StepReport, TrainState, train_step
@@ -66,8 +65,7 @@ class TrainingResult:
 
 
 def train(
-    graph: nnx.GraphDef,
-    config: ModelConfig,
+    network: Network,
     optimizer: AdamW,
     schedule: Schedule,
     state: TrainState,
@@ -83,7 +81,7 @@ def train(
     learning rate look at a clock.
 
     Args:
-        graph: static structure of the model; config: its architecture.
+        network: the model.
         optimizer: its settings; schedule: learning rates and number of steps.
         state: consumed (its buffers are donated).
         rows: batches by step number.
@@ -96,7 +94,7 @@ def train(
     ending: Ending = "finished"
     for step in range(int(state.step), schedule.num_steps):
         rate = np.float32(schedule.learning_rate(step))
-        state, report = train_step(graph, config, optimizer, state, rows.batch(step), rate)
+        state, report = train_step(network, optimizer, state, rows.batch(step), rate)
         reports.append(StepReport(*map(float, jax.device_get(report))))
         on_step(reports[-1])
         if step + 1 == schedule.num_steps:

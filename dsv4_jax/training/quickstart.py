@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 
 from dsv4_jax.errors import ProblemsError
 from dsv4_jax.language_model import LanguageModel, load
-from dsv4_jax.model.initial import graph_of, initial_parameters
+from dsv4_jax.model.initial import Network, initial_parameters
 from dsv4_jax.numerics.policy import Policy
 from dsv4_jax.training.corpus import Corpus, gather_corpus
 from dsv4_jax.training.data import TrainingRows, validation_batches
@@ -121,8 +121,7 @@ def quickstart(
     batches = validation_batches(validation, recipe.batch_size, recipe.seq_len)
     batches = spread(batches, recipe.validation_batches)
     baseline = unigram_loss(unigram_probabilities(training, recipe.config.vocab_size), batches)
-    graph = graph_of(recipe.config, recipe.policy)[0]
-    loss = validation_loss(graph, model.parameters, batches)
+    loss = validation_loss(Network(recipe.config, recipe.policy), model.parameters, batches)
     save_loss_curve(out / CURVE_FILE, trained.reports, baseline, loss)
     _write_record(out, record | {"validation_loss": loss, "unigram_loss": baseline})
     percent = 100.0 * (1.0 - loss / baseline)
@@ -190,7 +189,6 @@ def _train(
     console: Console,
 ) -> TrainingResult:
     config, policy = recipe.config, recipe.policy
-    graph, _ = graph_of(config, policy)
     parameters = initial_parameters(config, policy, seed)
     schedule = Schedule(recipe.peak_learning_rate, num_steps, recipe.warmup_fraction)
     num_params = sum(leaf.size for leaf in jax.tree.leaves(parameters))
@@ -208,8 +206,7 @@ def _train(
 
     with InterruptRequest(announce) as interrupt, display:
         return train(
-            graph,
-            config,
+            Network(config, policy),
             recipe.optimizer,
             schedule,
             initial_state(parameters, recipe.optimizer),

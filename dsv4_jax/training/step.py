@@ -8,11 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 from jaxtyping import Array, Bool, Float32, Int32
 
-from dsv4_jax.config import ModelConfig
 from dsv4_jax.model import span as spans
+from dsv4_jax.model.initial import Network
 from dsv4_jax.model.transformer import Transformer
 from dsv4_jax.training.balance import balanced_parameters
 from dsv4_jax.training.data import Batch
@@ -95,10 +94,9 @@ def forward_losses(model: Transformer, batch: Batch) -> tuple[LossParts, list[Ro
     return LossParts(main, mtp, balance), routed
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
 def train_step(
-    graph: nnx.GraphDef,
-    config: ModelConfig,
+    network: Network,
     optimizer: AdamW,
     state: TrainState,
     batch: Batch,
@@ -107,8 +105,7 @@ def train_step(
     """One step. The given state is consumed (its buffers are donated).
 
     Args:
-        graph: static structure of the `Transformer` that the parameters belong to.
-        config: its architecture.
+        network: the model that the parameters belong to.
         optimizer: its settings.
         state: from `initial_state` or an earlier step.
         batch: packed rows i32[B, T].
@@ -119,7 +116,7 @@ def train_step(
     """
 
     def loss(trained: Params) -> tuple[jax.Array, tuple[LossParts, list[jax.Array]]]:
-        model = nnx.merge(graph, merge_params(trained, state.fixed))
+        model = network.holding(merge_params(trained, state.fixed))
         parts, routed = forward_losses(model, batch)
         return parts.total(), (parts, [layer.loads() for layer in routed])
 
@@ -133,16 +130,16 @@ def train_step(
         jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(grads))),
     )
     trained = apply_updates(state.trained, updates, learning_rate)
-    fixed = balanced_parameters(config, state.fixed, loads)
+    fixed = balanced_parameters(network.config, state.fixed, loads)
     return TrainState(trained, fixed, moments, state.step + 1), report
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def validation_sums(
-    graph: nnx.GraphDef, params: Params, batch: Batch
+    network: Network, params: Params, batch: Batch
 ) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
     """Sum of the negative log-likelihoods of a batch in nats, and the number of targets."""
-    model = nnx.merge(graph, params)
+    model = network.holding(params)
     tokens, segments = jnp.asarray(batch.tokens), jnp.asarray(batch.segment_ids)
     targets = shifted_targets(tokens, segments, 1)
     hidden = model.hidden(model(spans.packed(tokens, segments)).streams)
@@ -150,8 +147,8 @@ def validation_sums(
     return mean_cross_entropy(hidden, model.head[...], targets) * count, count
 
 
-def validation_loss(graph: nnx.GraphDef, params: Params, batches: Sequence[Batch]) -> float:
+def validation_loss(network: Network, params: Params, batches: Sequence[Batch]) -> float:
     """Mean negative log-likelihood in nats per target over all batches."""
-    sums = [validation_sums(graph, params, batch) for batch in batches]
+    sums = [validation_sums(network, params, batch) for batch in batches]
     total, count = np.sum(np.asarray(jax.device_get(sums), np.float64), axis=0)
     return float(total / max(count, 1.0))

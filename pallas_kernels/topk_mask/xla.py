@@ -1,8 +1,8 @@
 """Threshold selection: counting passes find the k-th largest score bit by bit; no row is sorted.
 
-Paired median times relative to this file's (jax 0.10.2, two busy AVX2 cores; scores of a ReLU kind, a quarter to
-all of a row visible): `plain` is the same idea with 32 passes, a sum over the last axis in each and a prefix sum
-for ties; `top_k` is `lax.top_k` and a scatter of its indices.
+Paired median times relative to this file's (jax 0.10.2, two busy AVX2 cores; ReLU-like scores, a quarter to
+all of a row visible). `plain` is the same idea with 32 passes, in each a sum over the last axis, and a prefix
+sum for ties; `top_k` is `lax.top_k` and a scatter of its indices.
 
     rows x S, k         ms   plain  top_k   with ties: ms   plain  top_k
     1 x 1024, 256     0.07     1.2    1.0            0.07     1.8    1.1
@@ -12,8 +12,8 @@ for ties; `top_k` is `lax.top_k` and a scatter of its indices.
     256 x 1024, 512    0.8     3.0   10.8             0.9     3.9    9.9
     256 x 4096, 512    3.0     3.7    7.9             4.4     3.3    4.4
 
-Also slower: two bits a pass with three thresholds (2x), interpolating the threshold from the counts instead of
-halving (no fewer passes: the slowest row decides), counting by a product with ones (2x).
+Also slower: two bits a pass with three thresholds (2x), interpolating the threshold from the counts instead
+of halving (no fewer passes: the slowest row decides), counting by a product with ones (2x).
 """
 
 import jax
@@ -84,7 +84,7 @@ def lower_bound(
         bit, bound, chosen = state
         higher = bound + lax.shift_left(jnp.int32(1), bit)
         left = count(keys >= higher)
-        accept = (chosen > k) & (left >= k)
+        accept = left >= k  # changes nothing in a finished row: the same k keys lie above either bound
         return bit - 1, jnp.where(accept, higher, bound), jnp.where(accept, left, chosen)
 
     def unfinished(state):

@@ -263,12 +263,12 @@ def test_native_mixing_scale_is_not_a_quantisation_scale():
 
 def test_tree_is_that_of_the_model():
     from dsv4_jax.checkpoint.save import flattened
-    from dsv4_jax.model.initial import graph_of
+    from dsv4_jax.model.initial import Network
     from dsv4_jax.numerics.policy import Policy
 
     dtypes = {"matrix": "bfloat16", "table": "int32", "norm": "float32", "float32": "float32"}
     for config in (small_config(), repeated_config(num_nextn_predict_layers=0)):
-        declared = flattened(graph_of(config, Policy.of("bfloat16"))[1])
+        declared = flattened(Network(config, Policy.of("bfloat16")).shapes())
         found = {path: (tuple(leaf.shape), leaf.dtype.name) for path, leaf in declared.items()}
         expected = {p: (s.shape, dtypes[s.kind]) for p, s in names.parameters(config).items()}
         assert found == expected

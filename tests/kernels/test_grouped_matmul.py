@@ -188,13 +188,14 @@ def test_experts_split_over_devices_sum_to_the_whole():
     assert_close(parts[0] + parts[1], whole)
 
 
-def test_stack_of_layers_under_scan():
+@pytest.mark.parametrize("blocks", [STREAMED, ExpertBlocks(4)])
+def test_stack_of_layers_under_scan(blocks):
     """A traced layer index into the whole stack gives each layer's values, and the stack's gradients."""
     x, gate_up, down, ids, weights = Case(13, 2, 5, layers=3).operands()
 
     def deep(x, gate_up, down):
         def layer(x, index):
-            options = dict(num_experts=5, first_expert=5 * index)
+            options = dict(num_experts=5, first_expert=5 * index, blocks=blocks)
             return x + run(x, gate_up, down, ids, weights, **options), None
 
         return jax.lax.scan(layer, x, jnp.arange(3))[0]
@@ -249,7 +250,7 @@ def test_later_tokens_change_no_bit_of_earlier_ones(blocks):
 
 @settings(deadline=None, max_examples=40)
 @given(
-    st.lists(st.integers(-1, 5), min_size=18, max_size=18),
+    st.lists(st.sampled_from([*range(-1, 7), 2**30, -(2**31)]), min_size=18, max_size=18),
     st.lists(st.booleans(), min_size=9, max_size=9),
     st.sampled_from([STREAMED, ExpertBlocks(3)]),
 )

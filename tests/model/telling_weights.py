@@ -11,7 +11,7 @@ import numpy as np
 
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.language_model import LanguageModel
-from dsv4_jax.model.initial import graph_of
+from dsv4_jax.model.initial import Network
 from dsv4_jax.numerics.policy import Policy
 
 FLOAT32 = Policy.of("float32")
@@ -41,7 +41,7 @@ def telling_parameters(config: ModelConfig, seed: int = 0) -> dict[str, Any]:
         fan_in = math.prod(shape[-CONTRACTED.get(name, 1) :])
         return (GAINS.get(name, 1.0) / math.sqrt(fan_in) * rng.normal(size=shape)).astype(np.float32)
 
-    return jax.tree_util.tree_map_with_path(draw, graph_of(config, FLOAT32)[1])
+    return jax.tree_util.tree_map_with_path(draw, Network(config, FLOAT32).shapes())
 
 
 def telling_model(config: ModelConfig, seed: int = 0) -> LanguageModel:

@@ -9,7 +9,7 @@ from dsv4_jax import language_model as compiled
 from dsv4_jax.config import layer_stacks, tiny
 from dsv4_jax.language_model import LanguageModel
 from dsv4_jax.model.cache import new_cache
-from dsv4_jax.model.initial import graph_of
+from dsv4_jax.model.initial import Network
 from dsv4_jax.numerics.policy import Policy
 
 POLICY = Policy.of("float32")
@@ -46,9 +46,9 @@ def is_jaxpr(value) -> bool:
 
 def traced_size(num_layers: int) -> int:
     config = tiny(num_layers)
-    graph, parameters = graph_of(config, POLICY)
+    network = Network(config, POLICY)
     traced = jax.make_jaxpr(compiled._decode.__wrapped__, static_argnums=0)(
-        graph, parameters, *abstract_decode(config)
+        network, network.shapes(), *abstract_decode(config)
     )
     return count_equations(traced.jaxpr)
 
@@ -65,9 +65,9 @@ def test_tracing_does_not_grow_with_depth():
 
 def test_decode_updates_the_cache_in_place():
     config = tiny(11)
-    graph, parameters = graph_of(config, POLICY)
+    network = Network(config, POLICY)
     args = abstract_decode(config, max_length=32768)
-    memory = compiled._decode.lower(graph, parameters, *args).compile().memory_analysis()
+    memory = compiled._decode.lower(network, network.shapes(), *args).compile().memory_analysis()
     cache_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(args[0]))
     assert memory.alias_size_in_bytes >= cache_bytes
     assert memory.temp_size_in_bytes < cache_bytes / 4

@@ -11,7 +11,7 @@ from flax import nnx
 
 from dsv4_jax.config import v4_flash
 from dsv4_jax.model import hyper_connection, rope
-from dsv4_jax.model.initial import graph_of
+from dsv4_jax.model.initial import Network
 from tests.model.equivalence import BATCH, SMALL, WIDTH, full, random_rows
 from tests.model.telling_weights import FLOAT32, telling_model, telling_parameters
 from tests.parity import float64_equations
@@ -116,8 +116,7 @@ ROUTER_LOGITS = {
 
 
 def test_extreme_router_logits_give_finite_weights_and_gradients():
-    graph, _ = graph_of(SMALL, FLOAT32)
-    model = nnx.merge(graph, telling_parameters(SMALL))
+    model = Network(SMALL, FLOAT32).holding(telling_parameters(SMALL))
     router = model.stacks[1].blocks[0].ffn.gate  # learned
     layer = jax.tree.map(lambda leaf: leaf[0], nnx.to_pure_dict(nnx.split(router)[1]))
     graph = nnx.split(router)[0]

@@ -20,7 +20,7 @@ def calls(monkeypatch):
     """(batch tokens, learning rate) of every step that `train` asked for; steps cost nothing."""
     made = []
 
-    def fake_step(graph, config, optimizer, state, batch, learning_rate):
+    def fake_step(network, optimizer, state, batch, learning_rate):
         made.append((batch.tokens.tolist(), float(learning_rate)))
         report = StepReport(*(np.float32(len(made)) for _ in StepReport._fields))
         return state._replace(step=state.step + 1), report
@@ -35,7 +35,7 @@ SCHEDULE = Schedule(1.0, num_steps=6, warmup_fraction=0.5)
 
 def run(first_step=0, **options):
     state = TrainState({}, {}, (), np.int32(first_step))
-    return train(None, None, AdamW(), SCHEDULE, state, ROWS, **options)
+    return train(None, AdamW(), SCHEDULE, state, ROWS, **options)
 
 
 def test_every_step_has_its_own_batch_and_rate(calls):

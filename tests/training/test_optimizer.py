@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from dsv4_jax.config import tiny
-from dsv4_jax.model.initial import graph_of
+from dsv4_jax.model.initial import Network
 from dsv4_jax.numerics.policy import Policy
 from dsv4_jax.training.optimizer import (
     AdamW,
@@ -21,7 +21,7 @@ from dsv4_jax.training.optimizer import (
 
 @pytest.fixture(scope="module")
 def shapes():
-    return graph_of(tiny(), Policy.of("float32"))[1]
+    return Network(tiny(), Policy.of("float32")).shapes()
 
 
 def paths(tree):

@@ -7,7 +7,7 @@ import pytest
 
 from dsv4_jax.config import tiny
 from dsv4_jax.language_model import LanguageModel
-from dsv4_jax.model.initial import graph_of, initial_parameters
+from dsv4_jax.model.initial import Network, initial_parameters
 from dsv4_jax.numerics.policy import Policy
 from dsv4_jax.training.data import Batch
 from dsv4_jax.training.optimizer import AdamW
@@ -43,8 +43,7 @@ def fresh_state() -> TrainState:
 
 
 def run(state, batch, learning_rate=1e-3):
-    graph = graph_of(CONFIG, POLICY)[0]
-    return train_step(graph, CONFIG, OPTIMIZER, state, batch, np.float32(learning_rate))
+    return train_step(Network(CONFIG, POLICY), OPTIMIZER, state, batch, np.float32(learning_rate))
 
 
 def segments_of(batch):
@@ -137,6 +136,5 @@ def test_steps_reduce_the_loss_and_repeat_bit_for_bit():
     assert first == second
     assert first[-1] < 0.8 * first[0]
     assert int(state.step) == 12
-    graph = graph_of(CONFIG, POLICY)[0]
-    loss = validation_loss(graph, state.params, [batch])
+    loss = validation_loss(Network(CONFIG, POLICY), state.params, [batch])
     np.testing.assert_allclose(loss, float(run(state, batch)[1].main), rtol=1e-5)
