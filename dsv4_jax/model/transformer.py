@@ -6,7 +6,7 @@ difference. Layers are grouped into runs of a repeating unit (`config.layer_stac
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -190,17 +190,10 @@ def run_stack(
     """Runs a unit of layers `repeats` times. Taps come back in layer order."""
     graph, state = nnx.split(stack)
     states = nnx.to_pure_dict(state)
-    whole = {}
-    if caches is not None and repeats > 1:
-        # A cached step touches few experts: their stack stays whole and is indexed, never sliced.
-        # Training slices it like everything else, so that a repeat's gradient has a repeat's size.
-        whole = {index: block["ffn"].pop("experts") for index, block in states["blocks"].items()}
 
-    def unit(streams, caches, sliced, repeat):
-        for index, experts in whole.items():
-            sliced["blocks"][index]["ffn"]["experts"] = experts
+    def unit(streams, caches, parameters, repeat):
         after, taps = [], []
-        for index, block in enumerate(nnx.merge(graph, sliced).blocks):
+        for index, block in enumerate(nnx.merge(graph, parameters).blocks):
             cache = None if caches is None else caches[index]
             streams, cache, seen = block(streams, around, cache, repeat, collect)
             after.append(cache)
@@ -214,11 +207,25 @@ def run_stack(
         return unit(streams, caches, only, jnp.int32(0))
 
     def step(carry, xs):
-        *carry, taps = unit(*carry, *xs)
+        sliced, repeat = xs
+        *carry, taps = unit(*carry, sliced if caches is None else _one_repeat(states, repeat), repeat)
         return tuple(carry), taps
 
-    xs = (states, jnp.arange(repeats, dtype=jnp.int32))
+    # Whole sequences scan their parameters, so that a repeat's gradient has a repeat's size.
+    xs = (states if caches is None else None, jnp.arange(repeats, dtype=jnp.int32))
     # The cache is carried, not scanned: a carry is updated in place, a scanned output is a second copy.
     (streams, caches), taps = jax.lax.scan(step, (streams, caches), xs)
     by_layer = [jax.tree.map(lambda leaf, r=r: leaf[r], seen) for r in range(repeats) for seen in taps]
     return streams, caches, by_layer
+
+
+def _one_repeat(states: dict[str, Any], repeat: Int32[Array, ""]) -> dict[str, Any]:
+    """A repeat's parameters, but all experts: a cached step uses few of them, and indexes their stack."""
+    # The barrier keeps the slicing inside the loop: a backend that computes bfloat16 in float32 would
+    # otherwise convert whole stacks before it, at every call.
+    states, repeat = jax.lax.optimization_barrier((states, repeat))
+    experts = {index: block["ffn"].pop("experts") for index, block in states["blocks"].items()}
+    sliced = jax.tree.map(lambda leaf: leaf[repeat], states)
+    for index, block in sliced["blocks"].items():
+        block["ffn"]["experts"] = experts[index]
+    return sliced
