@@ -5,7 +5,7 @@
 
 Prints a table of medians and writes JSON. Prefill is what generation does: append the prompt to an empty
 cache and compute the logits of its last token; decode is one greedy token a row on top of a context.
-Peak memory is the resident set of a process that runs one side's longest prefill and nothing else, less
+Peak memory is the resident set of a process that runs one prefill of one side and nothing else, less
 the resident set just before it. The matmul peak and the copy bandwidth are measured in the same run, so
 that shares mean something on a noisy machine. Needs the `test` extra (torch, transformers).
 """
@@ -14,7 +14,8 @@ import dataclasses
 import datetime
 import json
 import multiprocessing
-import resource
+import os
+import re
 import statistics
 import tempfile
 import time
@@ -47,7 +48,9 @@ class Options:
     decode_steps: int = 8
     runs: int = 5
     memory: bool = True
-    """Measure peak memory at the longest prefill in processes of their own."""
+    """Measure peak memory in processes of their own."""
+    memory_length: int = 4096
+    """Tokens of the prefill whose memory is measured."""
     out: Path = Path("bench_cpu.json")
 
 
@@ -88,6 +91,8 @@ def ours(folder: Path, dtype: str) -> LanguageModel:
 
 
 def theirs(folder: Path, dtype: str):
+    # Idle OpenMP threads would otherwise spin on a core while the other side runs.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
     import transformers
 
@@ -172,6 +177,12 @@ def machine(dtype: str) -> tuple[float, float]:
     return 2 * 1024**3 / seconds, 2 * source.nbytes / copying
 
 
+def _memory(field: str) -> int:
+    """Bytes of a field of this process's memory status (Linux): VmRSS is now, VmHWM the highest so far."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(rf"^{field}:\s+(\d+) kB", status, re.MULTILINE)[1])
+
+
 def _memory_child(side: str, folder: Path, dtype: str, length: int, queue) -> None:
     tokens = np.random.default_rng(0).integers(0, bench_config().vocab_size, (1, length))
     run = (
@@ -179,9 +190,10 @@ def _memory_child(side: str, folder: Path, dtype: str, length: int, queue) -> No
         if side == "ours"
         else their_prefill(theirs(folder, dtype), tokens)
     )
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the highest so far starts again from now
     run()
-    queue.put((before * 1024, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+    queue.put((before, _memory("VmHWM")))
 
 
 def peak_memory(side: str, folder: Path, dtype: str, length: int) -> tuple[int, int]:
@@ -238,9 +250,9 @@ def main(options: Options) -> None:
                         ),
                     }
                 )
-                console.print(json.dumps(rows[-1]))
+                keep(options, rows, console)
             if options.memory:
-                length = max(options.prefill)
+                length = options.memory_length
                 mine, other = (peak_memory(s, folder, dtype, length) for s in ("ours", "theirs"))
                 rows.append(
                     {
@@ -255,12 +267,17 @@ def main(options: Options) -> None:
                         "ratio": other[0] / mine[0],
                     }
                 )
-                console.print(json.dumps(rows[-1]))
+                keep(options, rows, console)
     show(console, rows)
+    console.print(f"written: {options.out}")
+
+
+def keep(options: Options, rows: list[dict[str, object]], console: Console) -> None:
+    """Prints the newest row and writes all so far: a long run that dies loses nothing."""
+    console.print(json.dumps(rows[-1]))
     stamp = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     record = {"date": stamp, "jax": jax.__version__, "runs": options.runs, "rows": rows}
     options.out.write_text(json.dumps(record, indent=1) + "\n")
-    console.print(f"written: {options.out}")
 
 
 def show(console: Console, rows: list[dict[str, object]]) -> None:

@@ -1,6 +1,12 @@
 """One compilation cache for all workers of a test run: most of the suite's time is compiling."""
 
+import os
+
 import pytest
+
+# libtpu is there to compile for described chips; asking it for real ones costs seconds and prints errors.
+# Subprocesses of tests inherit this; set the variable yourself to run the suite on another platform.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,0 +1,29 @@
+"""What the kernels need to know about TPU generations, per JAX device. Nothing here was measured by us.
+
+HBM bandwidth, bf16 peak and VMEM are the vendor's published figures. Clocks are not published: they follow
+from peak / (matrix units x rows x columns x 2), and agree with the compiler's own cycle counts of copies.
+"""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Chip:
+    """One JAX device: a chip, on tpu7x one of its two cores."""
+
+    clock_hz: float
+    hbm_bytes_per_second: float
+    bf16_flops: float  # per second
+    vmem_bytes: int  # per core
+
+    def seconds(self, flops: float, hbm_bytes: float) -> float:
+        """The roofline: the slower of arithmetic at peak and traffic at full bandwidth."""
+        return max(flops / self.bf16_flops, hbm_bytes / self.hbm_bytes_per_second)
+
+
+CHIPS = {
+    "v5e": Chip(1.50e9, 819e9, 197e12, 128 * 2**20),
+    "v5p": Chip(1.75e9, 2765e9, 459e12, 64 * 2**20),
+    "v6e": Chip(1.75e9, 1640e9, 918e12, 128 * 2**20),
+    "tpu7x": Chip(2.20e9, 3690e9, 1153.5e12, 64 * 2**20),
+}

@@ -1,0 +1,39 @@
+"""What `hybrid_attention` means, in plain jax.numpy. Nothing in this file is fast."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32, Int32
+
+
+def hybrid_attention_reference(
+    q: Float[Array, "B T H Dh"],
+    line: Float[Array, "B W-1+T Dh"],
+    position: Int32[Array, "B T"],
+    sink: Float32[Array, "H"],
+    entries: Float[Array, "B S Dh"] | None,
+    lo: Int32[Array, "B T"] | None,
+    hi: Int32[Array, "B T"] | None,
+    selected: Bool[Array, "B T S"] | None,
+    *,
+    window: int,
+) -> tuple[Float[Array, "B T H Dh"], Float32[Array, "B T H"]]:
+    """The definition; the contract is in `op.hybrid_attention`."""
+    length = q.shape[1]
+    # Query t stands at place t + W - 1 of the line; the key at place j is `distance` tokens older.
+    distance = jnp.arange(length)[:, None] + window - 1 - jnp.arange(line.shape[1])
+    visible = (distance >= 0) & (distance <= jnp.minimum(position, window - 1)[..., None])
+    keys = line
+    if entries is not None:
+        index = jnp.arange(entries.shape[1])
+        chosen = (index >= lo[..., None]) & (index < hi[..., None])
+        if selected is not None:
+            chosen &= selected
+        keys = jnp.concatenate([line, entries], axis=1)
+        visible = jnp.concatenate([visible, chosen], axis=2)
+
+    logits = jnp.einsum("bthd,bkd->bthk", q, keys, preferred_element_type=jnp.float32)
+    logits = jnp.where(visible[:, :, None], logits * q.shape[-1] ** -0.5, -jnp.inf)
+    top = jnp.maximum(logits.max(axis=-1), sink)[..., None]
+    weight = jnp.exp(logits - top)
+    total = weight.sum(axis=-1, keepdims=True) + jnp.exp(sink[:, None] - top)
+    out = jnp.einsum("bthk,bkd->bthd", weight.astype(keys.dtype), keys, preferred_element_type=jnp.float32)
+    return (out / total).astype(q.dtype), (top + jnp.log(total))[..., 0]

@@ -1,0 +1,152 @@
+"""How `hybrid_attention` picks its block sizes: legality, a VMEM formula, then a choice."""
+
+import dataclasses
+import math
+
+from pallas_kernels.arithmetic import cdiv, round_up
+
+LANES = 128
+FLOAT32_SUBLANES = 8
+SUBLANES = 16  # rows of a bfloat16 tile
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class HybridBlocks:
+    """Tile sizes of the forward and backward kernels. Changes speed only, never the mathematics."""
+
+    queries: int  # of all heads at once: a tile has queries * H rows
+    entries: int  # compressed entries of one step
+    line: int  # window entries of one step of the line's gradient
+    chunk: int  # queries whose logits are in flight at a time; divides `queries`
+
+    def __post_init__(self) -> None:
+        if self.queries <= 0 or self.queries % SUBLANES:
+            raise ValueError(f"queries={self.queries} must be a positive multiple of {SUBLANES}")
+        if self.chunk <= 0 or self.queries % self.chunk or self.chunk % FLOAT32_SUBLANES:
+            raise ValueError(f"chunk={self.chunk} must be a multiple of {FLOAT32_SUBLANES} in {self.queries}")
+        for name in ("entries", "line"):
+            size = getattr(self, name)
+            if size <= 0 or size % LANES:
+                raise ValueError(f"{name}={size} must be a positive multiple of {LANES}")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Geometry:
+    """One call cut into blocks. A call shorter than a block of queries is one block of exactly its length."""
+
+    batch: int  # B
+    length: int  # T
+    heads: int  # H
+    width: int  # Dh
+    window: int  # W
+    num_entries: int  # S; 0 without entries
+    itemsize: int  # bytes of an element of q, line and entries
+    masked: bool  # whether there is a selection
+    blocks: HybridBlocks
+
+    @property
+    def queries(self) -> int:
+        """Queries a block."""
+        return min(self.blocks.queries, self.length)
+
+    @property
+    def rows(self) -> int:
+        """Rows a block: every head of every query."""
+        return self.queries * self.heads
+
+    @property
+    def chunk(self) -> int:
+        """Queries in flight; a call shorter than a block may not divide, and is one chunk then."""
+        return self.blocks.chunk if self.queries % self.blocks.chunk == 0 else self.queries
+
+    @property
+    def num_query_blocks(self) -> int:
+        return cdiv(self.length, self.queries)
+
+    @property
+    def entries(self) -> int:
+        """Entries a block."""
+        return min(self.blocks.entries, round_up(self.num_entries, LANES))
+
+    @property
+    def num_entry_blocks(self) -> int:
+        return cdiv(self.num_entries, self.entries) if self.num_entries else 0
+
+    @property
+    def near(self) -> int:
+        """Line places that one block of queries reads: its own and W - 1 before, in whole lanes."""
+        return round_up(self.queries + self.window - 1, LANES)
+
+    @property
+    def line(self) -> int:
+        """Line places a block of the line's gradient."""
+        return min(self.blocks.line, round_up(self.length + self.window - 1, LANES))
+
+    @property
+    def num_line_blocks(self) -> int:
+        return cdiv(self.length + self.window - 1, self.line)
+
+    @property
+    def padded_line(self) -> int:
+        """Places of the line that the kernels may touch; those behind the call are seen by nobody."""
+        last_read = (self.num_query_blocks - 1) * self.queries + self.near
+        return max(last_read, self.num_line_blocks * self.line)
+
+    def vmem_bytes(self) -> dict[str, int]:
+        """VMEM of one grid step of every kernel, in bytes. Operands and results are double buffered."""
+        item, row = self.itemsize, self.width * self.itemsize
+        tile = self.rows * row  # q, o, do or dq
+        per_query = 4 * self.queries * LANES * cdiv(self.heads, LANES)  # lse or delta
+        view = 4 * self.queries * LANES
+        selected = self.queries * self.entries if self.masked else 0
+        keys = (self.near + self.entries) * row
+        widest = max(self.near, self.entries)
+        accumulator = 4 * self.rows * self.width
+        bias = 4 * self.queries * widest
+        in_flight = self.chunk * self.heads
+        columns = 2 * 4 * self.rows * LANES  # running maximum and sum; a column fills whole lanes
+
+        forward = 2 * (2 * tile + per_query + view + selected + keys) + accumulator + columns + bias
+        # Logits and weights in float32, weights rounded, and their product with the values.
+        forward += in_flight * (widest * (4 + 4 + item) + 4 * self.width)
+        d_query = 2 * (3 * tile + 2 * per_query + view + selected + keys) + accumulator + bias
+        # p, dp and ds in float32, ds rounded, and its product with the keys.
+        d_query += in_flight * (widest * (3 * 4 + item) + 4 * self.width)
+
+        def d_keys(size: int, chosen: int) -> int:
+            results = 2 * (size * row + size * row) + 4 * size * self.width  # keys, gradient; accumulator
+            operands = 2 * (2 * tile + 2 * per_query + view + chosen)
+            tiles = in_flight * size * (3 * 4 + 2 * item)  # p, dp and ds; p and ds rounded
+            return operands + results + 4 * self.queries * size + tiles
+
+        return {
+            "forward": forward,
+            "d_query": d_query,
+            "d_line": d_keys(self.line, 0),
+            "d_entries": d_keys(self.entries, selected),
+        }
+
+
+VMEM_LIMIT = 56 * 2**20
+"""What a kernel may ask for, in bytes; the smallest VMEM of a supported core is 64 MiB (v5p, tpu7x)."""
+
+
+CHUNK_ROWS = 1024
+"""Rows of logits in flight: enough for the compiler to overlap matmuls and softmax. With more, cycles per row
+do not fall any further, and compile time grows faster than the chunk."""
+
+
+def choose_blocks(*, heads: int, width: int, window: int, itemsize: int, masked: bool) -> HybridBlocks:
+    """The most queries and entries a block whose kernels all fit in `VMEM_LIMIT`.
+
+    The matmuls do not care: they stream rows, and keys are padded to the width of the matrix unit anyway.
+    More queries share one read of the window and amortise a grid step; more entries at once mean fewer
+    passes over the running sums. Fewer leave room in VMEM.
+    """
+    for queries, entries in ((32, 512), (32, 256), (16, 256), (16, 128)):
+        chunk = math.gcd(queries, max(CHUNK_ROWS // heads, FLOAT32_SUBLANES))
+        blocks = HybridBlocks(queries, entries, line=256, chunk=max(chunk, FLOAT32_SUBLANES))
+        call = Geometry(1, queries, heads, width, window, entries, itemsize, masked, blocks)
+        if max(call.vmem_bytes().values()) <= VMEM_LIMIT:
+            return blocks
+    raise ValueError(f"no legal block fits in {VMEM_LIMIT} bytes: {heads=} {width=} {window=} {itemsize=}")

@@ -1,0 +1,49 @@
+"""Compiling for TPUs that nobody here has: libtpu's compiler needs a description, not a chip."""
+
+import functools
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+CHIPS = {"v5e": "v5e:2x2", "v6e": "v6e:2x2", "v5p": "v5p:2x2x1", "tpu7x": "tpu7x:2x2x1"}
+"""One topology a generation; only its first device is used."""
+
+# libtpu reads these when it is loaded; without them it looks for a cloud machine's metadata.
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+
+
+@functools.cache
+def device(chip: str) -> jax.Device:
+    """The first device of a described slice."""
+    pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu (Linux, extra `test`)")
+    from jax.experimental import topologies
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip]).devices[0]
+
+
+def compile_for(chip: str, function: Callable[..., Any], *shapes: jax.ShapeDtypeStruct) -> Any:
+    """The compiled program of `function` for one device of `chip`; raises what the compiler raises."""
+    mesh = jax.sharding.Mesh(np.array([device(chip)]), ("x",))
+    whole = jax.sharding.NamedSharding(mesh, jax.P())
+    placed = [jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=whole) for s in shapes]
+    lowered = jax.jit(function).lower(*placed)
+    # A program for a chip that is not here cannot be read back from the cache of compiled programs.
+    enabled = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    try:
+        return lowered.compile()
+    finally:
+        jax.config.update("jax_enable_compilation_cache", enabled)
+        compilation_cache.reset_cache()

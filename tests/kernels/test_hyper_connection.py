@@ -1,0 +1,272 @@
+"""`hyper_connection`: values, gradients, ragged ends, races, Mosaic lowering, real shapes for real chips."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from jax import export
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels import hyper_connection
+from pallas_kernels.hyper_connection import kernel_tpu, reference, tuning
+from tests.kernels import hyper_connection_torch
+from tests.kernels.ahead_of_time import CHIPS, compile_for
+
+V4 = dict(num_iters=20, hc_eps=1e-6, norm_eps=1e-6)
+EPS = dict(hc_eps=1e-6, norm_eps=1e-6)
+# Small blocks on purpose: several grid steps, several chunks of channels, a last block that sticks out.
+SMALL = dict(blocks=tuning.HyperConnectionBlocks(tokens=16, channels=128))
+INTERPRETED = SMALL | dict(interpret=True)
+STRICT = SMALL | dict(interpret=pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan"))
+SETTINGS = {"pre": V4, "post": {}, "post_pre": V4, "collapse": EPS}
+PUBLIC = {name: getattr(hyper_connection, name) for name in SETTINGS}
+
+
+def operands(name, tokens, n, d, dtype=jnp.float32):
+    """By name and in the order of the op's arguments."""
+    rng = np.random.default_rng(0)
+
+    def normal(*shape):
+        return jnp.asarray(rng.standard_normal(shape, np.float32))
+
+    rows = n if name == "collapse" else 2 * n + n * n
+    every = {
+        "streams": normal(*tokens, n, d).astype(dtype),
+        "update": normal(*tokens, d).astype(dtype),
+        "maps": normal(*tokens, rows),
+        "fn": normal(rows, n, d) / np.sqrt(d),
+        "base": normal(rows),
+        "scale": jnp.array([0.5, 0.7, 0.9][: 1 if name == "collapse" else 3]),
+        "norm_weight": 1 + normal(d) / 4,
+    }
+    wanted = {
+        "pre": ("streams", "fn", "base", "scale", "norm_weight"),
+        "post": ("streams", "update", "maps"),
+        "post_pre": tuple(every),
+        "collapse": ("streams", "fn", "base", "scale"),
+    }
+    return {key: every[key] for key in wanted[name]}
+
+
+def cotangents(outputs):
+    rng = np.random.default_rng(1)
+    return jax.tree.map(
+        lambda a: jnp.asarray(rng.standard_normal(a.shape, np.float32)).astype(a.dtype), outputs
+    )
+
+
+def value_and_gradients(name, arrays, **options):
+    op = functools.partial(PUBLIC[name], **(SETTINGS[name] | options))
+
+    def run(arrays):
+        outputs, pullback = jax.vjp(lambda arrays: op(**arrays), arrays)
+        return outputs, pullback(cotangents(outputs))[0]
+
+    # Interpreted kernels are long programs that run once: compile them without optimising.
+    unoptimised = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    return jax.jit(run, compiler_options=unoptimised)(arrays)
+
+
+def close(got, want, bound):
+    """Largest difference relative to the largest value, for every leaf."""
+
+    def compare(path, a, b):
+        assert a.shape == b.shape and a.dtype == b.dtype
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        assert np.isfinite(a).all(), path
+        limit = bound.get(path[-1].key, bound["else"]) if isinstance(bound, dict) else bound
+        assert np.abs(a - b).max() <= limit * np.abs(b).max(), path
+
+    jax.tree_util.tree_map_with_path(compare, got, want)
+
+
+def against_reference(name, tokens, n, d, *, bound, dtype=jnp.float32, options=INTERPRETED, **settings):
+    arrays = operands(name, tokens, n, d, dtype)
+    outputs, gradients = value_and_gradients(name, arrays, **options, **settings)
+    want_outputs, want_gradients = value_and_gradients(name, arrays, impl="reference", **settings)
+    close(outputs, want_outputs, 1e-5 if dtype == jnp.float32 else 2**-7)
+    close(gradients, want_gradients, bound)
+
+
+# ---------------------------------------------------------------- the reference itself
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_reference_against_torch(n):
+    arrays = operands("post_pre", (3,), n, 128)
+    streams, x, maps = PUBLIC["post_pre"](**arrays, **V4, impl="reference")
+    head = operands("collapse", (3,), n, 128)
+    h = PUBLIC["collapse"](**head, **EPS, impl="reference")
+
+    given = {key: torch.from_numpy(np.array(a)).double() for key, a in arrays.items()}
+    head = {key: torch.from_numpy(np.array(a)).double() for key, a in head.items()}
+    for t in range(3):
+        comb = given["maps"][t, 2 * n :].reshape(n, n)
+        mixed = hyper_connection_torch.post(
+            given["streams"][t], given["update"][t], given["maps"][t, n : 2 * n], comb
+        )
+        weights = [given[key] for key in ("fn", "base", "scale", "norm_weight")]
+        want_x, *want_maps = hyper_connection_torch.pre(mixed, *weights, *V4.values())
+        want_maps = torch.cat([part.reshape(-1) for part in want_maps])
+        np.testing.assert_allclose(streams[t], mixed, rtol=0, atol=2e-5)
+        np.testing.assert_allclose(maps[t], want_maps, rtol=0, atol=2e-6)
+        np.testing.assert_allclose(x[t], want_x, rtol=0, atol=2e-5)
+        weights = [head[key] for key in ("fn", "base", "scale")]
+        want_h = hyper_connection_torch.collapse(head["streams"][t], *weights, *EPS.values())
+        np.testing.assert_allclose(h[t], want_h, rtol=0, atol=2e-5)
+
+
+def test_reference_sinkhorn_of_known_matrices():
+    np.testing.assert_allclose(
+        reference.sinkhorn_reference(jnp.zeros((4, 4)), 20, 1e-6), 0.24999975, rtol=0, atol=1e-7
+    )
+    logits = jnp.array([[2, 0.5, 1, 1.5], [2, 0, 0.5, 1], [1.5, 2, 0, 0.5], [1, 1.5, 2, 0]])
+    want = [
+        [0.290082, 0.103394, 0.204005, 0.402517],
+        [0.402518, 0.087019, 0.171695, 0.338767],
+        [0.204005, 0.537280, 0.087019, 0.171695],
+        [0.103394, 0.272305, 0.537280, 0.087019],
+    ]
+    np.testing.assert_allclose(reference.sinkhorn_reference(logits, 20, 1e-6), want, rtol=0, atol=1e-6)
+
+
+# ---------------------------------------------------------------- kernels against the reference
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens", "n"),
+    [
+        ("post", (40,), 4),  # two whole blocks and a half
+        ("post", (2, 9), 2),
+        ("collapse", (2, 9), 4),
+        ("pre", (21,), 2),
+        ("post_pre", (40,), 4),
+        pytest.param("post_pre", (1,), 4, marks=pytest.mark.slow),
+        pytest.param("post_pre", (2, 3, 8), 3, marks=pytest.mark.slow),  # exactly three blocks
+        pytest.param("pre", (33,), 4, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_float32_values_and_gradients(name, tokens, n):
+    against_reference(name, tokens, n, 256, bound=1e-5)
+
+
+# The reference rounds the gradients at every rounding of the forward pass, the kernel only its results; scale
+# and base are sums of both signs over the tokens.
+BFLOAT16_BOUND = {"scale": 0.05, "base": 0.02, "else": 0.01}
+
+
+@pytest.mark.parametrize(
+    ("name", "n"),
+    [
+        ("post_pre", 2),
+        pytest.param("post_pre", 4, marks=pytest.mark.slow),
+        pytest.param("pre", 4, marks=pytest.mark.slow),
+        pytest.param("post", 4, marks=pytest.mark.slow),
+        pytest.param("collapse", 4, marks=pytest.mark.slow),
+    ],
+)
+def test_bfloat16_values_and_gradients(name, n):
+    against_reference(name, (21,), n, 256, bound=BFLOAT16_BOUND, dtype=jnp.bfloat16)
+
+
+def test_no_races_and_no_uninitialised_reads():
+    # Few iterations: every access of a reference is a call back to Python here.
+    against_reference("post_pre", (21,), 2, 128, bound=1e-5, options=STRICT, num_iters=2)
+
+
+def test_three_bfloat16_parts_are_exact():
+    value = jnp.asarray(np.random.default_rng(0).standard_normal((8, 128), np.float32))
+    parts = kernel_tpu.split(value, 3)
+    np.testing.assert_array_equal(sum(part.astype(jnp.float32) for part in parts[::-1]), value)
+    assert {part.dtype for part in parts} == {jnp.dtype("bfloat16")}
+
+
+# ---------------------------------------------------------------- contracts
+
+
+def test_all_problems_are_named():
+    arrays = operands("post_pre", (3,), 2, 100) | {"base": jnp.zeros(3)}
+    with pytest.raises(ValueError, match=r"base float32\[3\].*num_iters=0.*D=100") as error:
+        PUBLIC["post_pre"](**arrays, **(V4 | {"num_iters": 0}))
+    assert str(error.value).startswith("post_pre: ")
+    with pytest.raises(ValueError, match="impl='xla'"):
+        PUBLIC["post"](**operands("post", (3,), 2, 128), impl="xla")
+
+
+def test_blocks_are_legal_and_fit():
+    for hidden in (128, 4096, 7168):
+        for backward in (False, True):
+            for num_tokens in (1, 64, 2048):
+                shape = dict(streams=4, hidden=hidden, rows=24, itemsize=2, backward=backward)
+                blocks = tuning.choose_blocks(num_tokens, **shape)
+                assert hidden % blocks.channels == 0
+                assert blocks.vmem_bytes(**shape) <= tuning.VMEM_BUDGET
+    with pytest.raises(ValueError, match="multiple of 16"):
+        tuning.HyperConnectionBlocks(24, 128)
+    with pytest.raises(ValueError, match="multiple of 128"):
+        tuning.HyperConnectionBlocks(16, 100)
+    with pytest.raises(ValueError, match="no block fits"):
+        tuning.choose_blocks(1, streams=4, hidden=2**20, rows=24, itemsize=2, backward=False)
+
+
+# ---------------------------------------------------------------- TPU compilers
+
+
+def shapes(name, num_tokens, hidden, dtype=jnp.bfloat16):
+    arrays = jax.eval_shape(lambda: operands(name, (num_tokens,), 4, hidden, dtype))
+    outputs = jax.eval_shape(functools.partial(PUBLIC[name], **SETTINGS[name], impl="reference"), **arrays)
+    return arrays, outputs
+
+
+def forward_and_backward(name, arrays):
+    """A function of the operands and the gradients of the outputs, in a flat list."""
+
+    def run(*flat):
+        given = dict(zip(arrays, flat, strict=False))
+        outputs, pullback = jax.vjp(lambda given: PUBLIC[name](**given, **SETTINGS[name]), given)
+        structure = jax.tree.structure(outputs)
+        return outputs, pullback(jax.tree.unflatten(structure, flat[len(arrays) :]))
+
+    return run
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("name", PUBLIC)
+def test_lowers_to_mosaic(name, dtype):
+    arrays, outputs = shapes(name, 40, 256, dtype)
+    mosaic = export.DisabledSafetyCheck.custom_call("tpu_custom_call")
+    lowered = export.export(
+        jax.jit(forward_and_backward(name, arrays)), platforms=["tpu"], disabled_checks=[mosaic]
+    )(*arrays.values(), *jax.tree.leaves(outputs))
+    text = lowered.mlir_module()
+    assert text.count("tpu_custom_call") >= 2  # one kernel forward, one backward
+
+
+def compile_both(chip, name, num_tokens, hidden, dtype=jnp.bfloat16):
+    arrays, outputs = shapes(name, num_tokens, hidden, dtype)
+    compile_for(chip, forward_and_backward(name, arrays), *arrays.values(), *jax.tree.leaves(outputs))
+
+
+def test_compiles_for_v6e_at_flash_size():
+    compile_both("v6e", "post_pre", 64, 4096)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_tokens", [64, 2048])
+@pytest.mark.parametrize("hidden", [4096, 7168])
+@pytest.mark.parametrize("name", PUBLIC)
+@pytest.mark.parametrize("chip", CHIPS)
+def test_compiles_for_every_chip(chip, name, hidden, num_tokens):
+    compile_both(chip, name, num_tokens, hidden)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_tokens", [1, 300])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("chip", ["v5e", "tpu7x"])
+def test_compiles_with_a_ragged_end(chip, dtype, num_tokens):
+    compile_both(chip, "post_pre", num_tokens, 4096, dtype)
