@@ -1,8 +1,8 @@
 """How many entries `compressor` makes a grid step: legality, a VMEM formula, a choice. Nothing is measured.
 
 There is no matrix product: by the compiler's schedule the overlapping form (m = 4) is limited by the vector
-unit, the plain form (m = 128) by HBM. A step only has to be large enough to hide its own overhead; larger ones
-also take longer to compile.
+unit, the plain form (m = 128) by HBM. A step only has to be large enough to hide its own overhead; larger
+ones also take longer to compile.
 """
 
 import dataclasses
