@@ -107,7 +107,7 @@ def diagnose() -> Diagnosis:
         versions=versions,
         default_backend=backend,
         devices=devices,
-        kernels=_kernels(backend),
+        kernels=_kernels(),
         compilation_cache=str(cache),
         cached_programs=sum(1 for _ in cache.glob("*-cache")) if cache.is_dir() else 0,
         free_disk_bytes=shutil.disk_usage(_existing(cache)).free,
@@ -115,9 +115,14 @@ def diagnose() -> Diagnosis:
     )
 
 
-def _kernels(backend: str) -> str:
-    """Which implementation of each operation runs on this backend."""
-    return f"XLA on {backend}, for every operation"
+def _kernels() -> str:
+    """What computes each operation by default, and what can be asked for instead."""
+    from dsv4_jax.numerics.policy import KERNELS, Policy
+
+    default = Policy.of()
+    others = "; ".join(f"{name!r}: {what}" for name, what in KERNELS.items() if name != default.kernels)
+    operations = ", ".join(default.implementations())
+    return f"{KERNELS[default.kernels]}, for {operations} (load(..., kernels=) also takes {others})"
 
 
 def _version(name: str) -> str:

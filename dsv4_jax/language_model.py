@@ -320,6 +320,7 @@ def load(
     dtype: str = "bfloat16",
     numerics: str = "reference",
     *,
+    kernels: str = "xla",
     draft_head: Literal["refuse", "ignore"] = "refuse",
     text_only: bool = False,
 ) -> LanguageModel:
@@ -329,6 +330,7 @@ def load(
         path: folder with config.json and safetensors files.
         dtype: of parameters, activations and cache: "bfloat16" or "float32".
         numerics: "reference".
+        kernels: "xla", "pallas" (TPU) or "pallas-interpret" (see `numerics.policy.KERNELS`).
         draft_head: "ignore" loads the backbone of a checkpoint with a DSpark draft head, without it.
         text_only: load the text model of a vision variant.
 
@@ -337,7 +339,7 @@ def load(
     """
     from dsv4_jax.checkpoint.load import load_checkpoint
 
-    policy = Policy.of(dtype, numerics)
+    policy = Policy.of(dtype, numerics, kernels=kernels)
     loaded = load_checkpoint(Path(path), policy, draft_head=draft_head, text_only=text_only)
     for warning in loaded.warnings:
         LOGGER.warning("%s: %s", path, warning)

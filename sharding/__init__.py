@@ -1,1 +1,1 @@
-"""Where arrays live: meshes and rules. Parameters already carry their logical dim names (`dims`)."""
+"""Where arrays live. Parameters already carry their logical dim names (`dims`)."""

@@ -9,9 +9,8 @@ from jaxtyping import Array, Float, Int32
 from dsv4_jax.config import AttentionKind, ModelConfig, RouterKind
 from dsv4_jax.model.attention import Attention
 from dsv4_jax.model.cache import LayerCache
-from dsv4_jax.model.hyper_connection import HyperConnection, combine, expand
+from dsv4_jax.model.hyper_connection import HyperConnection
 from dsv4_jax.model.moe import MixtureOfExperts
-from dsv4_jax.model.norm import rms_norm
 from dsv4_jax.model.parameters import constant
 from dsv4_jax.model.rope import Rotation
 from dsv4_jax.model.span import Blocks, Span
@@ -49,14 +48,13 @@ class Block(nnx.Module):
         repeats: int,
     ) -> None:
         dims = {"layers": repeats, "hidden": config.hidden_size}
-        self.hc_attn = HyperConnection(config, repeats)
+        self.hc_attn = HyperConnection(config, policy, repeats)
         self.attn_norm = constant(dims, 1.0)
         self.attn = Attention(config, policy, attention, repeats=repeats)
-        self.hc_ffn = HyperConnection(config, repeats)
+        self.hc_ffn = HyperConnection(config, policy, repeats)
         self.ffn_norm = constant(dims, 1.0)
         self.ffn = MixtureOfExperts(config, policy, router, repeats=repeats)
         self.kind = attention
-        self.eps = config.rms_norm_eps
 
     def __call__(
         self,
@@ -67,21 +65,18 @@ class Block(nnx.Module):
         collect: frozenset[str],
     ) -> tuple[Float[Array, "B T N D"], LayerCache | None, dict[str, jax.Array]]:
         """Two sublayers; also returns what `collect` names (see `transformer.TAPS`)."""
-        maps = self.hc_attn(streams)
-        x = rms_norm(combine(streams, maps.pre), self.attn_norm[...], self.eps)
+        x, maps = self.hc_attn.enter(streams, self.attn_norm[...])
         y, cache, taps = self.attn(
             x, around.span, around.rotation(self.kind), around.blocks(self.kind), cache, repeat, collect
         )
-        taps |= {"attention_mixing": maps.comb}
-        streams = expand(streams, y, maps)
+        taps |= {"attention_mixing": self.hc_attn.mixing(maps)}
 
-        maps = self.hc_ffn(streams)
-        x = rms_norm(combine(streams, maps.pre), self.ffn_norm[...], self.eps)
+        streams, x, maps = self.hc_ffn.advance(streams, y, maps, self.ffn_norm[...])
         y, routing = self.ffn(x, around.span, repeat)
-        streams = expand(streams, y, maps)
+        streams = self.hc_ffn.leave(streams, y, maps)
         shape = x.shape[:2]
         taps |= {
-            "expert_mixing": maps.comb,
+            "expert_mixing": self.hc_ffn.mixing(maps),
             "experts": routing.experts.reshape(*shape, -1),
             "router_scores": routing.scores.reshape(*shape, -1),
             "streams": streams,

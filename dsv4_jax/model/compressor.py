@@ -13,6 +13,7 @@ from dsv4_jax.model.parameters import constant, matrix
 from dsv4_jax.model.rope import rotate
 from dsv4_jax.model.span import Blocks, Span, block_rows
 from dsv4_jax.numerics.policy import Policy
+from pallas_kernels import compressor as kernels
 
 
 def pool(kv: Float[Array, "B P rows Dc"], logits: Float[Array, "B P rows Dc"]) -> Float[Array, "B P Dc"]:
@@ -48,6 +49,7 @@ class Compressor(nnx.Module):
         self.ratio = ratio
         self.branches = branches
         self.eps = config.rms_norm_eps
+        self.policy = policy
 
     def __call__(
         self,
@@ -96,6 +98,8 @@ class Compressor(nnx.Module):
     def _emit(
         self, kv: Float[Array, "B rows w Dc"], gate: Float[Array, "B rows w Dc"], blocks: Blocks
     ) -> Float[Array, "B P Dc"]:
+        if self.policy.kernels != "xla" and blocks.is_first.shape[1]:
+            return self._emit_by_kernel(kv, gate, blocks)
         own = self.branches - 1
         bias = self.ape[...]
         values = block_rows(kv[:, :, own], blocks.source, self.ratio)
@@ -108,6 +112,33 @@ class Compressor(nnx.Module):
             logits = jnp.concatenate([earlier, logits], axis=2)
         entry = rms_norm(pool(values, logits).astype(kv.dtype), self.norm[...], self.eps)
         return rotate(entry, blocks.rotation)
+
+    def _emit_by_kernel(self, kv, gate, blocks: Blocks):
+        """As `_emit`. The kernel wants a block's rows side by side, and the block before it in the list."""
+        is_first, cos, sin = blocks.is_first, *blocks.rotation
+        before = 0
+        if blocks.source is not None:
+            source = blocks.source
+            if self.branches == 2:
+                # The block before the first new one was emitted by an earlier call: list it again, drop it.
+                source, before = jnp.concatenate([blocks.previous[:, :1], source], axis=1), 1
+                is_first = jnp.pad(is_first, ((0, 0), (1, 0)), constant_values=True)
+                cos, sin = (jnp.pad(x, ((0, 0), (1, 0), (0, 0))) for x in (cos, sin))
+            kv, gate = (
+                block_rows(x, source, self.ratio).reshape(x.shape[0], -1, *x.shape[2:]) for x in (kv, gate)
+            )
+        entries = kernels.compressor(
+            kv,
+            gate,
+            self.ape[...],
+            self.norm[...],
+            cos,
+            sin,
+            is_first=is_first,
+            eps=self.eps,
+            interpret=self.policy.interpret,
+        )
+        return entries[:, before:]
 
     def _previous(self, rows: Float[Array, "B rows Dc"], blocks: Blocks) -> Float[Array, "B P m Dc"]:
         if blocks.previous is not None:

@@ -14,7 +14,10 @@ from jaxtyping import Array, Float, Float32
 
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.model.linear import flat, project_float32
+from dsv4_jax.model.norm import rms_norm
 from dsv4_jax.model.parameters import constant, matrix
+from dsv4_jax.numerics.policy import Policy
+from pallas_kernels import hyper_connection as kernels
 
 
 class StreamMaps(NamedTuple):
@@ -107,10 +110,18 @@ def _expand_backward(saved, d_out):
 _expand.defvjp(lambda *operands: (_expand(*operands), operands), _expand_backward)
 
 
-class HyperConnection(nnx.Module):
-    """The maps of one sublayer: fn f32[2N + N^2, N, D] rows (pre, post, comb row-major), base, scale."""
+KernelMaps = Float32[Array, "B T rows"]
+"""A sublayer's weights as the kernels keep them: pre, post, comb row-major."""
 
-    def __init__(self, config: ModelConfig, repeats: int) -> None:
+
+class HyperConnection(nnx.Module):
+    """The maps of one sublayer: fn f32[2N + N^2, N, D] rows (pre, post, comb row-major), base, scale.
+
+    A sublayer is `enter`, its own work, `leave`; between two sublayers `advance` of the second does both, and
+    the kernels then read the streams once. The maps are for `leave`, `advance` and `mixing` only.
+    """
+
+    def __init__(self, config: ModelConfig, policy: Policy, repeats: int) -> None:
         n = config.hc_mult
         rows = {"layers": repeats, "hc_rows": (2 + n) * n}
         dims = rows | {"streams": n, "hidden": config.hidden_size}
@@ -121,8 +132,9 @@ class HyperConnection(nnx.Module):
         self.num_iters = config.hc_sinkhorn_iters
         self.eps = config.hc_eps
         self.norm_eps = config.rms_norm_eps
+        self.policy = policy
 
-    def __call__(self, streams: Float[Array, "B T N D"]) -> StreamMaps:
+    def maps(self, streams: Float[Array, "B T N D"]) -> StreamMaps:
         """The maps computed from the streams that enter the sublayer (report, section 2.2)."""
         n = self.num_streams
         z = _scores(streams, self.fn[...], self.norm_eps)
@@ -132,11 +144,59 @@ class HyperConnection(nnx.Module):
         logits = (z[2 * n :] * scale[2] + base[2 * n :]).reshape(n, n, *z.shape[1:])
         return StreamMaps(pre, post, sinkhorn(logits, self.num_iters, self.eps))
 
+    def enter(
+        self, streams: Float[Array, "B T N D"], norm: Float32[Array, "D"]
+    ) -> tuple[Float[Array, "B T D"], StreamMaps | KernelMaps]:
+        """The sublayer's input: the streams combined, then its RMSNorm with this weight."""
+        if self.policy.kernels == "xla":
+            maps = self.maps(streams)
+            return rms_norm(combine(streams, maps.pre), norm, self.norm_eps), maps
+        return kernels.pre(streams, *self._weights(norm), **self._settings())
+
+    def leave(
+        self, streams: Float[Array, "B T N D"], update: Float[Array, "B T D"], maps: StreamMaps | KernelMaps
+    ) -> Float[Array, "B T N D"]:
+        """The streams after the sublayer gave `update`."""
+        if self.policy.kernels == "xla":
+            return expand(streams, update, maps)
+        return kernels.post(streams, update, maps, interpret=self.policy.interpret)
+
+    def advance(
+        self,
+        streams: Float[Array, "B T N D"],
+        update: Float[Array, "B T D"],
+        maps: StreamMaps | KernelMaps,
+        norm: Float32[Array, "D"],
+    ) -> tuple[Float[Array, "B T N D"], Float[Array, "B T D"], StreamMaps | KernelMaps]:
+        """`leave` of the sublayer before, whose update and maps these are, then `enter` of this one."""
+        if self.policy.kernels == "xla":
+            streams = expand(streams, update, maps)
+            return streams, *self.enter(streams, norm)
+        return kernels.post_pre(streams, update, maps, *self._weights(norm), **self._settings())
+
+    def mixing(self, maps: StreamMaps | KernelMaps) -> Float32[Array, "N N B T"]:
+        """comb of these maps, input stream first."""
+        if isinstance(maps, StreamMaps):
+            return maps.comb
+        n = self.num_streams
+        return jnp.moveaxis(maps[..., 2 * n :], -1, 0).reshape(n, n, *maps.shape[:2])
+
+    def _weights(self, norm):
+        return self.fn[...], self.base[...], self.scale[...], norm
+
+    def _settings(self):
+        return {
+            "num_iters": self.num_iters,
+            "hc_eps": self.eps,
+            "norm_eps": self.norm_eps,
+            "interpret": self.policy.interpret,
+        }
+
 
 class StreamCollapse(nnx.Module):
     """The head's collapse of N streams into one: sigmoid gates only (report, section 2.2)."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, policy: Policy) -> None:
         n = config.hc_mult
         dims = {"hc_rows": n, "streams": n, "hidden": config.hidden_size}
         self.fn = matrix(dims, jnp.dtype("float32"), config.initializer_range)
@@ -144,9 +204,13 @@ class StreamCollapse(nnx.Module):
         self.scale = constant({"hc_parts": 1}, 0.01)
         self.eps = config.hc_eps
         self.norm_eps = config.rms_norm_eps
+        self.policy = policy
 
     def __call__(self, streams: Float[Array, "B T N D"]) -> Float[Array, "B T D"]:
         """sum_j (sigmoid(z_j scale + base_j) + eps) X[j]."""
-        z = _scores(streams, self.fn[...], self.norm_eps)
-        gates = jax.nn.sigmoid(z * self.scale[...] + self.base[...][:, None, None]) + self.eps
+        fn, base, scale = self.fn[...], self.base[...], self.scale[...]
+        if self.policy.kernels != "xla":
+            eps = {"hc_eps": self.eps, "norm_eps": self.norm_eps}
+            return kernels.collapse(streams, fn, base, scale, **eps, interpret=self.policy.interpret)
+        gates = jax.nn.sigmoid(_scores(streams, fn, self.norm_eps) * scale + base[:, None, None]) + self.eps
         return combine(streams, gates)

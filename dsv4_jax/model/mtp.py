@@ -28,7 +28,7 @@ class MultiTokenPrediction(nnx.Module):
         self.enorm = constant({"hidden": config.hidden_size}, 1.0)
         self.hnorm = constant({"hidden": config.hidden_size}, 1.0)
         self.norm = constant({"hidden": config.hidden_size}, 1.0)
-        self.hc_head = StreamCollapse(config)
+        self.hc_head = StreamCollapse(config, policy)
         self.block = Block(config, policy, "window", "learned", repeats=1)
         self.eps = config.rms_norm_eps
 

@@ -68,7 +68,7 @@ class Transformer(nnx.Module):
         table = {"vocab": config.vocab_size, "hidden": config.hidden_size}
         self.embed = matrix(table, policy.param_dtype, config.initializer_range)
         self.stacks = nnx.List(Stack(config, policy, stack) for stack in layer_stacks(config))
-        self.hc_head = StreamCollapse(config)
+        self.hc_head = StreamCollapse(config, policy)
         self.norm = constant({"hidden": config.hidden_size}, 1.0)
         self.head = matrix(table, policy.param_dtype, config.initializer_range)
         self.mtp = nnx.List(

@@ -10,6 +10,22 @@ from dsv4_jax.errors import ConfigError
 
 DTYPES = ("float32", "bfloat16")
 
+KERNELS = {
+    "xla": "plain XLA, any backend",
+    "pallas": "Pallas kernels, TPU",
+    "pallas-interpret": "the same kernels in the interpreter, any backend; slow, for tests",
+}
+"""What may compute the operations that have a kernel. A choice is never replaced by another."""
+
+KERNEL_FAMILIES = (
+    "hyper_connection",
+    "compressor",
+    "indexer",
+    "hybrid_attention",
+    "linear_cross_entropy",
+)
+"""Operations that have a Pallas kernel; all others run on XLA whatever the choice."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
@@ -24,13 +40,27 @@ class Policy:
     cache_dtype: np.dtype  # window entries, raw compressor rows, compressed entries, indexer keys
     numerics: Literal["reference"] = "reference"
     remat: Literal["none", "unit"] = "none"  # 'unit': recompute each repeated unit of layers in backward
+    kernels: Literal["xla", "pallas", "pallas-interpret"] = "xla"  # see KERNELS
+
+    @property
+    def interpret(self) -> bool:
+        """Whether kernels run in the interpreter."""
+        return self.kernels == "pallas-interpret"
+
+    def implementations(self) -> dict[str, str]:
+        """Operation -> what computes it, for every operation with a choice."""
+        experts = {"grouped_matmul": "xla"}
+        return dict.fromkeys(KERNEL_FAMILIES, self.kernels) | experts
 
     @staticmethod
-    def of(dtype: str = "bfloat16", numerics: str = "reference", remat: str = "none") -> "Policy":
+    def of(
+        dtype: str = "bfloat16", numerics: str = "reference", remat: str = "none", kernels: str = "xla"
+    ) -> "Policy":
         """The usual policy: one dtype for parameters, activations and cache.
 
         Raises:
-            ConfigError: for a dtype other than float32 or bfloat16, or an unknown numerics or remat mode.
+            ConfigError: for a dtype other than float32 or bfloat16, or an unknown numerics, remat or
+                kernels choice; all problems at once.
         """
         problems = []
         name = str(dtype) if isinstance(dtype, str) else jnp.dtype(dtype).name
@@ -42,7 +72,9 @@ class Policy:
             )
         if remat not in ("none", "unit"):
             problems.append(f"remat={remat!r} must be 'none' or 'unit'")
+        if kernels not in KERNELS:
+            problems.append(f"kernels={kernels!r} must be one of {', '.join(KERNELS)}")
         if problems:
             raise ConfigError("cannot build this numerics policy", problems)
         chosen = jnp.dtype(name)
-        return Policy(chosen, chosen, chosen, "reference", remat)  # type: ignore[arg-type]
+        return Policy(chosen, chosen, chosen, "reference", remat, kernels)  # type: ignore[arg-type]

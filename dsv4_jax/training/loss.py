@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from dsv4_jax.training.data import PADDING_SEGMENT
+from pallas_kernels.linear_cross_entropy import linear_cross_entropy
 
 MTP_WEIGHT = 0.3  # report, section 4.2; 0.1 once the learning rate decays at the end
 BALANCE_WEIGHT = 1e-4
@@ -40,6 +41,7 @@ def mean_cross_entropy(
     head: Float[Array, "V D"],
     targets: Targets,
     chunk: int = DEFAULT_CHUNK,
+    kernels: str = "xla",
 ) -> Float32[Array, ""]:
     """Mean over valid targets of -log softmax(hidden head^T)[target], in nats; 0 without any target.
 
@@ -47,7 +49,7 @@ def mean_cross_entropy(
     (report, section 2.1).
 
     **Args** hidden: what the head multiplies (after the final norm); head: output rows; targets; chunk:
-    positions whose logits exist at the same time.
+    positions whose logits exist at the same time on XLA; kernels: one of `policy.KERNELS`.
 
     **Numerics** Logits, softmax and sums are float32 for every input dtype.
 
@@ -60,6 +62,10 @@ def mean_cross_entropy(
     flat = hidden.reshape(-1, hidden.shape[-1])
     weights = targets.valid.reshape(-1).astype(jnp.float32)
     weights = weights / jnp.maximum(weights.sum(), 1.0)
+    if kernels != "xla":
+        ids = targets.ids.reshape(-1)
+        nll, _ = linear_cross_entropy(flat, head, ids, interpret=kernels == "pallas-interpret")
+        return jnp.sum(weights * nll)
     return _weighted_nll(chunk, flat, head, targets.ids.reshape(-1), weights)
 
 

@@ -76,7 +76,8 @@ def forward_losses(model: Transformer, batch: Batch) -> tuple[LossParts, list[Ro
     span = spans.packed(tokens, segments)
     forward = model(span, collect=ROUTING)
     following = shifted_targets(tokens, segments, 1)
-    main = mean_cross_entropy(model.hidden(forward.streams), model.head[...], following)
+    kernels = model.policy.kernels
+    main = mean_cross_entropy(model.hidden(forward.streams), model.head[...], following, kernels=kernels)
     routed = [
         Routed(tap["router_scores"], tap["experts"], span.valid)
         for kind, tap in zip(model.config.router_kinds, forward.taps, strict=True)
@@ -87,7 +88,7 @@ def forward_losses(model: Transformer, batch: Batch) -> tuple[LossParts, list[Ro
         hidden, tap = model.predict_further(forward.streams, span, ROUTING)
         targets = shifted_targets(tokens, segments, 2)
         targets = Targets(targets.ids[:, :-1], targets.valid[:, :-1])
-        mtp = mean_cross_entropy(hidden, model.head[...], targets)
+        mtp = mean_cross_entropy(hidden, model.head[...], targets, kernels=kernels)
         # The last token of a segment is joined with a stranger's embedding: it counts for nothing.
         routed.append(Routed(tap["router_scores"], tap["experts"], following.valid[:, :-1]))
     balance = sum((balance_loss(*layer) for layer in routed), start=jnp.float32(0))
@@ -144,7 +145,7 @@ def validation_sums(
     targets = shifted_targets(tokens, segments, 1)
     hidden = model.hidden(model(spans.packed(tokens, segments)).streams)
     count = targets.valid.sum(dtype=jnp.float32)
-    return mean_cross_entropy(hidden, model.head[...], targets) * count, count
+    return mean_cross_entropy(hidden, model.head[...], targets, kernels=model.policy.kernels) * count, count
 
 
 def validation_loss(network: Network, params: Params, batches: Sequence[Batch]) -> float:

@@ -3,7 +3,7 @@
 import functools
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -22,21 +22,32 @@ os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 
 @functools.cache
-def device(chip: str) -> jax.Device:
-    """The first device of a described slice."""
+def devices(chip: str) -> tuple[jax.Device, ...]:
+    """The devices of a described slice."""
     pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu (Linux, extra `test`)")
     from jax.experimental import topologies
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip]).devices[0]
+        return tuple(topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip]).devices)
 
 
 def compile_for(chip: str, function: Callable[..., Any], *shapes: jax.ShapeDtypeStruct) -> Any:
     """The compiled program of `function` for one device of `chip`; raises what the compiler raises."""
-    mesh = jax.sharding.Mesh(np.array([device(chip)]), ("x",))
-    whole = jax.sharding.NamedSharding(mesh, jax.P())
-    placed = [jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=whole) for s in shapes]
+    mesh = jax.sharding.Mesh(np.array(devices(chip)[:1]), ("x",))
+    return compile_on(function, shapes, [jax.sharding.NamedSharding(mesh, jax.P())] * len(shapes))
+
+
+def compile_on(
+    function: Callable[..., Any],
+    shapes: Sequence[jax.ShapeDtypeStruct],
+    shardings: Sequence[jax.sharding.Sharding],
+) -> Any:
+    """As `compile_for`, for the devices of these shardings, one an argument."""
+    placed = [
+        jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+        for shape, sharding in zip(shapes, shardings, strict=True)
+    ]
     lowered = jax.jit(function).lower(*placed)
     # A program for a chip that is not here cannot be read back from the cache of compiled programs.
     enabled = jax.config.jax_enable_compilation_cache

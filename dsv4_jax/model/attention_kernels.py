@@ -1,0 +1,47 @@
+"""Core attention by Pallas kernels; operands and result as in `core_attention.py`."""
+
+from jaxtyping import Array, Float, Float32
+
+from dsv4_jax.model.core_attention import Entries, Queries
+from pallas_kernels import hybrid_attention as attention_family
+from pallas_kernels import indexer as indexer_family
+
+
+def hybrid_attention(
+    queries: Queries,
+    line: Float[Array, "B past+T Dh"],
+    entries: Entries | None,
+    index_keys: Entries | None,
+    sink: Float32[Array, "H"],
+    *,
+    window: int,
+    top_k: int,
+    interpret: bool,
+) -> Float[Array, "B T H Dh"]:
+    """Attention of T queries by the kernels of `indexer` and `hybrid_attention`, forward and backward.
+
+    Args:
+        queries, line, entries, index_keys, sink, window, top_k: as `core_attention.hybrid_attention`.
+        interpret: run the kernels in the interpreter.
+    """
+    values = selected = lo = hi = None
+    if entries is not None and (size := entries.stack.shape[2]):
+        values, lo, hi = entries.prefix(size), queries.lo, queries.hi
+        if index_keys is not None and size > top_k:
+            keys = index_keys.prefix(size).astype(queries.index_q.dtype)
+            selected = indexer_family.index_select(
+                queries.index_q, queries.index_weights, keys, lo, hi, top_k, interpret=interpret
+            )
+    o, _ = attention_family.hybrid_attention(
+        queries.q,
+        line.astype(queries.q.dtype),
+        queries.position,
+        sink,
+        values,
+        lo,
+        hi,
+        selected,
+        window=window,
+        interpret=interpret,
+    )
+    return o

@@ -1,0 +1,229 @@
+"""Core attention on plain XLA: a window and compressed entries in one softmax (report, section 2.3).
+
+A query sees the last W tokens of its segment, plus the compressed entries of its layer: all complete blocks
+(HCA), the indexer's choice (CSA), or none (window). `attention_kernels.py` does the same with kernels.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32, Int32
+
+from dsv4_jax.model.indexer import index_scores, select
+
+SMALLEST_EXTENT = 64
+"""Entries are read in power-of-two prefixes from this size on; the smallest one that is long enough runs."""
+
+GATHER_BEYOND = 8
+"""Above this many times top-k entries, gathering the chosen ones beats masking all of them on a CPU."""
+
+
+class Entries(NamedTuple):
+    """Compressed entries (or indexer keys) of one layer inside their stack."""
+
+    stack: Float[Array, "R B S width"]
+    repeat: Int32[Array, ""]
+
+    def prefix(self, size: int) -> Float[Array, "B size width"]:
+        """The first `size` entries of every row, read straight from the stack."""
+        _, batch, _, width = self.stack.shape
+        start = (self.repeat, 0, 0, 0)
+        return jax.lax.dynamic_slice(self.stack, start, (1, batch, size, width))[0]
+
+
+class Queries(NamedTuple):
+    """A block of c queries and what decides their view; every field is [B, c, ...]."""
+
+    q: Float[Array, "B c H Dh"]
+    position: Int32[Array, "B c"]
+    lo: Int32[Array, "B c"] | None
+    hi: Int32[Array, "B c"] | None
+    index_q: Float[Array, "B c Hi Di"] | None
+    index_weights: Float32[Array, "B c Hi"] | None
+
+
+def softmax_attention(
+    q: Float[Array, "B c H Dh"],
+    keys: Float[Array, "B K Dh"],
+    visible: Bool[Array, "B c K"],
+    sink: Float32[Array, "H"],
+) -> Float[Array, "B c H Dh"]:
+    """One softmax over the visible keys and a per-head sink without a value (report, section 2.3).
+
+    Logits, maximum, sums and accumulation are float32; the sink is not scaled and takes part in the
+    maximum. Probabilities meet the values in the compute dtype.
+    """
+    weight, total = _sink_softmax(q, keys, visible, sink)
+    out = jnp.einsum("bchk,bkd->bchd", weight.astype(keys.dtype), keys, preferred_element_type=jnp.float32)
+    return (out / total).astype(keys.dtype)
+
+
+def _sink_softmax(q, keys, visible, sink):
+    """Unnormalised weights f32[B, c, H, K] and their sum, the sink included, f32[B, c, H, 1]."""
+    logits = jnp.einsum("bchd,bkd->bchk", q, keys, preferred_element_type=jnp.float32)
+    logits = jnp.where(visible[:, :, None], logits * q.shape[-1] ** -0.5, -jnp.inf)
+    top = jax.lax.stop_gradient(jnp.maximum(logits.max(axis=-1), sink))[..., None]
+    weight = jnp.exp(logits - top)
+    return weight, weight.sum(axis=-1, keepdims=True) + jnp.exp(sink[:, None] - top)
+
+
+def hybrid_attention(
+    queries: Queries,
+    line: Float[Array, "B past+T Dh"],
+    entries: Entries | None,
+    index_keys: Entries | None,
+    sink: Float32[Array, "H"],
+    *,
+    window: int,
+    top_k: int,
+) -> Float[Array, "B T H Dh"]:
+    """Attention of T queries, a block of queries at a time.
+
+    Args:
+        queries: of the whole call, [B, T, ...].
+        line: window entries of the W - 1 tokens before the call, then of the call.
+        entries: compressed entries; None for window layers.
+        index_keys: the indexer's keys for the same entries; None for HCA.
+        sink: f32[H].
+        window: W.
+        top_k: Ki, entries a CSA query may attend to.
+
+    Returns:
+        The head outputs, still rotated.
+
+    Cost: every block of queries reads only the shortest power-of-two prefix of the entries that holds
+    all it can see, so the work follows the live length, not the capacity.
+    """
+    batch, length = queries.position.shape
+    block = query_block(length)
+    num_blocks = -(-length // block)
+    padding = num_blocks * block - length
+    line = jnp.pad(line, ((0, 0), (0, padding), (0, 0)))
+    attend = functools.partial(_attend_block, line, entries, index_keys, sink, window=window, top_k=top_k)
+    if num_blocks == 1:
+        return attend(jnp.int32(0), queries)
+
+    def split(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(batch, num_blocks, block, *x.shape[2:]), 1, 0)
+
+    starts = jnp.arange(num_blocks, dtype=jnp.int32) * block
+    # Recomputing a block in backward keeps memory at one block of scores, whatever T is.
+    out = jax.lax.map(jax.checkpoint(lambda xs: attend(*xs)), (starts, jax.tree.map(split, queries)))
+    return jnp.moveaxis(out, 0, 1).reshape(batch, -1, *out.shape[3:])[:, :length]
+
+
+def query_block(length: int) -> int:
+    """Queries attended to at once: all of a short call, else 128 (measured in experiments/bench_cpu.py)."""
+    return length if length <= 256 else 128
+
+
+def _attend_block(line, entries, index_keys, sink, start, queries, *, window, top_k):
+    count = queries.position.shape[1]
+    near = jax.lax.dynamic_slice_in_dim(line, start, count + window - 1, axis=1)
+    near_visible = _window_visible(queries.position, window)
+    if entries is None or entries.stack.shape[2] == 0:
+        return softmax_attention(queries.q, near, near_visible, sink)
+
+    def attend_prefix(size: int) -> jax.Array:
+        visible = _entries_visible(queries, size)
+        values = entries.prefix(size)
+        if index_keys is not None and size > top_k:
+            scores = _scores(queries, index_keys, size)
+            if size > GATHER_BEYOND * top_k:
+                return _attend_gathered(queries, near, near_visible, values, scores, visible, sink, top_k)
+            visible = select(scores, visible, top_k)
+        return softmax_attention(
+            queries.q,
+            jnp.concatenate([near, values.astype(near.dtype)], axis=1),
+            jnp.concatenate([near_visible, visible], axis=2),
+            sink,
+        )
+
+    sizes = prefix_sizes(entries.stack.shape[2])
+    if len(sizes) == 1:
+        return attend_prefix(sizes[0])
+    needed = queries.hi.max()
+    branch = sum((needed > size).astype(jnp.int32) for size in sizes[:-1])
+    return jax.lax.switch(branch, [functools.partial(attend_prefix, size) for size in sizes])
+
+
+def _window_visible(position: Int32[Array, "B c"], window: int) -> Bool[Array, "B c K"]:
+    """Which of the c + W - 1 window entries each query sees: the last W of its own segment."""
+    count = position.shape[1]
+    # Query a stands at place window - 1 + a, so the key at place j lies `distance` tokens before it.
+    distance = jnp.arange(count)[:, None] + (window - 1) - jnp.arange(count + window - 1)
+    return (distance >= 0) & (distance <= jnp.minimum(position, window - 1)[..., None])
+
+
+def _entries_visible(queries: Queries, size: int) -> Bool[Array, "B c size"]:
+    index = jnp.arange(size)
+    return (index >= queries.lo[..., None]) & (index < queries.hi[..., None])
+
+
+def _scores(queries: Queries, index_keys: Entries, size: int) -> Float32[Array, "B c size"]:
+    return jax.lax.stop_gradient(
+        index_scores(queries.index_q, queries.index_weights, index_keys.prefix(size))
+    )
+
+
+def view(
+    queries: Queries,
+    line: Float[Array, "B past+T Dh"],
+    entries: Entries | None,
+    index_keys: Entries | None,
+    sink: Float32[Array, "H"],
+    *,
+    window: int,
+    top_k: int,
+    collect: frozenset[str],
+) -> dict[str, jax.Array]:
+    """What the queries look at, for inspection: dense, so for short calls only.
+
+    Returns:
+        "selected": bool[B, T, S], the entries the indexer chose (CSA layers);
+        "attention": f32[B, T, H, W - 1 + T + S], probabilities over the window entries, then the entries.
+    """
+    taps = {}
+    keys, visible = line, _window_visible(queries.position, window)
+    if entries is not None:
+        size = entries.stack.shape[2]
+        chosen = _entries_visible(queries, size)
+        if index_keys is not None:
+            chosen = select(_scores(queries, index_keys, size), chosen, top_k) if size > top_k else chosen
+            taps["selected"] = chosen
+        keys = jnp.concatenate([line, entries.prefix(size).astype(line.dtype)], axis=1)
+        visible = jnp.concatenate([visible, chosen], axis=2)
+    if "attention" in collect:
+        weight, total = _sink_softmax(queries.q, keys, visible, sink)
+        taps["attention"] = weight / total
+    return {name: taps[name] for name in sorted(collect & taps.keys())}
+
+
+def prefix_sizes(capacity: int) -> tuple[int, ...]:
+    """Doubling from SMALLEST_EXTENT up to the capacity."""
+    sizes, size = [], SMALLEST_EXTENT
+    while size < capacity:
+        sizes.append(size)
+        size *= 2
+    return (*sizes, capacity)
+
+
+def _attend_gathered(queries, near, near_visible, values, scores, visible, sink, top_k):
+    """CSA over a long list: the chosen entries of each query are gathered, not masked."""
+    ranked = jnp.where(visible & ~jnp.isnan(scores), scores, -jnp.inf)
+    best, index = jax.lax.top_k(ranked, top_k)
+    batch = jnp.arange(values.shape[0])
+
+    def one_query(xs):
+        q, near_seen, chosen, seen = xs  # [B, H, Dh], [B, K], [B, Ki], [B, Ki]
+        picked = values.at[batch[:, None], chosen].get(mode="promise_in_bounds")
+        keys = jnp.concatenate([near, picked.astype(near.dtype)], axis=1)
+        return softmax_attention(q[:, None], keys, jnp.concatenate([near_seen, seen], axis=1)[:, None], sink)[
+            :, 0
+        ]
+
+    by_query = [jnp.moveaxis(x, 1, 0) for x in (queries.q, near_visible, index, best > -jnp.inf)]
+    return jnp.moveaxis(jax.lax.map(one_query, tuple(by_query)), 0, 1)

@@ -1,0 +1,152 @@
+"""The model through interpreted Pallas kernels is the model on XLA: values, gradients, training."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsv4_jax.config import tiny
+from dsv4_jax.language_model import LanguageModel
+from dsv4_jax.model.initial import Network, initial_parameters
+from dsv4_jax.numerics.policy import KERNEL_FAMILIES, Policy
+from dsv4_jax.training.data import Batch
+from dsv4_jax.training.optimizer import AdamW
+from dsv4_jax.training.step import forward_losses, initial_state, train_step
+from tests.model.telling_weights import telling_model
+
+# Every layer kind and both routers; widths that the kernels accept; more entries than the indexer chooses.
+CONFIG = tiny(
+    4,
+    vocab_size=61,
+    hidden_size=128,
+    head_dim=128,
+    index_head_dim=128,
+    index_n_heads=4,
+    attention_kinds=("window", "csa", "hca"),
+    router_kinds=("hash", "learned", "learned"),
+    sliding_window=8,
+    hca_ratio=16,
+    index_topk=4,
+)
+XLA, KERNELS = Policy.of("float32"), Policy.of("float32", kernels="pallas-interpret")
+LENGTH = 44
+
+
+@pytest.fixture(scope="module")
+def models() -> tuple[LanguageModel, LanguageModel]:
+    """The same parameters on XLA and on kernels."""
+    xla = telling_model(CONFIG)
+    return xla, LanguageModel(CONFIG, KERNELS, xla.parameters)
+
+
+def tokens_of(seed: int, batch: int = 2, length: int = LENGTH) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, CONFIG.vocab_size, (batch, length), dtype=np.int32)
+
+
+SEGMENTS = np.stack([np.repeat([1, 2, 3], [21, 1, 22]), np.repeat([1, 2, 0], [9, 27, 8])]).astype(np.int32)
+
+
+def close(got, want, tolerance=1e-5):
+    got, want = np.asarray(got), np.asarray(want)
+    np.testing.assert_allclose(got, want, rtol=0, atol=tolerance * np.abs(want).max())
+
+
+def test_no_other_choice_is_taken():
+    assert XLA.implementations()["hybrid_attention"] == "xla"
+    chosen = KERNELS.implementations()
+    assert {chosen[family] for family in KERNEL_FAMILIES} == {"pallas-interpret"}
+    with pytest.raises(Exception, match="kernels='cuda' must be one of xla, pallas, pallas-interpret"):
+        Policy.of("float32", kernels="cuda")
+
+
+def test_kernels_are_what_runs(models):
+    """Counted in the traced program: a choice that quietly fell back to XLA would have no kernel calls."""
+    tokens = tokens_of(0)
+    calls = [str(jax.make_jaxpr(model.logits)(tokens)).count("pallas_call[") for model in models]
+    assert calls[0] == 0
+    # Each layer: pre, post_pre, post; attention; compressors and selection of HCA and CSA; the collapse.
+    assert calls[1] == 3 * 4 + 1 + 2 + 1 + 1
+
+
+def test_whole_sequences(models):
+    xla, kernels = models
+    tokens = tokens_of(1)
+    close(kernels.logits(tokens), xla.logits(tokens))
+    close(
+        kernels.logits(tokens, segment_ids=SEGMENTS)[SEGMENTS > 0],
+        xla.logits(tokens, segment_ids=SEGMENTS)[SEGMENTS > 0],
+    )
+    close(kernels.mtp_logits(tokens), xla.mtp_logits(tokens))
+
+
+def test_taps(models):
+    tokens = tokens_of(2)
+    names = ["streams", "selected", "attention_mixing", "expert_mixing", "experts"]
+    for got, want in zip(*(model.taps(tokens, names) for model in models[::-1]), strict=True):
+        assert got.keys() == want.keys()
+        for name in got:
+            close(got[name].astype(jnp.float32), want[name].astype(jnp.float32))
+
+
+def test_appending_in_any_pieces_is_the_full_forward(models):
+    xla, kernels = models
+    tokens = tokens_of(3)
+    want = np.asarray(xla.logits(tokens))
+    cache = kernels.new_cache(2, LENGTH)
+    done = np.zeros(2, int)
+    for counts in ([19, 11], [1, 0], [1, 1], [3, 2], [1, 1], [19, 19]):
+        width = max(counts)
+        piece = np.zeros((2, width), np.int32)
+        for b, count in enumerate(counts):
+            piece[b, :count] = tokens[b, done[b] : done[b] + count]
+        logits, cache = kernels.extend(cache, piece, np.array(counts))
+        for b in np.flatnonzero(counts):
+            close(logits[b, : counts[b]], want[b, done[b] : done[b] + counts[b]])
+        done += counts
+    assert done.tolist() == [LENGTH, LENGTH - 10]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def loss_and_gradients(network: Network, parameters, batch: Batch):
+    def loss(parameters):
+        return forward_losses(network.holding(parameters), batch)[0].total()
+
+    return jax.value_and_grad(loss, allow_int=True)(parameters)
+
+
+def test_gradients_of_every_parameter(models):
+    batch = Batch(tokens_of(4), SEGMENTS, np.zeros_like(SEGMENTS))
+    parameters = models[0].parameters
+    want, want_grads = loss_and_gradients(Network(CONFIG, XLA), parameters, batch)
+    got, got_grads = loss_and_gradients(Network(CONFIG, KERNELS), parameters, batch)
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    moved = 0
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(got_grads), jax.tree.leaves(want_grads), strict=True
+    ):
+        if not jnp.issubdtype(b.dtype, jnp.floating):
+            continue
+        scale = float(np.abs(b).max())
+        moved += scale > 0
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * max(scale, 1e-8), err_msg=str(path))
+    assert moved > 40
+
+
+def test_twenty_training_steps():
+    """The losses of twenty steps over two packed batches agree within 1e-5 (relative)."""
+    optimizer = AdamW()
+    losses = {}
+    for policy in (XLA, KERNELS):
+        network = Network(CONFIG, policy)
+        state = initial_state(initial_parameters(CONFIG, policy, 3), optimizer)
+        seen = []
+        for step in range(20):
+            batch = Batch(tokens_of(100 + step % 2), SEGMENTS, np.zeros_like(SEGMENTS))
+            state, report = train_step(network, optimizer, state, batch, np.float32(1e-3))
+            seen.append(float(report.loss))
+        losses[policy.kernels] = np.array(seen)
+    want, got = losses["xla"], losses["pallas-interpret"]
+    assert want[-1] < want[0] - 0.1
+    np.testing.assert_allclose(got, want, rtol=1e-5)
