@@ -1,0 +1,178 @@
+"""Number formats, bit for bit: against ml_dtypes, torch's float8 and the specification's own vectors."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dsv4_jax.checkpoint.dequantize import dequantize_into
+from dsv4_jax.numerics import formats
+
+QUICK = settings(max_examples=60, deadline=None, derandomize=True)
+VECTOR = (0.3, -1.0, 5.1, 0.02, 7.0, -2.4, 0.9, 3.3)
+
+
+def bits(x):
+    return np.asarray(x, np.float32).view(np.uint32)
+
+
+def padded_vector(channels):
+    """The specification's example as one group: zeros do not change its largest magnitude."""
+    return jnp.asarray([*VECTOR, *(0.0,) * (channels - len(VECTOR))], jnp.float32)
+
+
+def test_the_specified_vectors():
+    fp4 = formats.quantize_mxfp4(padded_vector(32))
+    assert formats.scale_value(fp4.scale).tolist() == [2.0]
+    assert fp4.dequantize()[:8].tolist() == [0, -1, 6, 0, 8, -2, 1, 3]
+    fp8 = formats.quantize_fp8_groups(padded_vector(8), 8)
+    assert formats.scale_value(fp8.scale).tolist() == [2.0**-6]
+    assert fp8.dequantize().tolist() == [0.3125, -1, 5, 0.01953125, 7, -2.5, 0.875, 3.25]
+
+
+def test_every_scale_byte():
+    codes = np.arange(256, dtype=np.uint8)
+    got = np.asarray(jax.jit(formats.scale_value)(codes))
+    want = codes.view(ml_dtypes.float8_e8m0fnu).astype(np.float32)
+    np.testing.assert_array_equal(bits(got[:255]), bits(want[:255]))
+    assert got[0] == 2.0**-127 and np.isnan(got[255])
+
+
+@QUICK
+@given(st.floats(2.0**-126, 2.0**127, width=32))
+def test_the_scale_is_the_next_power_of_two(ratio):
+    code = int(formats.scale_code(jnp.float32(ratio)))
+    assert 2.0 ** (code - 128) < ratio <= 2.0 ** (code - 127)
+
+
+@pytest.mark.parametrize("exponent", [-126, -13, -1, 0, 1, 5, 126])
+def test_the_scale_of_a_power_of_two_is_itself(exponent):
+    exact = np.float32(2.0**exponent)
+    above = np.nextafter(exact, np.float32(np.inf))
+    codes = np.asarray(formats.scale_code(jnp.asarray([exact, above])))
+    assert codes.tolist() == [exponent + 127, exponent + 128]
+
+
+def test_every_fp4_code():
+    codes = np.arange(16, dtype=np.uint8)
+    want = codes.view(np.uint8).astype(np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float32)
+    np.testing.assert_array_equal(bits(formats.e2m1_value(codes)), bits(want))
+    np.testing.assert_array_equal(formats.e2m1_code(jnp.asarray(want)), codes)
+
+
+def test_fp4_rounding_equals_ml_dtypes_everywhere():
+    grid = np.linspace(-8, 8, 4097, dtype=np.float32)  # every tie among them
+    beside = [np.nextafter(grid, np.float32(side)) for side in (-np.inf, np.inf)]
+    x = np.concatenate([grid, *beside, np.float32([1e-30, -1e-30, 3e38, -3e38, -0.0])])
+    want = x.astype(ml_dtypes.float4_e2m1fn).view(np.uint8)
+    np.testing.assert_array_equal(jax.jit(formats.e2m1_code)(x), want)
+
+
+def test_every_fp8_code_survives():
+    codes = np.arange(256, dtype=np.uint8)
+    elements = codes.view(ml_dtypes.float8_e4m3fn)
+    usable = ~np.isnan(elements.astype(np.float32))
+    groups = formats.Fp8Groups(jnp.asarray(elements), jnp.asarray([127], jnp.uint8))
+    values = np.asarray(groups.dequantize())
+    np.testing.assert_array_equal(
+        values[usable], torch.from_numpy(codes).view(torch.float8_e4m3fn).float().numpy()[usable]
+    )
+    again = formats.quantize_fp8_groups(jnp.asarray(values[usable]), int(usable.sum()))
+    np.testing.assert_array_equal(np.asarray(again.elements).view(np.uint8), codes[usable])
+
+
+@QUICK
+@given(st.integers(0, 2**31), st.integers(-100, 100), st.integers(0, 40))
+def test_fp8_equals_torch(seed, exponent, spread):
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal(64) * 2.0 ** (exponent - rng.integers(0, spread + 1, 64))
+    x = x.astype(np.float32)
+    got = formats.quantize_fp8_groups(jnp.asarray(x), 64)
+    scale = 2.0 ** (float(got.scale[0]) - 127)
+    largest = max(np.abs(x).max(), np.float32(1e-4))
+    assert largest / scale <= 448 < 2 * np.nextafter(np.float32(largest), np.float32(np.inf)) / scale
+    want = torch.clamp(torch.from_numpy(x) / scale, -448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
+    np.testing.assert_array_equal(np.asarray(got.elements).view(np.uint8), want.numpy())
+
+
+@pytest.mark.parametrize("scale", [2.0**-120, 1.0, 2.0**100])
+def test_quantising_what_is_on_the_grid_changes_nothing(scale):
+    rng = np.random.default_rng(0)
+    values = np.array(formats.e2m1_value(rng.integers(0, 16, (3, 64), dtype=np.uint8)))
+    values[:, ::32] = 6  # the largest of each group
+    x = jnp.asarray(values * np.float32(scale))
+    np.testing.assert_array_equal(bits(formats.quantize_mxfp4(x).dequantize()), bits(x))
+    elements = rng.integers(0, 120, (2, 130, 200), dtype=np.uint8).view(ml_dtypes.float8_e4m3fn)
+    values = elements.astype(np.float32)
+    values[:, ::128, ::128] = 448
+    if scale >= formats.FP8_FLOOR:
+        x = jnp.asarray(values * np.float32(scale))
+        np.testing.assert_array_equal(formats.quantize_fp8_blocks(x).dequantize(), x)
+
+
+def test_small_and_zero_groups_stop_at_the_floor():
+    zero = jnp.zeros((2, 128))
+    assert set(np.asarray(formats.quantize_fp8_groups(zero, 128).scale).flat) == {127 - 22}
+    assert set(np.asarray(formats.quantize_mxfp4(zero).scale).flat) == {1}
+    assert not np.asarray(formats.quantize_mxfp4(zero).dequantize()).any()
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (128, 128), (129, 127), (300, 5), (7, 385)])
+def test_blocks_of_awkward_matrices(rows, columns):
+    x = np.random.default_rng(rows).standard_normal((rows, columns)).astype(np.float32)
+    quantised = formats.quantize_fp8_blocks(jnp.asarray(x))
+    assert quantised.scale.shape == (-(-rows // 128), -(-columns // 128))
+    got = np.asarray(quantised.dequantize())
+    target = np.empty_like(x)
+    assert dequantize_into(
+        target, np.asarray(quantised.elements), np.asarray(quantised.scale).view(ml_dtypes.float8_e8m0fnu)
+    )
+    np.testing.assert_array_equal(got, target)  # the loader's own decoder
+    assert np.abs(got - x).max() <= np.abs(x).max() * 2.0**-4
+
+
+def test_nibbles_are_low_first():
+    packed = formats.pack_nibbles(jnp.asarray([[1, 2, 3, 15]], jnp.uint8))
+    assert np.asarray(packed).tolist() == [[0x21, 0xF3]]
+    every = np.arange(256, dtype=np.uint8)
+    np.testing.assert_array_equal(formats.pack_nibbles(formats.unpack_nibbles(every)), every)
+
+
+@pytest.mark.parametrize("shape", [(128, 128), (130, 160), (2, 1, 32)])
+def test_fp4_fits_fp8_without_loss(shape):
+    rng = np.random.default_rng(1)
+    packed = rng.integers(0, 256, (*shape[:-1], shape[-1] // 2), dtype=np.uint8)
+    scale = rng.integers(100, 115, (*shape[:-1], shape[-1] // 32), dtype=np.uint8)  # 2^14 apart
+    fp4 = formats.Mxfp4(jnp.asarray(packed), jnp.asarray(scale))
+    np.testing.assert_array_equal(bits(formats.fp4_as_fp8(fp4).dequantize()), bits(fp4.dequantize()))
+
+
+@pytest.mark.parametrize(("low", "high"), [(100, 115), (0, 5)])
+def test_fp4_too_far_apart_for_fp8(low, high):
+    scale = jnp.full((256, 4), low, jnp.uint8).at[200, 2].set(high)
+    nonzero = jnp.full((256, 64), 0x11, jnp.uint8)
+    if low == 0:
+        with pytest.raises(ValueError, match=r"2 blocks .* \(0, 0\), \(1, 0\)"):
+            formats.fp4_as_fp8(formats.Mxfp4(nonzero, scale))
+        return
+    with pytest.raises(ValueError, match=r"1 blocks .* \(1, 0\)"):
+        formats.fp4_as_fp8(formats.Mxfp4(nonzero, scale.at[200, 2].add(1)))
+    zeros_elsewhere = jnp.zeros_like(nonzero).at[200, 32:48].set(0x11)
+    recast = formats.fp4_as_fp8(formats.Mxfp4(zeros_elsewhere, scale.at[200, 2].add(1)))
+    assert float(jnp.abs(recast.dequantize()).sum()) > 0
+
+
+def test_channels_must_be_whole_groups():
+    with pytest.raises(ValueError, match="100 channels are not whole groups of 32"):
+        formats.quantize_mxfp4(jnp.zeros((1, 100)))
+
+
+def test_formats_are_pytrees_of_their_own_size():
+    key = formats.quantize_mxfp4(jnp.ones((5, 128)))
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(key)) == 5 * 68
+    sliced = jax.tree.map(lambda leaf: leaf[2], key)
+    assert sliced.dequantize().shape == (128,)
