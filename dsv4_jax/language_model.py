@@ -93,6 +93,20 @@ class LanguageModel:
         span = self._span(tokens, num_valid, segment_ids)
         return _streams(self._network, self.parameters, span)
 
+    def layer(
+        self, index: int, streams: Float[Array, "B T N D"], tokens: Int32[Array, "B T"]
+    ) -> Float[Array, "B T N D"]:
+        """The streams after one layer, from given streams before it: `streams` one layer at a time.
+
+        Raises:
+            ValueError: for an index outside 0 .. L-1, or bad tokens.
+        """
+        if not 0 <= index < len(self.config.attention_kinds):
+            raise ValueError(f"layer {index} is not in 0 .. {len(self.config.attention_kinds) - 1}")
+        span = self._span(tokens, None, None)
+        streams = jnp.asarray(streams, self.policy.compute_dtype)
+        return _layer(self._network, self.parameters, index, streams, span)
+
     def taps(
         self,
         tokens: Int32[Array, "B T"],
@@ -132,7 +146,8 @@ class LanguageModel:
 
     def new_cache(self, batch: int, max_length: int, max_rewind: int = 8) -> Cache:
         """An empty cache for `batch` rows of up to `max_length` tokens (see `model.cache.new_cache`)."""
-        return _new_cache(self.config, batch, max_length, self.policy.cache_dtype, max_rewind)
+        policy = self.policy
+        return _new_cache(self.config, batch, max_length, policy.cache_dtype, max_rewind, policy.row_dtype)
 
     def extend(
         self,
@@ -354,7 +369,7 @@ def load(
 # ---- compiled steps: one jit each over (static network, parameter pytree, ...) ------------------------
 
 
-_new_cache = jax.jit(new_cache, static_argnums=(0, 1, 2, 3, 4))
+_new_cache = jax.jit(new_cache, static_argnums=(0, 1, 2, 3, 4, 5))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -370,6 +385,11 @@ def _streams(network, parameters, span):
     first = jnp.broadcast_to(e[:, :, None], (*e.shape[:2], model.config.hc_mult, e.shape[2]))
     taps = model(span, collect=frozenset({"streams"})).taps
     return jnp.stack([first, *(tap["streams"] for tap in taps)])
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _layer(network, parameters, index, streams, span):
+    return network.holding(parameters).layer(index, streams, span)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))

@@ -19,6 +19,7 @@ from dsv4_jax.model.norm import rms_norm
 from dsv4_jax.model.parameters import constant, matrix
 from dsv4_jax.model.rope import Rotation, rotate
 from dsv4_jax.model.span import Blocks, Span
+from dsv4_jax.numerics import qat
 from dsv4_jax.numerics.policy import Policy
 
 
@@ -57,6 +58,7 @@ class Attention(nnx.Module):
                 branches=2 if kind == "csa" else 1,
                 width=c.head_dim,
                 repeats=repeats,
+                holds="entries",
             )
         self.indexer = Indexer(config, policy, repeats=repeats) if kind == "csa" else None
         self.window = c.sliding_window
@@ -87,12 +89,16 @@ class Attention(nnx.Module):
         """
         batch, length = x.shape[:2]
         by_head = Rotation(rotation.cos[:, :, None], rotation.sin[:, :, None])
-        latent = rms_norm(project(x, self.wq_a[...]), self.q_norm[...], self.eps)
+        seen_x = self._matmul_input(x)
+        latent = rms_norm(project(seen_x, self.wq_a[...]), self.q_norm[...], self.eps)
+        latent = self._matmul_input(latent)
         q = project(latent, self.wq_b[...])
         groups, per_group, head_dim = q.shape[2:]
         q = rotate(rms_norm(q.reshape(batch, length, -1, head_dim), None, self.eps), by_head)
-        kv = rms_norm(project(x, self.wkv[...]), self.kv_norm[...], self.eps)
+        kv = rms_norm(project(seen_x, self.wkv[...]), self.kv_norm[...], self.eps)
         kv = rotate(kv, rotation)
+        if self.policy.simulates("kv_fp8"):
+            kv = qat.fake_entry(kv, 2 * rotation.cos.shape[-1])
 
         new_cache = cache
         if cache is None:
@@ -129,15 +135,23 @@ class Attention(nnx.Module):
         )
         seen = (queries, line, entries, index_keys, self.attn_sink[...].reshape(-1))
         sizes = {"window": self.window, "top_k": self.top_k}
+        rounded = self.policy.simulates("idx_score_bf16")
         if self.policy.kernels == "xla":
-            o = hybrid_attention(*seen, **sizes)
+            o = hybrid_attention(*seen, **sizes, rounded_scores=rounded)
         else:
             o = attention_kernels.hybrid_attention(*seen, **sizes, interpret=self.policy.interpret)
-        taps = view(*seen, **sizes, collect=collect) if collect & {"selected", "attention"} else {}
+        taps = (
+            view(*seen, **sizes, rounded_scores=rounded, collect=collect)
+            if collect & {"selected", "attention"}
+            else {}
+        )
         # The values were rotated at their own positions; turning back by the query's leaves the offset.
         o = rotate(o, by_head.inverse).reshape(batch, length, groups, per_group, head_dim)
         a = project_groups(flat(o), flat(self.wo_a[...]))
-        return project(flat(a), flat(self.wo_b[...])), new_cache, taps
+        return project(self._matmul_input(flat(a)), flat(self.wo_b[...])), new_cache, taps
+
+    def _matmul_input(self, x):
+        return qat.fake_activation(x) if self.policy.simulates("act_fp8") else x
 
     def _through_ring(self, ring, kv, span, repeat):
         """The ring after the call, and the window entries before and of the call in one line."""

@@ -87,7 +87,12 @@ class Cache:
 
 
 def new_cache(
-    config: ModelConfig, batch: int, max_length: int, dtype: np.dtype, max_rewind: int = 8
+    config: ModelConfig,
+    batch: int,
+    max_length: int,
+    dtype: np.dtype,
+    max_rewind: int = 8,
+    row_dtype: np.dtype | None = None,
 ) -> Cache:
     """An empty cache.
 
@@ -95,8 +100,9 @@ def new_cache(
         config: the model's.
         batch: B rows.
         max_length: tokens a row can hold; entries are allocated for floor(max_length / m).
-        dtype: of every row and entry.
+        dtype: of window rows and entries.
         max_rewind: tokens that can be taken back at any time (drafts), >= 0.
+        row_dtype: of the compressors' raw rows; None means `dtype`.
 
     Raises:
         ValueError: for sizes below 1, or beyond `max_position_embeddings`.
@@ -116,8 +122,8 @@ def new_cache(
         rows = (repeats, batch, branches * ratio + max_rewind, branches, width)
         num_entries = max(max_length // ratio, 1)
         return CompressorCache(
-            jnp.zeros(rows, dtype),
-            jnp.zeros(rows, dtype),
+            jnp.zeros(rows, row_dtype or dtype),
+            jnp.zeros(rows, row_dtype or dtype),
             jnp.zeros((repeats, batch, num_entries, width), dtype),
         )
 

@@ -1,5 +1,7 @@
 """The compressor: m consecutive tokens become one entry by gated softmax pooling (report, section 2.3)."""
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -7,11 +9,12 @@ from jaxtyping import Array, Float, Int32
 
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.model.cache import CompressorCache, fits_in_ring, write_entries, write_ring
-from dsv4_jax.model.linear import project
+from dsv4_jax.model.linear import project, project_float32
 from dsv4_jax.model.norm import rms_norm
 from dsv4_jax.model.parameters import constant, matrix
 from dsv4_jax.model.rope import rotate
 from dsv4_jax.model.span import Blocks, Span, block_rows
+from dsv4_jax.numerics import qat
 from dsv4_jax.numerics.policy import Policy
 from pallas_kernels import compressor as kernels
 
@@ -39,6 +42,7 @@ class Compressor(nnx.Module):
         branches: int,
         width: int,
         repeats: int,
+        holds: Literal["entries", "index_keys"],
     ) -> None:
         out = {"layers": repeats, "branches": branches, "entry": width}
         dims = out | {"hidden": config.hidden_size}
@@ -50,6 +54,8 @@ class Compressor(nnx.Module):
         self.branches = branches
         self.eps = config.rms_norm_eps
         self.policy = policy
+        self.holds = holds
+        self.num_rotary = config.qk_rope_head_dim
 
     def __call__(
         self,
@@ -71,8 +77,8 @@ class Compressor(nnx.Module):
             All entries visible to this call (the cache's stack, or [1, B, P, Dc] without one) and the
             cache after it.
         """
-        kv = project(x, self.wkv[...])
-        gate = project(x, self.wgate[...])
+        product = project_float32 if self.policy.simulates("compressor_fp32") else project
+        kv, gate = product(x, self.wkv[...]), product(x, self.wgate[...])
         if cache is None:
             return self._emit(kv, gate, blocks)[None], None
         rings = [
@@ -98,8 +104,16 @@ class Compressor(nnx.Module):
     def _emit(
         self, kv: Float[Array, "B rows w Dc"], gate: Float[Array, "B rows w Dc"], blocks: Blocks
     ) -> Float[Array, "B P Dc"]:
-        if self.policy.kernels != "xla" and blocks.is_first.shape[1]:
-            return self._emit_by_kernel(kv, gate, blocks)
+        by_kernel = self.policy.kernels != "xla" and blocks.is_first.shape[1]
+        entries = (self._pool_by_kernel if by_kernel else self._pool)(kv, gate, blocks)
+        if self.holds == "entries" and self.policy.simulates("kv_fp8"):
+            return qat.fake_entry(entries, self.num_rotary)
+        if self.holds == "index_keys" and self.policy.simulates("idx_hadamard_fp4"):
+            return qat.fake_index_vector(entries)
+        return entries
+
+    def _pool(self, kv, gate, blocks: Blocks):
+        """Entries before any rounding of the cache format."""
         own = self.branches - 1
         bias = self.ape[...]
         values = block_rows(kv[:, :, own], blocks.source, self.ratio)
@@ -110,11 +124,12 @@ class Compressor(nnx.Module):
             values = jnp.concatenate([jnp.where(absent, 0, before[0]), values], axis=2)
             earlier = jnp.where(absent, -jnp.inf, before[1] + bias[:, 0])
             logits = jnp.concatenate([earlier, logits], axis=2)
-        entry = rms_norm(pool(values, logits).astype(kv.dtype), self.norm[...], self.eps)
+        pooled = pool(values, logits).astype(self.policy.compute_dtype)
+        entry = rms_norm(pooled, self.norm[...], self.eps)
         return rotate(entry, blocks.rotation)
 
-    def _emit_by_kernel(self, kv, gate, blocks: Blocks):
-        """As `_emit`. The kernel wants a block's rows side by side, and the block before it in the list."""
+    def _pool_by_kernel(self, kv, gate, blocks: Blocks):
+        """As `_pool`. The kernel wants a block's rows side by side, and the block before it in the list."""
         is_first, cos, sin = blocks.is_first, *blocks.rotation
         before = 0
         if blocks.source is not None:
@@ -138,7 +153,7 @@ class Compressor(nnx.Module):
             eps=self.eps,
             interpret=self.policy.interpret,
         )
-        return entries[:, before:]
+        return entries[:, before:].astype(self.policy.compute_dtype)
 
     def _previous(self, rows: Float[Array, "B rows Dc"], blocks: Blocks) -> Float[Array, "B P m Dc"]:
         if blocks.previous is not None:

@@ -78,6 +78,7 @@ def hybrid_attention(
     *,
     window: int,
     top_k: int,
+    rounded_scores: bool = False,
 ) -> Float[Array, "B T H Dh"]:
     """Attention of T queries, a block of queries at a time.
 
@@ -89,6 +90,7 @@ def hybrid_attention(
         sink: f32[H].
         window: W.
         top_k: Ki, entries a CSA query may attend to.
+        rounded_scores: round every step of the index scores to bfloat16.
 
     Returns:
         The head outputs, still rotated.
@@ -101,7 +103,8 @@ def hybrid_attention(
     num_blocks = -(-length // block)
     padding = num_blocks * block - length
     line = jnp.pad(line, ((0, 0), (0, padding), (0, 0)))
-    attend = functools.partial(_attend_block, line, entries, index_keys, sink, window=window, top_k=top_k)
+    sizes = {"window": window, "top_k": top_k, "rounded_scores": rounded_scores}
+    attend = functools.partial(_attend_block, line, entries, index_keys, sink, **sizes)
     if num_blocks == 1:
         return attend(jnp.int32(0), queries)
 
@@ -120,7 +123,7 @@ def query_block(length: int) -> int:
     return length if length <= 256 else 128
 
 
-def _attend_block(line, entries, index_keys, sink, start, queries, *, window, top_k):
+def _attend_block(line, entries, index_keys, sink, start, queries, *, window, top_k, rounded_scores):
     count = queries.position.shape[1]
     near = jax.lax.dynamic_slice_in_dim(line, start, count + window - 1, axis=1)
     near_visible = _window_visible(queries.position, window)
@@ -131,7 +134,7 @@ def _attend_block(line, entries, index_keys, sink, start, queries, *, window, to
         visible = _entries_visible(queries, size)
         values = entries.prefix(size)
         if index_keys is not None and size > top_k:
-            scores = _scores(queries, index_keys, size)
+            scores = _scores(queries, index_keys, size, rounded_scores)
             if size > GATHER_BEYOND * top_k:
                 return _attend_gathered(queries, near, near_visible, values, scores, visible, sink, top_k)
             visible = select(scores, visible, top_k)
@@ -163,10 +166,10 @@ def _entries_visible(queries: Queries, size: int) -> Bool[Array, "B c size"]:
     return (index >= queries.lo[..., None]) & (index < queries.hi[..., None])
 
 
-def _scores(queries: Queries, index_keys: Entries, size: int) -> Float32[Array, "B c size"]:
-    return jax.lax.stop_gradient(
-        index_scores(queries.index_q, queries.index_weights, index_keys.prefix(size))
-    )
+def _scores(queries: Queries, index_keys: Entries, size: int, rounded: bool) -> Float32[Array, "B c size"]:
+    keys = index_keys.prefix(size)
+    scores = index_scores(queries.index_q, queries.index_weights, keys, rounded=rounded)
+    return jax.lax.stop_gradient(scores)
 
 
 def view(
@@ -178,6 +181,7 @@ def view(
     *,
     window: int,
     top_k: int,
+    rounded_scores: bool,
     collect: frozenset[str],
 ) -> dict[str, jax.Array]:
     """What the queries look at, for inspection: dense, so for short calls only.
@@ -192,7 +196,8 @@ def view(
         size = entries.stack.shape[2]
         chosen = _entries_visible(queries, size)
         if index_keys is not None:
-            chosen = select(_scores(queries, index_keys, size), chosen, top_k) if size > top_k else chosen
+            if size > top_k:
+                chosen = select(_scores(queries, index_keys, size, rounded_scores), chosen, top_k)
             taps["selected"] = chosen
         keys = jnp.concatenate([line, entries.prefix(size).astype(line.dtype)], axis=1)
         visible = jnp.concatenate([visible, chosen], axis=2)

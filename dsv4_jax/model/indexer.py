@@ -12,6 +12,7 @@ from dsv4_jax.model.linear import project
 from dsv4_jax.model.parameters import matrix
 from dsv4_jax.model.rope import Rotation, rotate
 from dsv4_jax.model.span import Blocks, Span
+from dsv4_jax.numerics import qat
 from dsv4_jax.numerics.policy import Policy
 from pallas_kernels.topk_mask import topk_mask
 
@@ -36,7 +37,9 @@ class Indexer(nnx.Module):
             branches=2,
             width=config.index_head_dim,
             repeats=repeats,
+            holds="index_keys",
         )
+        self.policy = policy
         self.scale = (config.index_head_dim * config.index_n_heads) ** -0.5
 
     def queries(
@@ -48,7 +51,12 @@ class Indexer(nnx.Module):
         """Rotated head queries (not normalised) and the scaled head weights."""
         q = project(latent, self.wq_b[...])
         q = rotate(q, Rotation(rotation.cos[:, :, None], rotation.sin[:, :, None]))
+        if self.policy.simulates("idx_hadamard_fp4"):
+            q = qat.fake_index_vector(q)
         weights = project(x, self.weights_proj[...]).astype(jnp.float32)
+        if self.policy.simulates("idx_score_bf16"):
+            weights = qat.to_bfloat16(qat.to_bfloat16(weights) * self.scale)
+            return q, weights
         return q, weights * self.scale
 
     def keys(
@@ -67,15 +75,19 @@ def index_scores(
     q: Float[Array, "B T Hi Di"],
     weights: Float32[Array, "B T Hi"],
     keys: Float[Array, "B S Di"],
+    *,
+    rounded: bool = False,
 ) -> Float32[Array, "B T S"]:
     """I[t, s] = sum_h weights[t, h] relu(q[t, h] . k[s]); float32 products and sums.
 
-    Long key lists are scored piece by piece, so that [B, T, Hi, S] never exists.
+    With `rounded`, products, weighted products and the sum are each rounded to bfloat16. Long key lists are
+    scored piece by piece, so that [B, T, Hi, S] never exists.
     """
+    to_grid = qat.to_bfloat16 if rounded else lambda x: x
 
     def score(piece: Float[Array, "B s Di"]) -> Float32[Array, "B T s"]:
-        dots = jnp.einsum("bthd,bsd->bths", q, piece, preferred_element_type=jnp.float32)
-        return (jax.nn.relu(dots) * weights[..., None]).sum(axis=2)
+        dots = to_grid(jnp.einsum("bthd,bsd->bths", q, piece, preferred_element_type=jnp.float32))
+        return to_grid(to_grid(jax.nn.relu(dots) * weights[..., None]).sum(axis=2))
 
     batch, num_keys, width = keys.shape
     per_key = q.shape[0] * q.shape[1] * q.shape[2]

@@ -10,6 +10,7 @@ from dsv4_jax.model.linear import project
 from dsv4_jax.model.parameters import matrix
 from dsv4_jax.model.router import Router, Routing
 from dsv4_jax.model.span import Span
+from dsv4_jax.numerics import qat
 from dsv4_jax.numerics.policy import Policy
 from pallas_kernels.grouped_matmul import expert_ffn
 
@@ -40,14 +41,16 @@ class SharedExpert(nnx.Module):
         self.gate_up = matrix({"layers": repeats, "gate_up": 2} | width | hidden, dtype, std)
         self.down = matrix({"layers": repeats} | hidden | width, dtype, std)
         self.limit = config.swiglu_limit
+        self.policy = policy
 
     def __call__(self, x: Float[Array, "tokens D"]) -> Float[Array, "tokens D"]:
         """(silu(min(x w1, c)) * clip(x w3, -c, c)) w2; clamp, SiLU and product in float32."""
-        both = project(x, self.gate_up[...]).astype(jnp.float32)
+        to_grid = qat.fake_activation if self.policy.simulates("act_fp8") else lambda x: x
+        both = project(to_grid(x), self.gate_up[...]).astype(jnp.float32)
         gate, up = both[:, 0], both[:, 1]
         if self.limit:
             gate, up = jnp.minimum(gate, self.limit), jnp.clip(up, -self.limit, self.limit)
-        return project((jax.nn.silu(gate) * up).astype(x.dtype), self.down[...])
+        return project(to_grid((jax.nn.silu(gate) * up).astype(x.dtype)), self.down[...])
 
 
 class MixtureOfExperts(nnx.Module):
@@ -66,6 +69,7 @@ class MixtureOfExperts(nnx.Module):
         self.shared = SharedExpert(config, policy, repeats=repeats)
         self.limit = config.swiglu_limit
         self.num_experts = config.n_routed_experts
+        self.policy = policy
 
     def __call__(
         self, x: Float[Array, "B T D"], span: Span, repeat: Int32[Array, ""]
@@ -78,13 +82,18 @@ class MixtureOfExperts(nnx.Module):
         tokens = x.reshape(-1, x.shape[-1])
         routing = self.gate(tokens, span.ids.reshape(-1))
         gate_up, down = self.experts.gate_up[...], self.experts.down[...]
+        if self.policy.simulates("expert_fp4"):
+            gate_up, down = qat.fake_mxfp4(gate_up), qat.fake_mxfp4(down)
+        seen, round_hidden = tokens, None
+        if self.policy.simulates("act_fp8"):
+            seen, round_hidden = qat.fake_activation(tokens), qat.fake_activation
         first_expert: Int32[Array, ""] | int = 0
         if gate_up.ndim == 5:
             gate_up = gate_up.reshape(-1, *gate_up.shape[2:])
             down = down.reshape(-1, *down.shape[2:])
             first_expert = repeat * self.num_experts
         routed = expert_ffn(
-            tokens,
+            seen,
             gate_up,
             down,
             routing.experts,
@@ -93,6 +102,7 @@ class MixtureOfExperts(nnx.Module):
             num_experts=self.num_experts,
             valid=span.valid.reshape(-1),
             first_expert=first_expert,
+            round_hidden=round_hidden,
         )
         y = routed + self.shared(tokens).astype(jnp.float32)
         return y.astype(x.dtype).reshape(x.shape), routing

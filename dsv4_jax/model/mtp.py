@@ -11,6 +11,7 @@ from dsv4_jax.model.hyper_connection import StreamCollapse
 from dsv4_jax.model.linear import project
 from dsv4_jax.model.norm import rms_norm
 from dsv4_jax.model.parameters import constant, matrix
+from dsv4_jax.numerics import qat
 from dsv4_jax.numerics.policy import Policy
 
 
@@ -30,6 +31,7 @@ class MultiTokenPrediction(nnx.Module):
         self.norm = constant({"hidden": config.hidden_size}, 1.0)
         self.hc_head = StreamCollapse(config, policy)
         self.block = Block(config, policy, "window", "learned", repeats=1)
+        self.policy = policy
         self.eps = config.rms_norm_eps
 
     def __call__(
@@ -47,8 +49,9 @@ class MultiTokenPrediction(nnx.Module):
             around: positions of the tokens t.
             collect: taps to return (`transformer.TAPS`).
         """
-        e = project(rms_norm(next_embedding, self.enorm[...], self.eps), self.e_proj[...])
-        h = project(rms_norm(streams, self.hnorm[...], self.eps), self.h_proj[...])
+        to_grid = qat.fake_activation if self.policy.simulates("act_fp8") else lambda x: x
+        e = project(to_grid(rms_norm(next_embedding, self.enorm[...], self.eps)), self.e_proj[...])
+        h = project(to_grid(rms_norm(streams, self.hnorm[...], self.eps)), self.h_proj[...])
         graph, state = nnx.split(self.block)
         block = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[0], state))
         x = (e[:, :, None] + h).astype(streams.dtype)

@@ -124,6 +124,22 @@ class Transformer(nnx.Module):
             cache = Cache(length, written, tuple(layer_caches), cache.max_length, cache.max_rewind)
         return Forward(streams, cache, taps)
 
+    def layer(self, index: int, streams: Float[Array, "B T N D"], span: Span) -> Float[Array, "B T N D"]:
+        """One layer alone, from given streams, without a cache: for checking layer by layer.
+
+        Raises:
+            ValueError: for an index outside 0 .. L-1.
+        """
+        for number, stack in enumerate(layer_stacks(self.config)):
+            for position in range(len(stack.kinds)):
+                for repeat in range(stack.repeats):
+                    if stack.layer_index(position, repeat) == index:
+                        graph, state = nnx.split(self.stacks[number].blocks[position])
+                        block = nnx.merge(graph, jax.tree.map(lambda leaf, r=repeat: leaf[r], state))
+                        around = self.surroundings(span, None)
+                        return block(streams, around, None, jnp.int32(0), frozenset())[0]
+        raise ValueError(f"layer {index} is not in 0 .. {len(self.config.attention_kinds) - 1}")
+
     def surroundings(self, span: Span, cache: Cache | None) -> Surroundings:
         """Angles and blocks of a call, computed once for all layers."""
         c = self.config

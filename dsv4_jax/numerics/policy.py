@@ -1,12 +1,14 @@
 """Which numbers a model computes with: one frozen `Policy`, decided once."""
 
 import dataclasses
+from collections.abc import Collection
 from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
 
 from dsv4_jax.errors import ConfigError
+from dsv4_jax.numerics.qat import SWITCHES
 
 DTYPES = ("float32", "bfloat16")
 
@@ -38,9 +40,19 @@ class Policy:
     param_dtype: np.dtype  # matrices; norms, sinks, mHC and biases are always float32
     compute_dtype: np.dtype  # activations and matmul inputs; accumulation is float32
     cache_dtype: np.dtype  # window entries, raw compressor rows, compressed entries, indexer keys
-    numerics: Literal["reference"] = "reference"
+    numerics: Literal["reference", "qat"] = "reference"
     remat: Literal["none", "unit"] = "none"  # 'unit': recompute each repeated unit of layers in backward
     kernels: Literal["xla", "pallas", "pallas-interpret"] = "xla"  # see KERNELS
+    switches: frozenset[str] = frozenset()  # the active parts of the simulation, see qat.SWITCHES
+
+    @property
+    def row_dtype(self) -> np.dtype:
+        """Of the compressors' raw rows: what their matmuls give."""
+        return jnp.dtype("float32") if self.simulates("compressor_fp32") else self.cache_dtype
+
+    def simulates(self, switch: str) -> bool:
+        """Whether this part of the quantisation simulation is active."""
+        return switch in self.switches
 
     @property
     def interpret(self) -> bool:
@@ -54,22 +66,39 @@ class Policy:
 
     @staticmethod
     def of(
-        dtype: str = "bfloat16", numerics: str = "reference", remat: str = "none", kernels: str = "xla"
+        dtype: str = "bfloat16",
+        numerics: str = "reference",
+        remat: str = "none",
+        kernels: str = "xla",
+        switches: Collection[str] | None = None,
     ) -> "Policy":
         """The usual policy: one dtype for parameters, activations and cache.
 
+        Args:
+            dtype: "bfloat16" or "float32".
+            numerics: "reference", or "qat" for the official quantisation simulation.
+            remat: "none" or "unit".
+            kernels: one of KERNELS.
+            switches: parts of the simulation, of `qat.SWITCHES`; None means all of them with "qat".
+
         Raises:
-            ConfigError: for a dtype other than float32 or bfloat16, or an unknown numerics, remat or
-                kernels choice; all problems at once.
+            ConfigError: for unknown choices, switches without "qat", or parts that have no kernel; all
+                problems at once.
         """
         problems = []
         name = str(dtype) if isinstance(dtype, str) else jnp.dtype(dtype).name
         if name not in DTYPES:
             problems.append(f"dtype={name!r} must be one of {', '.join(DTYPES)}")
-        if numerics != "reference":
-            problems.append(
-                f"numerics={numerics!r} is not available: this version implements 'reference' only"
-            )
+        if numerics not in ("reference", "qat"):
+            problems.append(f"numerics={numerics!r} must be 'reference' or 'qat'")
+        if switches is None:
+            switches = SWITCHES if numerics == "qat" else ()
+        elif numerics != "qat":
+            problems.append(f"switches={sorted(switches)} need numerics='qat'")
+        if unknown := sorted(set(switches) - SWITCHES.keys()):
+            problems.append(f"switches={unknown} must be among {', '.join(SWITCHES)}")
+        if kernels != "xla" and "idx_score_bf16" in switches:
+            problems.append(f"kernels={kernels!r} cannot compute idx_score_bf16: leave that switch out")
         if remat not in ("none", "unit"):
             problems.append(f"remat={remat!r} must be 'none' or 'unit'")
         if kernels not in KERNELS:
@@ -77,4 +106,4 @@ class Policy:
         if problems:
             raise ConfigError("cannot build this numerics policy", problems)
         chosen = jnp.dtype(name)
-        return Policy(chosen, chosen, chosen, "reference", remat, kernels)  # type: ignore[arg-type]
+        return Policy(chosen, chosen, chosen, numerics, remat, kernels, frozenset(switches))  # type: ignore[arg-type]

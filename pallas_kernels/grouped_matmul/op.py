@@ -1,6 +1,7 @@
 """Public entry point of the family: contract, dispatch, custom VJP. No blocking here."""
 
 import functools
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
@@ -23,6 +24,7 @@ def expert_ffn(
     valid: Bool[Array, "T"] | None = None,
     impl: Literal["xla", "reference"] = "xla",
     native_bfloat16: bool = False,
+    round_hidden: Callable[[jax.Array], jax.Array] | None = None,
     blocks: tuning.ExpertBlocks | None = None,
 ) -> Float32[Array, "T D"]:
     """The routed experts' output for every token, weighted and summed.
@@ -47,6 +49,9 @@ def expert_ffn(
         impl: "xla" or "reference". There is no silent fallback.
         native_bfloat16: for bfloat16 inputs, multiply in bfloat16 (exact products, float32 sums either way).
             Right for CPUs with AVX512-BF16 or AMX and for accelerators; without such units it is slower.
+        round_hidden: for quantisation-aware numerics: the routing weight then multiplies the hidden
+            activation (in float32, before it is rounded to the dtype of `x`), and this function, over the
+            last axis, is applied to the result in front of W2. It brings its own gradient.
         blocks: rows handled at a time; None lets `tuning.choose_blocks` pick. Speed only.
 
     Returns:
@@ -77,8 +82,18 @@ def expert_ffn(
     if problems := _problems(operands, num_experts, swiglu_limit, impl):
         raise ValueError("expert_ffn: " + "; ".join(problems))
     if impl == "reference":
-        return reference.expert_ffn_reference(*operands, num_experts=num_experts, swiglu_limit=swiglu_limit)
-    return _expert_ffn((num_experts, float(swiglu_limit), native_bfloat16, blocks), *operands)
+        return reference.expert_ffn_reference(
+            *operands, num_experts=num_experts, swiglu_limit=swiglu_limit, round_hidden=round_hidden
+        )
+    static = _Static(num_experts, xla.Hidden(float(swiglu_limit), round_hidden), native_bfloat16, blocks)
+    return _expert_ffn(static, *operands)
+
+
+class _Static(NamedTuple):
+    num_experts: int
+    hidden: xla.Hidden
+    native_bfloat16: bool
+    blocks: tuning.ExpertBlocks | None
 
 
 class _Operands(NamedTuple):
@@ -113,14 +128,17 @@ def _problems(o: _Operands, num_experts: int, limit: float, impl: str) -> list[s
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _expert_ffn(static, *operands):
-    num_experts, limit, native, blocks = static
-    o = _Operands(*operands)
+    o, blocks = _Operands(*operands), static.blocks
     if blocks is None:
         _, hidden, width = o.down.shape
         streamable = all(stream.can_stream(n, o.x.dtype, o.gate_up.dtype) for n in (hidden, width))
-        blocks = tuning.choose_blocks(o.expert_ids.size, num_experts, streamable=streamable)
+        blocks = tuning.choose_blocks(o.expert_ids.size, static.num_experts, streamable=streamable)
     return xla.expert_ffn_forward(
-        *operands, num_experts=num_experts, limit=limit, blocks=blocks, dtype=_dot_dtype(o.x, native)
+        *operands,
+        num_experts=static.num_experts,
+        hidden_of=static.hidden,
+        blocks=blocks,
+        dtype=_dot_dtype(o.x, static.native_bfloat16),
     )
 
 
@@ -129,12 +147,16 @@ def _save(static, *operands):
 
 
 def _pull(static, operands, dy):
-    num_experts, limit, native, blocks = static
-    o = _Operands(*operands)
+    o, blocks = _Operands(*operands), static.blocks
     if blocks is None or blocks.streamed:
-        blocks = tuning.choose_blocks(o.expert_ids.size, num_experts, backward=True)
+        blocks = tuning.choose_blocks(o.expert_ids.size, static.num_experts, backward=True)
     dx, d_gate_up, d_down, d_weights = xla.expert_ffn_backward(
-        dy, *operands, num_experts=num_experts, limit=limit, blocks=blocks, dtype=_dot_dtype(o.x, native)
+        dy,
+        *operands,
+        num_experts=static.num_experts,
+        hidden_of=static.hidden,
+        blocks=blocks,
+        dtype=_dot_dtype(o.x, static.native_bfloat16),
     )
     return dx, d_gate_up, d_down, None, d_weights, None, None
 

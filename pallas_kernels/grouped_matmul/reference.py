@@ -5,7 +5,17 @@ import jax.numpy as jnp
 
 
 def expert_ffn_reference(
-    x, gate_up, down, expert_ids, weights, first_expert, valid, *, num_experts: int, swiglu_limit: float
+    x,
+    gate_up,
+    down,
+    expert_ids,
+    weights,
+    first_expert,
+    valid,
+    *,
+    num_experts: int,
+    swiglu_limit: float,
+    round_hidden=None,
 ) -> jax.Array:
     """The definition; the contract is in `op.expert_ffn`."""
     gate_up = jax.lax.dynamic_slice_in_dim(gate_up, first_expert, num_experts).astype(x.dtype)
@@ -16,9 +26,12 @@ def expert_ffn_reference(
     gate, up = both[0], both[1]
     if swiglu_limit:
         gate, up = jnp.minimum(gate, swiglu_limit), jnp.clip(up, -swiglu_limit, swiglu_limit)
-    hidden = (jax.nn.silu(gate) * up).astype(x.dtype)
-    out = jnp.einsum("tef,edf->ted", hidden, down, preferred_element_type=jnp.float32)
-
+    hidden = jax.nn.silu(gate) * up
     chosen = expert_ids[:, :, None] == jnp.arange(num_experts)  # [T, Ke, E]
     share = (chosen * weights[:, :, None]).sum(axis=1)
+    if round_hidden is not None:
+        # One expert is chosen at most once by a token, so weighting first and summing after are one thing.
+        hidden = round_hidden((share[:, :, None] * hidden).astype(x.dtype))
+        return jnp.einsum("tef,edf->td", hidden, down, preferred_element_type=jnp.float32)
+    out = jnp.einsum("tef,edf->ted", hidden.astype(x.dtype), down, preferred_element_type=jnp.float32)
     return (share[:, :, None] * out).sum(axis=1)

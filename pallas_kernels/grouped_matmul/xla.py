@@ -4,6 +4,9 @@ Layout: inside a block activations are transposed, [features, rows]. XLA:CPU pac
 matmul; with the weights on the left it packs the few rows instead of the whole matrix.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -12,10 +15,28 @@ from pallas_kernels.grouped_matmul.routing import sort_pairs
 from pallas_kernels.grouped_matmul.stream import stream_product
 
 
+class Hidden(NamedTuple):
+    """How the first product becomes the second one's input; features are the first axis."""
+
+    limit: float
+    round_weighted: Callable[[jax.Array], jax.Array] | None
+
+    def before(self, both, weight, dtype):
+        """f32[F] or f32[F, rows] in front of W2, from f32[2F(, rows)] and the routing weight(s)."""
+        hidden = _gated(both, self.limit)
+        if self.round_weighted is None:
+            return hidden.astype(dtype).astype(jnp.float32)
+        return self.round_weighted((hidden * weight).astype(dtype).T).T.astype(jnp.float32)
+
+    def after(self, weight):
+        """What the second product is multiplied with."""
+        return weight if self.round_weighted is None else jnp.ones_like(weight)
+
+
 def expert_ffn_forward(
-    x, gate_up, down, expert_ids, weights, first_expert, valid, *, num_experts, limit, blocks, dtype
+    x, gate_up, down, expert_ids, weights, first_expert, valid, *, num_experts, hidden_of, blocks, dtype
 ) -> jax.Array:
-    """f32[T, D]; the contract is in `op.expert_ffn`, `dtype` is that of the products."""
+    """f32[T, D]; the contract is in `op.expert_ffn`; hidden_of: `Hidden`; dtype: of the products."""
     pairs = sort_pairs(expert_ids, valid, num_experts=num_experts, rows=blocks.rows)
     top_k, weights = expert_ids.shape[1], weights.reshape(-1)
 
@@ -24,8 +45,8 @@ def expert_ffn_forward(
         number = pairs.pairs_at(place, 1)[0]
         token = lax.div(number, top_k)
         both = stream_product(flat_gate_up, index, x[token].astype(jnp.float32))
-        hidden = _gated(both, limit).astype(x.dtype).astype(jnp.float32)
-        out = stream_product(down, index, hidden) * weights[number]
+        hidden = hidden_of.before(both, weights[number], x.dtype)
+        out = stream_product(down, index, hidden) * hidden_of.after(weights[number])
         return y.at[token].add(out, mode="promise_in_bounds")
 
     def expert_rows(expert, start, end, y):
@@ -35,10 +56,10 @@ def expert_ffn_forward(
             numbers, own = _block(pairs, start, end, number, blocks.rows)
             tokens = lax.div(numbers, top_k)
             rows = x.at[tokens].get(mode="promise_in_bounds").astype(dtype)
-            hidden = _gated(_dot(w13, rows, 1, 1), limit).astype(x.dtype)
+            hidden = hidden_of.before(_dot(w13, rows, 1, 1), weights[numbers], x.dtype)
             out = _dot(w2, hidden.astype(dtype), 1, 0)
             # Without the barrier XLA folds the transposition into the product, and packs the weights.
-            out = lax.optimization_barrier(out).T * weights[numbers, None]
+            out = lax.optimization_barrier(out).T * hidden_of.after(weights[numbers])[:, None]
             return y.at[tokens].add(jnp.where(own, out, 0), mode="promise_in_bounds")
 
         return lax.fori_loop(0, _num_blocks(start, end, blocks.rows), block, y)
@@ -51,7 +72,7 @@ def expert_ffn_forward(
 
 
 def expert_ffn_backward(
-    dy, x, gate_up, down, expert_ids, weights, first_expert, valid, *, num_experts, limit, blocks, dtype
+    dy, x, gate_up, down, expert_ids, weights, first_expert, valid, *, num_experts, hidden_of, blocks, dtype
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Gradients of x, gate_up, down and weights; hidden activations are recomputed."""
     pairs = sort_pairs(expert_ids, valid, num_experts=num_experts, rows=blocks.rows)
@@ -71,18 +92,22 @@ def expert_ffn_backward(
                 return jnp.where(own, a.at[tokens].get(mode="promise_in_bounds"), 0).astype(dtype)
 
             x_rows, dy_rows = own_rows(x), own_rows(dy)
-            hidden, pull = jax.vjp(
-                lambda both: _gated(both, limit).astype(x.dtype).astype(jnp.float32),
-                _dot(w13, x_rows, 1, 1),
-            )
             weight = flat_weights[numbers]
+            hidden, pull = jax.vjp(
+                lambda both, weight: hidden_of.before(both, weight, x.dtype),
+                _dot(w13, x_rows, 1, 1),
+                weight,
+            )
+            after = hidden_of.after(weight)
             # Unweighted, it gives the routing weight's gradient too: dy . (W2 h) = (W2^T dy) . h
             d_hidden = _dot(w2, dy_rows, 0, 1)
-            d_weights = d_weights.at[numbers].add((d_hidden * hidden).sum(axis=0))
-            (d_both,) = pull(d_hidden * weight)
+            d_both, d_weight = pull(d_hidden * after)
+            if hidden_of.round_weighted is None:
+                d_weight = (d_hidden * hidden).sum(axis=0)
+            d_weights = d_weights.at[numbers].add(d_weight)
             d_both = d_both.astype(dtype)
             # dW2 += (weight * dy)^T h^T,  dW13 += d_both x,  dx += d_both^T W13
-            d_w2 += _dot(dy_rows, (hidden * weight).astype(dtype), 0, 1)
+            d_w2 += _dot(dy_rows, (hidden * after).astype(dtype), 0, 1)
             d_w13 += _dot(d_both, x_rows, 1, 0)
             dx = dx.at[tokens].add(_dot(d_both, w13, 0, 0), mode="promise_in_bounds")
             return dx, d_w13, d_w2, d_weights

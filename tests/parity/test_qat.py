@@ -1,0 +1,155 @@
+"""The quantisation simulation: one layer at a time against an independent torch composition."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from dsv4_jax.config import ModelConfig, tiny
+from dsv4_jax.language_model import LanguageModel
+from dsv4_jax.model.initial import Network
+from dsv4_jax.numerics.policy import Policy
+from dsv4_jax.numerics.qat import SWITCHES
+from dsv4_jax.training.data import Batch
+from dsv4_jax.training.step import forward_losses
+from tests.model.telling_weights import telling_parameters
+from tests.parity import torch_qat
+from tests.parity.float64_equations import layer_params
+
+LENGTH = 45
+LONG = 200  # enough entries for two index scores to lie within a bfloat16 rounding of each other
+# Groups of 128, 64 and 32 channels, whole and broken; more entries than the indexer chooses.
+SIZES = dict(
+    hidden_size=160,
+    head_dim=96,
+    qk_rope_head_dim=16,
+    q_lora_rank=144,
+    moe_intermediate_size=136,
+    index_head_dim=64,
+    index_topk=4,
+    sliding_window=8,
+    hca_ratio=16,
+)
+MODELS = {
+    "flash": tiny(5, **SIZES),
+    "pro": tiny(4, like="pro", routed_scaling_factor=2.5, **SIZES),
+}
+EVERYTHING = frozenset(SWITCHES)
+
+
+def model_of(config: ModelConfig, switches) -> LanguageModel:
+    policy = Policy.of("float32", "qat", switches=switches)
+    return LanguageModel(config, policy, telling_parameters(config))
+
+
+def two_layers(config: ModelConfig) -> ModelConfig:
+    return dataclasses.replace(config, attention_kinds=("csa", "hca"), router_kinds=("hash", "learned"))
+
+
+def tokens_of(config: ModelConfig, length: int = LENGTH) -> np.ndarray:
+    return np.random.default_rng(7).integers(0, config.vocab_size, (1, length), dtype=np.int32)
+
+
+def median_relative(got, want) -> float:
+    return float(np.median(np.abs(got - want)) / np.median(np.abs(want)))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_layer_equals_torch_with_real_rounding(name):
+    """Teacher-forced: each layer starts from the same streams, so that differences do not pile up."""
+    config = MODELS[name]
+    model, official = model_of(config, EVERYTHING), torch_qat.Official(config, EVERYTHING)
+    tokens = tokens_of(config)
+    streams = np.asarray(model.streams(tokens))
+    for index, kind in enumerate(config.attention_kinds):
+        params = layer_params(model.parameters, config, index)
+        want = official.layer(streams[index, 0], tokens[0], params, kind)
+        got = np.asarray(model.layer(index, streams[index], tokens))[0]
+        np.testing.assert_allclose(got, streams[index + 1, 0], atol=2e-3 * np.abs(got).max())
+        assert median_relative(got, want) < 1e-3, (index, kind)
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_each_switch_alone_equals_torch(switch):
+    config = two_layers(MODELS["flash"])
+    on = frozenset({switch})
+    model, official = model_of(config, on), torch_qat.Official(config, on)
+    tokens = tokens_of(config)
+    streams = np.asarray(model.streams(tokens))
+    for index, kind in enumerate(config.attention_kinds):
+        want = official.layer(
+            streams[index, 0], tokens[0], layer_params(model.parameters, config, index), kind
+        )
+        got = np.asarray(model.layer(index, streams[index], tokens))[0]
+        assert median_relative(got, want) < 1e-4, (index, kind)
+
+
+def test_each_switch_changes_the_output_and_none_is_the_reference():
+    config = two_layers(MODELS["flash"])
+    tokens = tokens_of(config, LONG)
+    parameters = telling_parameters(config)
+    reference = LanguageModel(config, Policy.of("float32"), parameters).logits(tokens)
+    np.testing.assert_array_equal(model_of(config, ()).logits(tokens), reference)
+    seen = []
+    for switch in SWITCHES:
+        # In float32 the compressors' float32 is nothing new: bfloat16 shows that switch.
+        dtype = "bfloat16" if switch == "compressor_fp32" else "float32"
+        with_it = LanguageModel(config, Policy.of(dtype, "qat", switches={switch}), parameters).logits(tokens)
+        without = LanguageModel(config, Policy.of(dtype), parameters).logits(tokens)
+        seen.append(np.asarray(with_it))
+        assert np.abs(seen[-1] - np.asarray(without)).max() > 1e-4, switch
+    assert all(np.abs(a - b).max() > 1e-5 for i, a in enumerate(seen) for b in seen[:i])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_prefill_is_decode(dtype):
+    config = MODELS["flash"]
+    model = LanguageModel(config, Policy.of(dtype, "qat"), telling_parameters(config))
+    tokens = tokens_of(config)
+    want = np.asarray(model.logits(tokens))
+    cache, got = model.new_cache(1, LENGTH), []
+    for piece in np.split(tokens, [17, 18, 19, 22, 23], axis=1):
+        logits, cache = model.extend(cache, piece)
+        got.append(np.asarray(logits))
+    # A last bit can move a value across a rounding boundary of the grid: a bound on all, a tight one on most.
+    difference = np.abs(np.concatenate(got, axis=1) - want)
+    scale = np.abs(want).max()
+    assert np.median(difference) < (1e-5 if dtype == "float32" else 2e-3) * scale
+    assert difference.max() < 5e-2 * scale
+
+
+def test_gradients_pass_straight_through():
+    config = two_layers(MODELS["flash"])
+    parameters = telling_parameters(config)
+    tokens = np.concatenate([tokens_of(config)] * 2)
+    batch = Batch(tokens, np.ones_like(tokens), np.zeros_like(tokens))
+
+    def grads(policy):
+        def loss(parameters):
+            return forward_losses(Network(config, policy).holding(parameters), batch)[0].total()
+
+        return jax.jit(jax.grad(loss, allow_int=True))(parameters)
+
+    plain, simulated = grads(Policy.of("float32")), grads(Policy.of("float32", "qat"))
+    compared = 0
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(simulated), jax.tree.leaves(plain), strict=True
+    ):
+        if not jnp.issubdtype(a.dtype, jnp.floating) or not np.asarray(b).any():
+            continue
+        a, b = np.asarray(a).ravel(), np.asarray(b).ravel()
+        # Rounding moves the point where the gradient is taken, not its nature: same direction.
+        cosine = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+        assert cosine > 0.8, (path, cosine)
+        assert len(np.unique(a[a != 0])) > min(16, (a != 0).sum() // 2), path  # not values of a grid
+        compared += 1
+    assert compared > 25
+
+
+def test_torch_primitives_agree_with_the_specification():
+    vector = torch.tensor([0.3, -1.0, 5.1, 0.02, 7.0, -2.4, 0.9, 3.3])
+    assert torch_qat.qdq4(vector).tolist() == [0, -1, 6, 0, 8, -2, 1, 3]
+    assert torch_qat.qdq8(vector, 8).tolist() == [0.3125, -1, 5, 0.01953125, 7, -2.5, 0.875, 3.25]
