@@ -1,6 +1,7 @@
 """The quantisation simulation: one layer at a time against an independent torch composition."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import torch
 from dsv4_jax.config import ModelConfig, tiny
 from dsv4_jax.language_model import LanguageModel
 from dsv4_jax.model.initial import Network
+from dsv4_jax.numerics import qat
 from dsv4_jax.numerics.policy import Policy
 from dsv4_jax.numerics.qat import SWITCHES
 from dsv4_jax.training.data import Batch
@@ -46,7 +48,12 @@ def model_of(config: ModelConfig, switches) -> LanguageModel:
 
 
 def two_layers(config: ModelConfig) -> ModelConfig:
-    return dataclasses.replace(config, attention_kinds=("csa", "hca"), router_kinds=("hash", "learned"))
+    return dataclasses.replace(
+        config,
+        attention_kinds=("csa", "hca"),
+        router_kinds=("hash", "learned"),
+        num_nextn_predict_layers=0,
+    )
 
 
 def tokens_of(config: ModelConfig, length: int = LENGTH) -> np.ndarray:
@@ -106,12 +113,12 @@ def test_each_switch_changes_the_output_and_none_is_the_reference():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_prefill_is_decode(dtype):
-    config = MODELS["flash"]
+    config = two_layers(MODELS["flash"])
     model = LanguageModel(config, Policy.of(dtype, "qat"), telling_parameters(config))
     tokens = tokens_of(config)
     want = np.asarray(model.logits(tokens))
     cache, got = model.new_cache(1, LENGTH), []
-    for piece in np.split(tokens, [17, 18, 19, 22, 23], axis=1):
+    for piece in np.split(tokens, [20, 21, 22], axis=1):
         logits, cache = model.extend(cache, piece)
         got.append(np.asarray(logits))
     # A last bit can move a value across a rounding boundary of the grid: a bound on all, a tight one on most.
@@ -121,30 +128,34 @@ def test_prefill_is_decode(dtype):
     assert difference.max() < 5e-2 * scale
 
 
-def test_gradients_pass_straight_through():
+def test_gradients_pass_straight_through(monkeypatch):
+    """Against the other way to write it, x + stop_gradient(round(x) - x), in every place at once."""
     config = two_layers(MODELS["flash"])
     parameters = telling_parameters(config)
     tokens = np.concatenate([tokens_of(config)] * 2)
     batch = Batch(tokens, np.ones_like(tokens), np.zeros_like(tokens))
+    network = Network(config, Policy.of("float32", "qat"))
 
-    def grads(policy):
+    def grads():
         def loss(parameters):
-            return forward_losses(Network(config, policy).holding(parameters), batch)[0].total()
+            return forward_losses(network.holding(parameters), batch)[0].total()
 
         return jax.jit(jax.grad(loss, allow_int=True))(parameters)
 
-    plain, simulated = grads(Policy.of("float32")), grads(Policy.of("float32", "qat"))
+    def by_stop_gradient(exact, x, *group):
+        return x + jax.lax.stop_gradient(exact(x, *group) - x)
+
+    got = grads()
+    for name in ("fake_fp8", "fake_mxfp4", "to_bfloat16"):
+        monkeypatch.setattr(qat, name, functools.partial(by_stop_gradient, getattr(qat, name)))
+    want = grads()
     compared = 0
-    for (path, a), b in zip(
-        jax.tree_util.tree_leaves_with_path(simulated), jax.tree.leaves(plain), strict=True
-    ):
-        if not jnp.issubdtype(a.dtype, jnp.floating) or not np.asarray(b).any():
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True):
+        if not jnp.issubdtype(b.dtype, jnp.floating) or not np.asarray(b).any():
             continue
+        # The sum may miss the grid by a last bit, which the next rounding may turn into a step of its own.
         a, b = np.asarray(a).ravel(), np.asarray(b).ravel()
-        # Rounding moves the point where the gradient is taken, not its nature: same direction.
-        cosine = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
-        assert cosine > 0.8, (path, cosine)
-        assert len(np.unique(a[a != 0])) > min(16, (a != 0).sum() // 2), path  # not values of a grid
+        assert a @ b / np.linalg.norm(a) / np.linalg.norm(b) > 0.999, path
         compared += 1
     assert compared > 25
 
