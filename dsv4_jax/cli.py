@@ -46,6 +46,7 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    numerics: Literal["reference", "qat"] = "reference",
     as_json: Json = False,
     compilation_cache: CompilationCache = True,
 ) -> None:
@@ -63,6 +64,7 @@ def generate(
         top_p: draw from the most likely tokens that hold this probability together.
         seed: the same seed gives the same continuation.
         dtype: of parameters, activations and cache.
+        numerics: qat rounds activations, cache and index scores as the official code does.
     """
     from dsv4_jax import completion, language_model
     from dsv4_jax.checkpoint import hub
@@ -71,7 +73,7 @@ def generate(
     sampling = completion.Sampling(max_new_tokens, temperature, top_p, seed)
     _prepare(compilation_cache)
     directory = hub.locate(checkpoint, weights=True, announce=_note)
-    model = language_model.load(directory, dtype=dtype)
+    model = language_model.load(directory, dtype=dtype, numerics=numerics)
     if as_json:
         print(json.dumps(completion.complete(model, given, sampling)))
         return

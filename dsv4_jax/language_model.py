@@ -1,5 +1,6 @@
 """LanguageModel: the face of a model for notebooks, the command line, servers and tests."""
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -344,7 +345,7 @@ def load(
     Args:
         path: folder with config.json and safetensors files.
         dtype: of parameters, activations and cache: "bfloat16" or "float32".
-        numerics: "reference".
+        numerics: "reference", or "qat" for the official quantisation simulation (`numerics.qat.SWITCHES`).
         kernels: "xla", "pallas" (TPU) or "pallas-interpret" (see `numerics.policy.KERNELS`).
         draft_head: "ignore" loads the backbone of a checkpoint with a DSpark draft head, without it.
         text_only: load the text model of a vision variant.
@@ -358,6 +359,9 @@ def load(
     loaded = load_checkpoint(Path(path), policy, draft_head=draft_head, text_only=text_only)
     for warning in loaded.warnings:
         LOGGER.warning("%s: %s", path, warning)
+    if loaded.experts_in_fp4:
+        # On their grid already: rounding them again in every step would change nothing.
+        policy = dataclasses.replace(policy, switches=policy.switches - {"expert_fp4"})
     tokenizer = None
     if loaded.tokenizer_file is not None:
         tokenizer = Tokenizer.from_file(str(loaded.tokenizer_file))

@@ -4,10 +4,13 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from dsv4_jax.checkpoint import storage
 from dsv4_jax.config import tiny
 from dsv4_jax.inference.generate import PREFILL_CHUNKS, chunks
-from dsv4_jax.language_model import LanguageModel
+from dsv4_jax.language_model import LanguageModel, load
 from dsv4_jax.numerics.policy import Policy
+from dsv4_jax.numerics.qat import SWITCHES
+from tests.checkpoint.synthetic import smallest_config, write_checkpoint
 
 CONFIG = tiny(4, vocab_size=300, csa_ratio=2, hca_ratio=4, sliding_window=4, index_topk=3)
 
@@ -122,3 +125,14 @@ def test_prefill_chunks_cover_the_prompt_once():
 def test_more_than_the_model_holds_is_refused(lm):
     with pytest.raises(ValueError, match="max_position_embeddings=65536"):
         next(lm.stream([[1]], 70000))
+
+
+def test_experts_on_the_fp4_grid_are_not_rounded_again(tmp_path):
+    write_checkpoint(tmp_path / "model", smallest_config(), storage.PREVIEW)
+    lm = load(tmp_path / "model", dtype="float32", numerics="qat")
+    assert lm.policy.switches == SWITCHES.keys() - {"expert_fp4"}
+    tokens = np.arange(12)[None] % lm.config.vocab_size
+    again = LanguageModel(lm.config, Policy.of("float32", "qat"), lm.parameters)
+    np.testing.assert_array_equal(lm.logits(tokens), again.logits(tokens))
+    write_checkpoint(tmp_path / "plain", smallest_config())
+    assert load(tmp_path / "plain", dtype="float32", numerics="qat").policy.switches == SWITCHES.keys()

@@ -48,6 +48,7 @@ class Loaded:
         warnings: sentences for the user.
         layout: the naming that was found.
         tokenizer_file: path of `tokenizer.json`, if there is one.
+        experts_in_fp4: whether every routed expert came from FP4, so that its values are on that grid.
     """
 
     config: ModelConfig
@@ -56,6 +57,7 @@ class Loaded:
     warnings: tuple[str, ...]
     layout: names.Layout
     tokenizer_file: pathlib.Path | None
+    experts_in_fp4: bool
 
 
 def load_checkpoint(
@@ -114,6 +116,9 @@ def load_checkpoint(
         warnings=(*manifest.warnings, *findings.warnings()),
         layout=manifest.layout,
         tokenizer_file=tokenizer if tokenizer.is_file() else None,
+        experts_in_fp4=all(
+            entry.format == "fp4" for entry in manifest.entries if "experts" in entry.spec.path
+        ),
     )
 
 

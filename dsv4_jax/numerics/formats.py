@@ -57,7 +57,8 @@ class Fp8Groups:
 
     def dequantize(self, dtype: jax.typing.DTypeLike = jnp.float32) -> Float[Array, "*rows C"]:
         """elements * scale; exact in float32 and bfloat16."""
-        elements = self.elements.astype(jnp.float32).reshape(*self.scale.shape, -1)
+        group = self.elements.shape[-1] // self.scale.shape[-1]
+        elements = self.elements.astype(jnp.float32).reshape(*self.scale.shape, group)
         scaled = elements * scale_value(self.scale)[..., None]
         return scaled.astype(dtype).reshape(self.elements.shape)
 
@@ -74,7 +75,7 @@ class Mxfp4:
         """E2M1 * scale; exact in float32 and bfloat16."""
         values = e2m1_value(unpack_nibbles(self.packed)).reshape(*self.scale.shape, FP4_GROUP)
         scaled = (values * scale_value(self.scale)[..., None]).astype(dtype)
-        return scaled.reshape(*self.packed.shape[:-1], -1)
+        return scaled.reshape(*self.packed.shape[:-1], 2 * self.packed.shape[-1])
 
 
 # ---- scales ----------------------------------------------------------------------------------------------
@@ -120,14 +121,14 @@ def e2m1_value(code: UInt8[Array, "*shape"]) -> Float32[Array, "*shape"]:
 
 def pack_nibbles(codes: UInt8[Array, "*rows C"]) -> UInt8[Array, "*rows C/2"]:
     """Two codes a byte: byte k holds code 2k in its low nibble and 2k + 1 in its high one."""
-    pairs = codes.reshape(*codes.shape[:-1], -1, 2)
+    pairs = codes.reshape(*codes.shape[:-1], codes.shape[-1] // 2, 2)
     return pairs[..., 0] | (pairs[..., 1] << 4)
 
 
 def unpack_nibbles(packed: UInt8[Array, "*rows C/2"]) -> UInt8[Array, "*rows C"]:
     """The inverse of `pack_nibbles`."""
     both = jnp.stack([packed & 15, packed >> 4], axis=-1)
-    return both.reshape(*packed.shape[:-1], -1)
+    return both.reshape(*packed.shape[:-1], 2 * packed.shape[-1])
 
 
 # ---- quantisation ----------------------------------------------------------------------------------------
@@ -172,7 +173,7 @@ def quantize_fp8_blocks(x: Float[Array, "*stack O I"]) -> Fp8Blocks:
 def _grouped(x, group):
     if x.shape[-1] % group:
         raise ValueError(f"{x.shape[-1]} channels are not whole groups of {group}")
-    return x.astype(jnp.float32).reshape(*x.shape[:-1], -1, group)
+    return x.astype(jnp.float32).reshape(*x.shape[:-1], x.shape[-1] // group, group)
 
 
 def _e4m3(x):

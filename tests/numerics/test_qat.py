@@ -63,6 +63,13 @@ def test_hadamard_is_orthogonal_and_its_own_inverse(n):
     np.testing.assert_allclose(qat.hadamard(jnp.asarray(first)), np.full(n, n**-0.5), rtol=4e-3)
 
 
+@pytest.mark.parametrize("name", ROUNDINGS)
+def test_no_rows_are_no_problem(name):
+    """A prompt shorter than a block has no entries."""
+    assert ROUNDINGS[name](jnp.zeros((2, 0, 100))).shape == (2, 0, 100)
+    assert qat.fake_index_vector(jnp.zeros((2, 0, 64))).shape == (2, 0, 64)
+
+
 def test_hadamard_needs_a_power_of_two():
     with pytest.raises(ValueError, match="power of two of channels, not 24"):
         qat.hadamard(jnp.zeros((1, 24)))
