@@ -240,9 +240,9 @@ def allocated_cache(config: ModelConfig, dtype: str = "bfloat16") -> AllocatedCa
     import jax
     import jax.numpy as jnp
 
-    from dsv4_jax.model.cache import new_cache
+    from dsv4_jax.model.cache import ROWS, new_cache
 
-    page = math.lcm(config.csa_ratio, config.hca_ratio)
+    page = math.lcm(config.csa_ratio, config.hca_ratio) * ROWS
     roomy = dataclasses.replace(config, max_position_embeddings=max(config.max_position_embeddings, 2 * page))
 
     def allocated(max_length: int) -> int:

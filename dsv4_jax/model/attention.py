@@ -139,7 +139,13 @@ class Attention(nnx.Module):
         if self.policy.kernels == "xla":
             o = hybrid_attention(*seen, **sizes, rounded_scores=rounded)
         else:
-            o = attention_kernels.hybrid_attention(*seen, **sizes, interpret=self.policy.interpret)
+            how = sizes | {"interpret": self.policy.interpret}
+            if cache is not None and fits_in_ring(self.window - 1, length, cache.window.shape[2]):
+                o = attention_kernels.decode_attention(
+                    queries, new_cache.window, repeat, entries, index_keys, seen[-1], **how
+                )
+            else:
+                o = attention_kernels.hybrid_attention(*seen, **how)
         taps = (
             view(*seen, **sizes, rounded_scores=rounded, collect=collect)
             if collect & {"selected", "attention"}

@@ -17,6 +17,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from dsv4_jax.config import AttentionKind, ModelConfig, layer_stacks
+from pallas_kernels.arithmetic import round_up
+
+ROWS = 8
+"""Rings and entries are multiples of it: a TPU keeps such arrays row by row, and kernels read them there."""
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["kv", "gate", "entries"], meta_fields=[])
@@ -99,7 +103,8 @@ def new_cache(
     Args:
         config: the model's.
         batch: B rows.
-        max_length: tokens a row can hold; entries are allocated for floor(max_length / m).
+        max_length: tokens a row can hold; entries are allocated for floor(max_length / m), rounded up to
+            a multiple of ROWS.
         dtype: of window rows and entries.
         max_rewind: tokens that can be taken back at any time (drafts), >= 0.
         row_dtype: of the compressors' raw rows; None means `dtype`.
@@ -120,7 +125,7 @@ def new_cache(
 
     def compressor(repeats: int, ratio: int, branches: int, width: int) -> CompressorCache:
         rows = (repeats, batch, branches * ratio + max_rewind, branches, width)
-        num_entries = max(max_length // ratio, 1)
+        num_entries = round_up(max(max_length // ratio, 1), ROWS)
         return CompressorCache(
             jnp.zeros(rows, row_dtype or dtype),
             jnp.zeros(rows, row_dtype or dtype),
@@ -128,7 +133,7 @@ def new_cache(
         )
 
     def layer(kind: AttentionKind, repeats: int) -> LayerCache:
-        slots = max(config.sliding_window - 1 + max_rewind, 1)
+        slots = round_up(max(config.sliding_window - 1 + max_rewind, 1), ROWS)
         window = jnp.zeros((repeats, batch, slots, config.head_dim), dtype)
         if kind == "window":
             return LayerCache(window, None, None)

@@ -24,6 +24,7 @@ KERNEL_FAMILIES = (
     "compressor",
     "indexer",
     "hybrid_attention",
+    "decode_attention",
     "linear_cross_entropy",
 )
 """Operations that have a Pallas kernel; all others run on XLA whatever the choice."""

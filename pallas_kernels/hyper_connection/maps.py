@@ -5,7 +5,6 @@ columns are plain additions: no reduction across lanes or sublanes, whatever the
 """
 
 import functools
-import operator
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +13,11 @@ Rows = list[jax.Array]
 
 
 def total(terms: Rows) -> jax.Array:
-    """Left to right."""
-    return functools.reduce(operator.add, terms)
+    """Pairwise: the chain of additions is as short as it can be."""
+    if len(terms) == 1:
+        return terms[0]
+    half = (len(terms) + 1) // 2
+    return total(terms[:half]) + total(terms[half:])
 
 
 def scale_index(row: int, num_streams: int) -> int:
@@ -62,23 +64,34 @@ def _normalise_backward(d_out: Rows, out: Rows, inverses: Rows, n: int, axis: st
     return d_in
 
 
-def sinkhorn(logits: Rows, n: int, num_iters: int, eps: float, kept_ref=None) -> Rows:
-    """Row softmax + eps, columns, then `num_iters` - 1 times rows and columns.
-
-    `kept_ref`, f32[2 * num_iters, >= n * n + n, tokens]: where the backward pass finds what every step gave.
-    """
-
-    def keep(step, mix, inverses=()):
-        if kept_ref is not None:
-            for i, row in enumerate([*mix, *inverses]):
-                kept_ref[step, i : i + 1, :] = row
-
+def _softmax(logits: Rows, n: int) -> Rows:
+    """Of every row of the matrix."""
     exponentials = list(logits)
     for line in _lines(n, "rows"):
         highest = functools.reduce(jnp.maximum, [logits[i] for i in line])
         for i in line:
             exponentials[i] = jnp.exp(logits[i] - highest)
-    softmax, _ = _normalise(exponentials, n, "rows", 0.0)
+    return _normalise(exponentials, n, "rows", 0.0)[0]
+
+
+def sinkhorn_start(logits: Rows, n: int, eps: float) -> tuple[jax.Array, ...]:
+    """Row softmax + eps, columns: the first of the column normalisations."""
+    return tuple(_normalise([p + eps for p in _softmax(logits, n)], n, "columns", eps)[0])
+
+
+def sinkhorn_step(mix: tuple[jax.Array, ...], n: int, eps: float) -> tuple[jax.Array, ...]:
+    """Rows, then columns."""
+    return tuple(_normalise(_normalise(list(mix), n, "rows", eps)[0], n, "columns", eps)[0])
+
+
+def sinkhorn_keep(logits: Rows, n: int, num_iters: int, eps: float, kept_ref) -> None:
+    """What every step of the iteration gives, to kept_ref: f32[2 * num_iters, >= n * n + n, tokens]."""
+
+    def keep(step, mix, inverses=()):
+        for i, row in enumerate([*mix, *inverses]):
+            kept_ref[step, i : i + 1, :] = row
+
+    softmax = _softmax(logits, n)
     keep(0, softmax)
     mix, inverses = _normalise([p + eps for p in softmax], n, "columns", eps)
     keep(1, mix, inverses)
@@ -90,11 +103,11 @@ def sinkhorn(logits: Rows, n: int, num_iters: int, eps: float, kept_ref=None) ->
         keep(2 * t + 1, mix, inverses)
         return tuple(mix)
 
-    return list(jax.lax.fori_loop(1, num_iters, iterate, tuple(mix)))
+    jax.lax.fori_loop(1, num_iters, iterate, tuple(mix))
 
 
 def sinkhorn_backward(d_mix: Rows, n: int, num_iters: int, kept_ref) -> Rows:
-    """The gradient of the logits from the steps that `sinkhorn` kept."""
+    """The gradient of the logits from the steps that `sinkhorn_keep` kept."""
 
     def step_back(step, d_mix, axis):
         out = [kept_ref[step, i : i + 1, :] for i in range(n * n)]

@@ -1,8 +1,9 @@
-"""Mosaic TPU kernels of the indexer: scores, and scores followed by the exact choice of k.
+"""Mosaic TPU kernel of the index scores, and the scoring of one tile that the selection shares.
 
-Layout: queries are rows. A step multiplies the heads of its queries, [queries * Hi, Di], with a tile of keys,
-so the [Hi, T, S] products live in VMEM only. The selection keeps a row's scores as ordered int32 keys in
-VMEM, entries on the lanes, and finds the k-th largest by counting, one bit a pass.
+Layout: queries are rows, keys are columns. The heads of a step's queries, [heads x queries, Di], meet a chunk
+of keys at a time, so the [Hi, T, S] products live in registers only. A step takes the queries of one sequence
+(prefill: products are laid out [heads, queries], and the sum over heads adds whole registers) or all the
+queries of several sequences (decode: each sequence with its own keys).
 """
 
 import functools
@@ -14,148 +15,193 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.arithmetic import cdiv, round_up
-from pallas_kernels.indexer.tuning import IndexerBlocks
+from pallas_kernels.indexer import key_tiles
+from pallas_kernels.indexer.formats import Format, format_of, shape_of
+from pallas_kernels.indexer.tuning import LANES, IndexerBlocks
 
-NOT_ELIGIBLE = -(2**31)  # below the ordered key of every score
+
+def scoring_scratch(heads: int, width: int, dtype, blocks: IndexerBlocks) -> list:
+    """Of `Scoring`: each head's weight on every lane, and the queries with heads first."""
+    spread = pltpu.VMEM((blocks.sequences, blocks.queries * heads, LANES), jnp.float32)
+    reordered = pltpu.VMEM((heads * blocks.queries, width), dtype)
+    return [spread, reordered] if blocks.heads_first else [spread]
 
 
-def products(q, keys):
-    """f32[queries * Hi, keys]: q . k of every head with every key."""
-    exact = lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
-    rows = q.reshape(-1, q.shape[-1])
-    return lax.dot_general(
-        rows, keys, (((1,), (1,)), ((), ())), precision=exact, preferred_element_type=jnp.float32
+class Scoring:
+    """Scores one step's queries against tiles of keys."""
+
+    def __init__(self, q_ref, weights_ref, key_refs, scratch, form: Format, blocks: IndexerBlocks) -> None:
+        self.q, self.weights, self.keys = q_ref, weights_ref, key_refs
+        self.spread, *self.reordered = scratch
+        self.form, self.blocks = form, blocks
+
+    def start(self) -> None:
+        """Once a block of rows: lays out queries and weights in scratch."""
+        blocks, heads = self.blocks, self.q.shape[1]
+        if not blocks.heads_first:
+            lanes = jnp.broadcast_to(self.weights[...][..., None], (blocks.rows, heads, LANES))
+            self.spread[...] = lanes.reshape(self.spread.shape)
+            return
+        for h in range(heads):
+            own = slice(h * blocks.queries, (h + 1) * blocks.queries)
+            self.reordered[0][own] = self.q[:, h]
+            self.spread[0, own] = jnp.broadcast_to(self.weights[:, h : h + 1], (blocks.queries, LANES))
+
+    def sequence(self, b, here):
+        """f32[queries, chunk]: sum_h w_h relu(q_h . k_s) of one sequence's queries and keys."""
+        blocks, heads, width = self.blocks, *self.q.shape[1:]
+        if blocks.heads_first:
+            q = self.reordered[0][...]
+        else:
+            q = self.q[pl.ds(b * blocks.queries, blocks.queries)].reshape(-1, width)
+        dots = key_tiles.tile_products(q, self.keys, b, here, self.form)
+        weights = jnp.concatenate([self.spread[b]] * (blocks.chunk // LANES), axis=1)
+        weighted = jnp.maximum(dots, 0) * weights
+        if blocks.heads_first:
+            scores = weighted.reshape(heads, blocks.queries, blocks.chunk).sum(axis=0)
+        else:
+            scores = weighted.reshape(blocks.queries, heads, blocks.chunk).sum(axis=1)
+        scale = key_tiles.tile_scale(self.keys, b, here, self.form)
+        return scores if scale is None else scores * scale
+
+    def tile(self, first, end, emit) -> None:
+        """Calls emit(rows, chunk of the tile, scores) for every chunk that begins before entry `end`.
+
+        Args:
+            first: entry at which the tile begins.
+        """
+        blocks = self.blocks
+        num_chunks = chunks_before(end - first, blocks.keys, blocks.chunk)
+        rows = blocks.group * blocks.queries
+
+        @pl.loop(0, blocks.sequences // blocks.group)
+        def _(group):
+            own = slice(0, rows) if rows == blocks.rows else pl.ds(pl.multiple_of(group * rows, rows), rows)
+
+            @pl.loop(0, num_chunks)
+            def _(chunk):
+                here = pl.ds(pl.multiple_of(chunk * blocks.chunk, blocks.chunk), blocks.chunk)
+                found = [self.sequence(group * blocks.group + i, here) for i in range(blocks.group)]
+                emit(own, chunk, jnp.concatenate(found, axis=0))
+
+
+def chunks_before(end, size: int, chunk: int):
+    """How many of the chunks of `size` entries begin before entry `end`."""
+    return lax.div(jnp.clip(end, 0, size) + (chunk - 1), chunk)
+
+
+def visible_in(lo, hi, first, num_keys: int):
+    """bool[rows, keys]: which of the keys from entry `first` on each row sees; lo and hi are [rows, 1]."""
+    s = first + lax.broadcasted_iota(jnp.int32, (lo.shape[0], num_keys), 1)
+    return (s >= lo) & (s < hi)
+
+
+def _scores_body(repeat_ref, ends_ref, q_ref, weights_ref, *refs, form, blocks):
+    del repeat_ref  # only the index maps need it
+    key_refs, (lo_ref, hi_ref, out_ref, *scratch) = split_keys(refs, form)
+    scoring = Scoring(q_ref, weights_ref, key_refs, scratch, form, blocks)
+    tile, first = pl.program_id(1), pl.program_id(1) * blocks.keys
+    pl.when(tile == 0)(scoring.start)
+    out_ref[...] = jnp.full(out_ref.shape, -jnp.inf, jnp.float32)
+
+    def emit(rows, chunk, scores):
+        offset = pl.multiple_of(chunk * blocks.chunk, blocks.chunk)
+        visible = visible_in(lo_ref[rows], hi_ref[rows], first + offset, blocks.chunk)
+        out_ref[rows, pl.ds(offset, blocks.chunk)] = jnp.where(visible, scores, -jnp.inf)
+
+    scoring.tile(first, ends_ref[pl.program_id(0)], emit)
+
+
+def split_keys(refs, form: Format):
+    """The refs of the keys, and those behind them."""
+    num = 1 if form == "plain" else 2
+    return refs[:num], refs[num:]
+
+
+def scoring_call(
+    body, q, weights, keys, lo, hi, repeat, *, blocks: IndexerBlocks, out_specs, scratch_shapes=(), **call
+):
+    """A `pl.pallas_call` over (blocks of rows, tiles of keys), with the operands every scoring kernel takes.
+
+    The scalars a body gets first: the repeat, and for each block of rows the end of what any of them sees.
+    Tiles past that end are not fetched again.
+
+    Args:
+        q, weights, lo, hi: [rows, Hi, Di], [rows, Hi], [rows, 1] twice; keys: a stack [R, B, S, Di].
+        repeat: i32[], which keys of the stack.
+        out_specs, scratch_shapes: of the body, behind the scratch of `Scoring`.
+        call: `pl.pallas_call`'s out_shape, compiler_params, interpret, name.
+    """
+    (num_rows, heads, width), form = q.shape, format_of(keys)
+    _, batch, size, _ = shape_of(keys)
+    num_blocks = num_rows // blocks.rows
+    blocks_per_sequence = max(num_blocks * blocks.sequences // round_up(batch, blocks.sequences), 1)
+    ends = jnp.minimum(hi.reshape(num_blocks, blocks.rows).max(axis=1), size)
+
+    def per_row(*shape):
+        return pl.BlockSpec((blocks.rows, *shape), lambda r, s, *_: (r, *(0 for _ in shape)))
+
+    def own_keys(r, s, repeat, ends):
+        last = jnp.maximum(lax.div(ends[r] + (blocks.keys - 1), blocks.keys) - 1, 0)
+        return repeat[0], lax.div(r, blocks_per_sequence), jnp.minimum(s, last)
+
+    return pl.pallas_call(
+        functools.partial(body, form=form, blocks=blocks),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(num_blocks, cdiv(size, blocks.keys)),
+            in_specs=[
+                per_row(heads, width),
+                per_row(heads),
+                *key_tiles.block_specs(form, width, blocks.sequences, blocks.keys, own_keys),
+                per_row(1),
+                per_row(1),
+            ],
+            out_specs=out_specs,
+            scratch_shapes=[*scoring_scratch(heads, width, q.dtype, blocks), *scratch_shapes],
+        ),
+        cost_estimate=_cost(q, keys, blocks_per_sequence, call["out_shape"]),
+        **call,
+    )(
+        repeat.reshape(1),
+        ends,
+        key_tiles.in_key_order(q, form),
+        weights,
+        *key_tiles.operands(keys),
+        lo,
+        hi,
     )
 
 
-def scores_of(q_ref, weights_ref, keys_ref, blocks: IndexerBlocks):
-    """f32[rows, keys]: sum_h w_h relu(q_h . k_s), each sequence's queries with its own keys."""
-    tiles = []
-    for b in range(blocks.sequences):
-        own = slice(b * blocks.queries, (b + 1) * blocks.queries)
-        dots = products(q_ref[own], keys_ref[b]).reshape(blocks.queries, -1, blocks.keys)
-        tiles.append((jnp.maximum(dots, 0) * weights_ref[own][..., None]).sum(axis=1))
-    return jnp.concatenate(tiles, axis=0)
-
-
-def visible_in(lo_ref, hi_ref, first, blocks: IndexerBlocks):
-    """bool[rows, keys]: which keys of the tile that starts at entry `first` each row sees."""
-    s = first + lax.broadcasted_iota(jnp.int32, (blocks.rows, blocks.keys), 1)
-    return (s >= lo_ref[...]) & (s < hi_ref[...])
-
-
-def _scores_body(q_ref, weights_ref, keys_ref, lo_ref, hi_ref, out_ref, *, blocks):
-    visible = visible_in(lo_ref, hi_ref, pl.program_id(1) * blocks.keys, blocks)
-    out_ref[...] = jnp.where(visible, scores_of(q_ref, weights_ref, keys_ref, blocks), -jnp.inf)
-
-
-def _select_body(q_ref, weights_ref, keys_ref, lo_ref, hi_ref, mask_ref, *, blocks, k):
-    # Until the last tile of a row has been scored, its mask holds the ordered keys.
-    tile, first = pl.program_id(1), pl.program_id(1) * blocks.keys
-    here = pl.ds(pl.multiple_of(first, blocks.keys), blocks.keys)
-
-    @pl.when(first >= hi_ref[...].max())
-    def _():  # beyond what any row of the block sees
-        mask_ref[:, here] = jnp.full((blocks.rows, blocks.keys), NOT_ELIGIBLE, jnp.int32)
-
-    @pl.when(first < hi_ref[...].max())
-    def _():
-        scores = scores_of(q_ref, weights_ref, keys_ref, blocks)
-        visible = visible_in(lo_ref, hi_ref, first, blocks) & ~jnp.isnan(scores) & (scores > -jnp.inf)
-        bits = lax.bitcast_convert_type(scores + 0.0, jnp.int32)  # + 0.0: -0 and 0 are one score
-        keys = jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-        mask_ref[:, here] = jnp.where(visible, keys, NOT_ELIGIBLE)
-
-    @pl.when(tile == pl.num_programs(1) - 1)
-    def _():
-        mask_ref[...] = k_largest(mask_ref[...], k).astype(jnp.int32)
-
-
-def k_largest(keys, k: int):
-    """bool[rows, S]: the k largest keys of each row above NOT_ELIGIBLE, ties to the lowest index."""
-
-    def count(mask):
-        return mask.astype(jnp.int32).sum(axis=1, keepdims=True)
-
-    def refine_cut(step, cut):
-        # The greatest cut with at least k keys at or above it, bit by bit; wraps from the lowest int32.
-        higher = cut + lax.shift_left(jnp.int32(1), 31 - step)
-        return jnp.where(count(keys >= higher) >= k, higher, cut)
-
-    cut = lax.fori_loop(0, 32, refine_cut, jnp.full((keys.shape[0], 1), NOT_ELIGIBLE, jnp.int32))
-    above = keys > cut
-    level = (keys == cut) & (keys > NOT_ELIGIBLE)
-    left = k - count(above)  # places for the keys at the cut: the first ones get them
-    place = lax.broadcasted_iota(jnp.int32, keys.shape, 1)
-    num_bits = keys.shape[1].bit_length()
-
-    def refine_end(step, end):
-        # The greatest end with at most `left` level keys before it.
-        further = end + lax.shift_left(jnp.int32(1), num_bits - 1 - step)
-        return jnp.where(count(level & (place < further)) <= left, further, end)
-
-    end = lax.fori_loop(0, num_bits, refine_end, jnp.zeros_like(cut))
-    return above | (level & (place < end))
-
-
-def _operand_specs(heads, width, tiles_per_sequence, blocks):
-    """q, weights, keys, lo, hi over a grid of (blocks of rows, tiles of keys)."""
-    per_row = lambda *shape: pl.BlockSpec((blocks.rows, *shape), lambda r, s: (r, *(0 for _ in shape)))  # noqa: E731
-    own_keys = lambda r, s: (lax.div(r, tiles_per_sequence), s, 0)  # noqa: E731
-    keys = pl.BlockSpec((blocks.sequences, blocks.keys, width), own_keys)
-    return [per_row(heads, width), per_row(heads), keys, per_row(1), per_row(1)]
-
-
-def _sizes(q, keys, blocks):
-    (num_rows, heads, width), (batch, size, _) = q.shape, keys.shape
-    grid = (num_rows // blocks.rows, cdiv(size, blocks.keys))
-    tiles_per_sequence = grid[0] * blocks.sequences // batch
-    return num_rows, heads, width, size, grid, tiles_per_sequence
-
-
-def _cost(num_rows, heads, width, size, itemsize, keys_read, out_bytes):
+def _cost(q, keys, blocks_per_sequence, out):
+    """Every block of rows reads the keys of its sequences once."""
+    (num_rows, heads, width), (repeats, _, size, _) = q.shape, shape_of(keys)
+    key_bytes = sum(part.nbytes for part in key_tiles.operands(keys)) // repeats
     return pl.CostEstimate(
         flops=2 * num_rows * size * heads * (width + 1),
         transcendentals=0,
-        bytes_accessed=itemsize * (num_rows * heads * width + keys_read) + 4 * num_rows * heads + out_bytes,
+        bytes_accessed=q.nbytes
+        + 4 * num_rows * heads
+        + key_bytes * blocks_per_sequence
+        + out.size * out.dtype.itemsize,
     )
 
 
-def index_scores_fwd(q, weights, keys, lo, hi, *, blocks: IndexerBlocks, interpret) -> jax.Array:
-    """f32[rows, S] for q [rows, Hi, Di], weights [rows, Hi], keys [B, S, Di], lo and hi [rows, 1]."""
-    num_rows, heads, width, size, grid, tiles = _sizes(q, keys, blocks)
-    return pl.pallas_call(
-        functools.partial(_scores_body, blocks=blocks),
-        grid=grid,
-        in_specs=_operand_specs(heads, width, tiles, blocks),
-        out_specs=pl.BlockSpec((blocks.rows, blocks.keys), lambda r, s: (r, s)),
-        out_shape=jax.ShapeDtypeStruct((num_rows, size), jnp.float32),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
-        cost_estimate=_cost(
-            num_rows, heads, width, size, q.dtype.itemsize, grid[0] * size * width, 4 * num_rows * size
+def index_scores_fwd(
+    q, weights, keys, lo, hi, repeat, *, blocks: IndexerBlocks, vmem_limit: int, interpret
+) -> jax.Array:
+    """f32[rows, S]; operands as in `scoring_call`."""
+    return scoring_call(
+        _scores_body,
+        *(q, weights, keys, lo, hi, repeat),
+        blocks=blocks,
+        out_specs=pl.BlockSpec((blocks.rows, blocks.keys), lambda r, s, *_: (r, s)),
+        out_shape=jax.ShapeDtypeStruct((q.shape[0], shape_of(keys)[-2]), jnp.float32),
+        compiler_params=pltpu.CompilerParams(
+            # A block's tiles come in order: the first one lays out the queries.
+            dimension_semantics=("parallel", "arbitrary"),
+            vmem_limit_bytes=vmem_limit,
         ),
         interpret=interpret,
         name="index_scores_fwd",
-    )(q, weights, keys, lo, hi)
-
-
-def index_select_fwd(q, weights, keys, lo, hi, *, k: int, blocks: IndexerBlocks, interpret) -> jax.Array:
-    """i32[rows, S]: 1 where chosen; operands as in `index_scores_fwd`."""
-    num_rows, heads, width, size, grid, tiles = _sizes(q, keys, blocks)
-    padded = round_up(size, blocks.keys)
-    needed = blocks.vmem_bytes(heads, width, size, q.dtype.itemsize)
-    return pl.pallas_call(
-        functools.partial(_select_body, blocks=blocks, k=k),
-        grid=grid,
-        in_specs=_operand_specs(heads, width, tiles, blocks),
-        out_specs=pl.BlockSpec((blocks.rows, padded), lambda r, s: (r, 0)),
-        out_shape=jax.ShapeDtypeStruct((num_rows, padded), jnp.int32),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=max(2 * needed, 16 * 2**20)
-        ),
-        cost_estimate=_cost(
-            num_rows, heads, width, size, q.dtype.itemsize, grid[0] * size * width, 4 * num_rows * size
-        ),
-        interpret=interpret,
-        name="index_select_fwd",
-    )(q, weights, keys, lo, hi)[:, :size]
+    )

@@ -14,7 +14,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.arithmetic import cdiv
-from pallas_kernels.indexer.kernel_tpu import products, visible_in
+from pallas_kernels.indexer.kernel_tpu import visible_in
+from pallas_kernels.indexer.key_tiles import products
 from pallas_kernels.indexer.tuning import IndexerBlocks
 
 
@@ -26,12 +27,12 @@ def _own_keys(keys_ref, b, first, size, blocks):
 
 def _pieces(q_ref, weights_ref, keys_ref, lo_ref, hi_ref, d_ref, first, size, blocks):
     """Per sequence: its rows, keys, relu'd products, and e, all of one tile."""
-    visible = visible_in(lo_ref, hi_ref, first, blocks)
+    visible = visible_in(lo_ref[...], hi_ref[...], first, blocks.keys)
     d_scores = jnp.where(visible, d_ref[...], 0)
     for b in range(blocks.sequences):
         own = slice(b * blocks.queries, (b + 1) * blocks.queries)
         keys = _own_keys(keys_ref, b, first, size, blocks)
-        dots = products(q_ref[own], keys).reshape(blocks.queries, -1, blocks.keys)
+        dots = products(q_ref[own].reshape(-1, keys.shape[1]), keys).reshape(blocks.queries, -1, blocks.keys)
         d = d_scores[own][:, None]  # [queries, 1, keys]
         e = jnp.where(dots > 0, d * weights_ref[own][..., None], 0)
         yield own, keys, jnp.maximum(dots, 0) * d, e.reshape(-1, blocks.keys).astype(keys.dtype)
@@ -83,9 +84,9 @@ def _keys_body(q_ref, weights_ref, keys_ref, lo_ref, hi_ref, d_ref, dk_ref, dk_s
 
 
 def index_scores_bwd(
-    q, weights, keys, lo, hi, d_scores, *, blocks: IndexerBlocks, interpret
+    q, weights, keys, lo, hi, d_scores, *, blocks: IndexerBlocks, vmem_limit: int, interpret
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(dq, dw, dk) in the shapes of `kernel_tpu.index_scores_fwd`'s operands."""
+    """(dq, dw, dk) in the shapes of q, weights and keys, all rows padded."""
     (num_rows, heads, width), (batch, size, _) = q.shape, keys.shape
     num_blocks, num_tiles = num_rows // blocks.rows, cdiv(size, blocks.keys)
     per_sequence = num_blocks * blocks.sequences // batch  # blocks of rows that share their keys
@@ -119,7 +120,9 @@ def index_scores_bwd(
             pltpu.VMEM((blocks.rows, heads, width), jnp.float32),
             pltpu.VMEM((blocks.rows, heads), jnp.float32),
         ],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem_limit
+        ),
         cost_estimate=cost,
         interpret=interpret,
         name="index_scores_bwd_queries",
@@ -133,7 +136,9 @@ def index_scores_bwd(
         out_specs=dk_spec,
         out_shape=jax.ShapeDtypeStruct(keys.shape, keys.dtype),
         scratch_shapes=[pltpu.VMEM((blocks.sequences, blocks.keys, width), jnp.float32)],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=vmem_limit
+        ),
         cost_estimate=cost,
         interpret=interpret,
         name="index_scores_bwd_keys",

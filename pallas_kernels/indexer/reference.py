@@ -4,15 +4,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
+from pallas_kernels.indexer.formats import Keys, decoded
+
 
 def index_scores_reference(
     q: Float[Array, "B T Hi Di"],
     weights: Float32[Array, "B T Hi"],
-    keys: Float[Array, "B S Di"],
+    keys: Keys,
     lo: Int32[Array, "B T"],
     hi: Int32[Array, "B T"],
 ) -> Float32[Array, "B T S"]:
     """The definition; the contract is in `op.index_scores`."""
+    keys = decoded(keys)
     dots = jnp.einsum(
         "bthd,bsd->bths", q, keys, preferred_element_type=jnp.float32, precision=jax.lax.Precision.HIGHEST
     )

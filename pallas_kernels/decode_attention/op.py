@@ -1,0 +1,240 @@
+"""Public entry point of the family: contract, dispatch, refusal to differentiate. No tiling here."""
+
+import functools
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int32
+
+from pallas_kernels.arithmetic import round_up
+from pallas_kernels.decode_attention import (
+    kernel_tpu,
+    kernel_tpu_gather,
+    reference,
+    stored,
+    tuning,
+    visibility,
+)
+
+
+def decode_attention(
+    q: Float[Array, "B T H Dh"],
+    ring: Float[Array, "R B M Dh"],
+    position: Int32[Array, "B T"],
+    sink: Float32[Array, "H"],
+    repeat: Int32[Array, ""],
+    entries: stored.Entries | None = None,
+    hi: Int32[Array, "B T"] | None = None,
+    index: Int32[Array, "B T K"] | None = None,
+    *,
+    window: int,
+    impl: Literal["pallas", "reference"] = "pallas",
+    blocks: tuning.DecodeBlocks | None = None,
+    interpret: Any = False,
+) -> tuple[Float[Array, "B T H Dh"], Float32[Array, "B T H"]]:
+    """One softmax of a few new tokens over the ring of recent rows, compressed entries and a sink.
+
+    Equation (DeepSeek-V4 report, section 2.3, core attention):
+        p(s)    = last - (last - s) mod M,   last = max_t position_t         the position of ring slot s
+        J_t     = { ring[s] : 0 <= position_t - p(s) <= min(position_t, W - 1) }
+                  and { entries[s] : s < hi_t }  or  { entries[s] : s in index_t }
+        z_hj    = Dh^-1/2 q_th . k_j,   j in J_t
+        lse_th  = log(exp(sink_h) + sum_j exp(z_hj))
+        o_th    = sum_j exp(z_hj - lse_th) k_j          (the key is also the value; the sink has none)
+
+    Args:
+        q: [B, T, H, Dh] rotated queries, bfloat16 or float32 (H = 64 or 128, Dh = 512 in V4); T = 1 for
+            decoding, 1 + drafts for verification.
+        ring: [R, B, M, Dh] rows of recent tokens in the dtype of `q`, the call's own already written, slot =
+            position mod M, M >= W - 1 + T. All values must be finite, those that no query sees too.
+        position: i32[B, T], the last T tokens of each sequence in any order; negative for padding, which
+            sees no row of the ring. Padding behind the last token may also count on, as if it were tokens.
+        sink: f32[H] logits, finite, not scaled.
+        repeat: i32[] index into R, 0 <= repeat < R: which repeat of the layer this is.
+        entries: [R, B, S, Dh] compressed entries in the dtype of `q`, or `stored.Fp8Entries`; None for none
+            (window layers). With `hi`, those from max_t hi_t on may be uninitialised memory; with `index`
+            all must be finite.
+        hi: i32[B, T], 0 <= hi <= S: query t sees entries s < hi_t (HCA).
+        index: i32[B, T, K]: query t sees these (CSA); -1 for none, any order, none twice, < S.
+        window: W >= 1 (128 in V4).
+        impl: "reference" runs dense plain XLA. There is no silent fallback.
+        blocks: tile sizes, and the path for `index`; None lets `tuning.choose_blocks` pick. Speed only.
+        interpret: passed to `pl.pallas_call`; tests set it, callers leave it alone.
+
+    Returns:
+        o: [B, T, H, Dh] in the dtype of `q`, still rotated.
+        lse: f32[B, T, H], the sink included. A query that sees nothing has o = 0, lse = sink.
+
+    Numerics: logits, maxima, sums and accumulation are float32; the sink takes part in the maximum;
+        probabilities are rounded to the dtype of `q` before they meet the values, and normalised after.
+        Within 1e-5 (relative to max |o|) of the reference in float32, where only the order of sums differs;
+        within 1e-2 in bfloat16, because probabilities are rounded relative to a running maximum. Fp8
+        entries are decoded to the dtype of `q` without rounding.
+    Gradients: none, and asking for them raises: training uses `hybrid_attention`.
+    Cost: with N keys read a sequence, 4 T H N Dh FLOP and N Dh + 2 T H Dh elements of HBM. N is M without
+        entries; with `hi`, M + max_t hi_t rounded up to a block (blocks beyond are not fetched); with
+        `index`, either M + max_t max index_t likewise, under a mask of B T S bytes, or M + T K rows copied
+        one by one, in bfloat16 two for one (`tuning.gather_pays` says which). No copy of the cache, if it
+        lies in memory row by row: XLA may store arrays whose M or S is no multiple of 8 (fp8: 128) in
+        another layout, and then copies them for every call. VMEM of a grid step:
+        `tuning.Geometry.vmem_bytes`; gathering, it is mostly 2 K rows of 4 Dh bytes.
+    Sharding: B and H may be split freely (ring and entries are then repeated over H). R, T, M, S and Dh must
+        be whole.
+    Raises:
+        ValueError: for shapes or dtypes that do not fit, an unknown impl, entries without exactly one of hi
+            and index, or a gathering block where rows have no pairs; all problems at once. For shapes whose
+            smallest tiles exceed VMEM.
+        TypeError: when differentiated.
+    """
+    operands = _Operands(q, ring, position, sink, jnp.asarray(repeat), entries, hi, index)
+    if problems := _problems(operands, window, impl, blocks):
+        raise ValueError("decode_attention: " + "; ".join(problems))
+    if entries is not None and 0 in (stored.shape_of(entries)[2], 1 if index is None else index.shape[2]):
+        operands = operands._replace(entries=None, hi=None, index=None)
+    if impl == "reference":
+        run = functools.partial(reference.decode_attention_reference, window=window)
+    else:
+        run = functools.partial(_run_kernel, window=window, blocks=blocks, interpret=interpret)
+    return _without_gradient(run, operands)
+
+
+class _Operands(NamedTuple):
+    q: jax.Array
+    ring: jax.Array
+    position: jax.Array
+    sink: jax.Array
+    repeat: jax.Array
+    entries: stored.Entries | None
+    hi: jax.Array | None
+    index: jax.Array | None
+
+
+def _problems(o: _Operands, window: int, impl: str, blocks: tuning.DecodeBlocks | None) -> list[str]:
+    """Every rule the arguments break."""
+    if o.q.ndim != 4 or o.ring.ndim != 4:
+        return [f"q {o.q.shape} must be [B, T, H, Dh] and ring {o.ring.shape} [R, B, M, Dh]"]
+    batch, length, heads, width = o.q.shape
+    repeats, _, slots, _ = o.ring.shape
+    rules = {
+        f"impl={impl!r} must be 'pallas' or 'reference'": impl in ("pallas", "reference"),
+        f"window={window} must be at least 1": window >= 1,
+        f"q is {o.q.dtype}, must be bfloat16 or float32": o.q.dtype in (jnp.bfloat16, jnp.float32),
+        f"ring is {o.ring.dtype}, must be {o.q.dtype} as q": o.ring.dtype == o.q.dtype,
+        f"ring {o.ring.shape} must be {('R', batch, 'M', width)}": o.ring.shape
+        == (repeats, batch, slots, width),
+        f"ring has {slots} slots, needs window - 1 + T = {window - 1 + length}": slots >= window - 1 + length,
+        f"position {o.position.shape} must be {(batch, length)}": o.position.shape == (batch, length),
+        f"sink {o.sink.shape} must be {(heads,)}": o.sink.shape == (heads,),
+        f"sink is {o.sink.dtype}, must be float32": o.sink.dtype == jnp.float32,
+        f"repeat {o.repeat.shape} must be a scalar": o.repeat.shape == (),
+    }
+    if o.entries is None:
+        rules["hi and index need entries"] = o.hi is None and o.index is None
+    else:
+        quantized = isinstance(o.entries, stored.Fp8Entries)
+        shape = stored.shape_of(o.entries)
+        size = shape[2] if len(shape) == 4 else 0
+        rules |= (
+            _fp8_rules(o.entries, size)
+            if quantized
+            else {f"entries is {o.entries.dtype}, must be {o.q.dtype} as q": o.entries.dtype == o.q.dtype}
+        )
+        rules |= {
+            f"entries {shape} must be {('R', batch, 'S', width)}": shape == (repeats, batch, size, width),
+            "entries need exactly one of hi and index": (o.hi is None) != (o.index is None),
+        }
+        if blocks is not None and blocks.gather:
+            pairs = kernel_tpu_gather.rows_a_copy(o.q.dtype)
+            rules["blocks.gather needs index"] = o.index is not None
+            rules["blocks.gather cannot read fp8 entries"] = not quantized
+            rules[f"blocks.gather needs S={size} to be a multiple of {pairs}"] = size % pairs == 0
+    if o.hi is not None:
+        rules[f"hi {o.hi.shape} must be {(batch, length)}"] = o.hi.shape == (batch, length)
+    if o.index is not None:
+        shape = (batch, length, o.index.shape[-1])
+        rules[f"index {o.index.shape} must be {(batch, length, 'K')}"] = o.index.shape == shape
+    integers = {"position": o.position, "repeat": o.repeat, "hi": o.hi, "index": o.index}
+    for name, x in integers.items():
+        if x is not None:
+            rules[f"{name} is {x.dtype}, must be int32"] = x.dtype == jnp.int32
+    return [rule for rule, holds in rules.items() if not holds]
+
+
+def _fp8_rules(entries: stored.Fp8Entries, size: int) -> dict[str, bool]:
+    channels = entries.values.shape[-1]
+    expected = (*entries.values.shape[:-1], stored.scale_bytes(channels))
+    return {
+        f"entries.values is {entries.values.dtype}, must be e4m3fn": entries.values.dtype
+        == jnp.float8_e4m3fn,
+        f"entries.values has {channels} channels, must be a positive multiple of {stored.GROUP}": channels > 0
+        and channels % stored.GROUP == 0,
+        f"entries.scales is {entries.scales.dtype}, must be uint8": entries.scales.dtype == jnp.uint8,
+        f"entries.scales {entries.scales.shape} must be {expected}": entries.scales.shape == expected,
+        f"entries.rotary is {entries.rotary.dtype}, must be bfloat16": entries.rotary.dtype == jnp.bfloat16,
+        f"entries.rotary {entries.rotary.shape} must be {('R', 'B', size, 'Dr')}": entries.rotary.shape[:-1]
+        == entries.values.shape[:-1],
+    }
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _without_gradient(run, operands):
+    return run(*operands)
+
+
+@_without_gradient.defjvp
+def _refuse(run, primals, tangents):
+    raise TypeError("decode_attention has no gradient: train through hybrid_attention")
+
+
+def _run_kernel(q, ring, position, sink, repeat, entries, hi, index, *, window, blocks, interpret):
+    batch, length, heads, width = q.shape
+    slots, num_entries = ring.shape[2], 0 if entries is None else stored.shape_of(entries)[2]
+    quantized = isinstance(entries, stored.Fp8Entries)
+    num_chosen = None if index is None else index.shape[2]
+    blocks = blocks or tuning.choose_blocks(
+        queries=length,
+        heads=heads,
+        width=width,
+        slots=slots,
+        num_entries=num_entries,
+        num_chosen=num_chosen,
+        itemsize=q.dtype.itemsize,
+        quantized=quantized,
+    )
+    masked = index is not None and not blocks.gather
+    g = tuning.Geometry(
+        batch, length, heads, width, slots, num_entries, q.dtype.itemsize, masked, quantized, blocks
+    )
+    if hi is not None:
+        hi = jnp.clip(hi, 0, num_entries)
+    if index is not None:
+        index = jnp.clip(index, -1, num_entries - 1)
+    sink, repeat = sink[:, None], jnp.clip(repeat, 0, ring.shape[0] - 1)[None]
+    if blocks.gather:
+        view = visibility.views(position, None, window, slots).reshape(batch * length, 1, -1)
+        padded = round_up(num_chosen, tuning.ROWS_UNROLLED) - num_chosen
+        index = jnp.pad(index, ((0, 0), (0, 0), (0, padded)), constant_values=-1)
+        o, lse = kernel_tpu_gather.gather(
+            g,
+            q.reshape(batch * length, heads, width),
+            view,
+            ring,
+            sink,
+            repeat,
+            entries,
+            index.reshape(batch * length, 1, -1),
+            interpret=interpret,
+        )
+        return o.reshape(q.shape), lse.reshape(batch, length, heads)
+    chosen = None
+    if index is not None:
+        hi = index.max(axis=2) + 1
+        chosen = visibility.chosen_mask(index, num_entries).astype(jnp.int8)
+    view = visibility.views(position, hi, window, slots)
+    extent = view[..., visibility.HI].max(axis=1)
+    rows = q.reshape(batch, length * heads, width)
+    o, lse = kernel_tpu.stream(
+        g, rows, view, ring, sink, repeat, entries, extent, chosen, interpret=interpret
+    )
+    return o.reshape(q.shape), lse

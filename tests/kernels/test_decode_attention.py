@@ -1,0 +1,443 @@
+"""`decode_attention`: reference against torch, both kernels against reference, mutations, compilers."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from jax import export
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.decode_attention import Fp8Entries, decode_attention, kernel_tpu, visibility
+from pallas_kernels.decode_attention.tuning import (
+    VMEM_LIMIT,
+    DecodeBlocks,
+    Geometry,
+    choose_blocks,
+    gather_pays,
+)
+from tests.kernels.ahead_of_time import CHIPS, compile_for
+
+MOSAIC_CALL = export.DisabledSafetyCheck.custom_call("tpu_custom_call")
+# Small blocks on purpose: the cases below span several groups and blocks, and ragged ends of both.
+SMALL = DecodeBlocks(sequences=2, entries=128)
+GATHER = DecodeBlocks(sequences=1, entries=128, gather=True)
+STRICT = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", dma_execution_mode="on_wait")
+
+# float32: the same terms in another order, relative to the largest value of a result.
+FLOAT32 = 1e-5
+# bfloat16 (8 bits): probabilities and the result are rounded once, against exact inputs.
+BFLOAT16 = 1e-2
+
+REPEATS, REPEAT = 3, 1
+
+
+def fp8_entries(rng, *shape, width):
+    """Random entries of width - 16 channels in fp8 and 16 rotated ones."""
+    still = width - 16
+    values = rng.standard_normal((*shape, still)).astype(np.float32)
+    return Fp8Entries(
+        np.array(jnp.asarray(values, jnp.float8_e4m3fn)),
+        rng.integers(124, 130, (*shape, 8)).astype(np.uint8),
+        np.array(jnp.asarray(rng.standard_normal((*shape, 16)), jnp.bfloat16)),
+    )
+
+
+def operands(
+    *, last, length=1, heads=2, window=5, spare=0, entries=0, seen=None, chosen=0, width=16, fp8=False
+):
+    """Random operands of one call; `last` are the positions of the newest tokens, -1 for padding rows.
+
+    Rows that no position has been written to hold large numbers, entries beyond what is seen NaN.
+    """
+    rng = np.random.default_rng(length + entries + len(last))
+    batch, slots = len(last), window - 1 + length + spare
+
+    def normal(*shape):
+        return rng.standard_normal(shape).astype(np.float32)
+
+    position = np.array(last)[:, None] - np.arange(length)[::-1]
+    position[np.array(last) < 0] = -1
+    ring = normal(REPEATS, batch, slots, width)
+    for b, newest in enumerate(last):
+        ring[:, b, max(newest + 1, 0) :] = 1e3
+    o = {
+        "q": 4 * normal(batch, length, heads, width),
+        "ring": ring,
+        "position": position.astype(np.int32),
+        "sink": normal(heads),
+        "repeat": np.int32(REPEAT),
+    }
+    if not entries:
+        return {name: jnp.asarray(x) for name, x in o.items()}
+    shape = (REPEATS, batch, entries)
+    o["entries"] = fp8_entries(rng, *shape, width=width) if fp8 else normal(*shape, width)
+    if seen is not None:
+        # The queries of one sequence see up to one entry less, each.
+        o["hi"] = np.maximum(np.array(seen)[:, None] - np.arange(length)[::-1], 0).astype(np.int32)
+        for b, count in enumerate(seen):
+            for part in o["entries"] if fp8 else [o["entries"]]:
+                part[:, b, count:] = 255 if part.dtype == np.uint8 else np.nan
+    else:
+        # Some lists are shorter than K, and one is empty.
+        index = np.full((batch, length, chosen), -1)
+        for b in range(batch):
+            for t in range(length):
+                count = (chosen * (b + t)) // (batch + length - 2) if batch + length > 2 else chosen
+                index[b, t, rng.permutation(chosen)[:count]] = rng.permutation(entries)[:count]
+        o["index"] = index.astype(np.int32)
+    return jax.tree.map(jnp.asarray, o)
+
+
+CASES = {
+    "first token": dict(last=[0], spare=3),
+    "window": dict(last=[0, 3, 4, 5, 6, 70, -1], spare=2),
+    "drafts around the ring's end": dict(last=[2, 6, 7, 8, 9, 30], length=3, heads=3, spare=1),
+    "window of one": dict(last=[0, 9, 11], length=2, window=1),
+    "window longer than a tile": dict(last=[200, 141, 90], window=140, spare=7),
+    "entries": dict(last=[50, 7, 90], entries=300, seen=[300, 0, 129]),
+    "one block of entries": dict(last=[50, 7, 90, 3], length=2, entries=72, seen=[72, 0, 31, 1]),
+    "drafts complete entries": dict(last=[50, 7, 90, 4, 2], length=3, entries=260, seen=[256, 1, 130, 0, 2]),
+    "chosen": dict(last=[50, 7, 90], entries=300, chosen=21),
+    "chosen by drafts": dict(last=[50, 7, 90, -1], length=3, heads=3, entries=258, chosen=40),
+    "one chosen": dict(last=[50], entries=2, chosen=1),
+    "fp8": dict(last=[50, 7, 90], length=2, entries=300, seen=[300, 0, 129], width=144, fp8=True),
+    "chosen of fp8": dict(last=[50, 7], length=2, entries=200, chosen=21, width=80, fp8=True),
+}
+GATHERED = ["chosen", "chosen by drafts", "one chosen"]
+
+
+def call(o, window, **options):
+    o = o | dict(window=window, **options)
+    results = jax.jit(functools.partial(decode_attention, **options, window=window))
+    del o["window"]
+    for name in options:
+        del o[name]
+    return dict(zip(("o", "lse"), results(**o), strict=True))
+
+
+@functools.cache
+def expected(name):
+    return call(operands(**CASES[name]), CASES[name].get("window", 5), impl="reference")
+
+
+def run(name, **options):
+    return call(operands(**CASES[name]), CASES[name].get("window", 5), **options)
+
+
+def errors(got, want):
+    """Largest difference relative to the largest value, by name; NaN counts as infinite."""
+    assert got.keys() == want.keys()
+
+    def error(x, y):
+        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        difference = np.abs(x - y).max() / max(np.abs(y).max(), 1e-30)
+        return difference if np.isfinite(x).all() else np.inf
+
+    return {name: error(got[name], want[name]) for name in want}
+
+
+def assert_close(got, want, bound):
+    wrong = {name: error for name, error in errors(got, want).items() if not error <= bound}
+    assert not wrong, wrong
+
+
+def torch_results(o, window):
+    """The same from lists of rows by position, one query at a time, in float64."""
+    entries = o.get("entries")
+    if isinstance(entries, Fp8Entries):
+        values, scales, rotary = (np.asarray(x, np.float64) for x in entries)
+        groups = np.split(values, values.shape[-1] // 64, axis=-1)
+        still = [group * 2 ** (scales[..., [g]] - 127) for g, group in enumerate(groups)]
+        entries = np.concatenate([*still, rotary], axis=-1)
+    floats = {n: o[n] for n in ("q", "ring", "sink")} | ({} if entries is None else {"entries": entries})
+    t = {n: torch.tensor(np.asarray(x, np.float64)) for n, x in floats.items()}
+    batch, length, heads, width = t["q"].shape
+    slots = t["ring"].shape[2]
+    out = torch.zeros(batch, length, heads, width, dtype=torch.float64)
+    lse = torch.zeros(batch, length, heads, dtype=torch.float64)
+    for b in range(batch):
+        for i in range(length):
+            newest = int(o["position"][b, i])
+            tokens = range(max(newest - window + 1, 0), newest + 1)
+            keys = t["ring"][REPEAT, b, [p % slots for p in tokens]]
+            if "entries" in o:
+                picked = range(int(o["hi"][b, i])) if "hi" in o else o["index"][b, i].tolist()
+                keys = torch.cat([keys, t["entries"][REPEAT, b, [s for s in picked if s >= 0]]])
+            logits = torch.cat([t["q"][b, i] @ keys.T / width**0.5, t["sink"][:, None]], dim=1)
+            out[b, i] = torch.softmax(logits, dim=1)[:, :-1] @ keys
+            lse[b, i] = torch.logsumexp(logits, dim=1)
+    return {"o": out.numpy(), "lse": lse.numpy()}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_reference_matches_torch(name):
+    want = torch_results(operands(**CASES[name]), CASES[name].get("window", 5))
+    assert_close(expected(name), want, FLOAT32)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_streaming_matches_reference(name):
+    assert_close(run(name, blocks=SMALL, interpret=True), expected(name), FLOAT32)
+
+
+@pytest.mark.parametrize("name", GATHERED)
+def test_gathering_matches_reference(name):
+    assert_close(run(name, blocks=GATHER, interpret=True), expected(name), FLOAT32)
+
+
+def test_published_widths_with_chosen_blocks():
+    case = dict(last=[900, 30, -1], heads=8, window=128, width=512, entries=150, seen=[150, 1, 0])
+    o = operands(**case)
+    assert_close(call(o, 128, interpret=True), call(o, 128, impl="reference"), FLOAT32)
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks"),
+    [("drafts complete entries", SMALL), ("chosen by drafts", SMALL), ("chosen by drafts", GATHER)]
+    + [("fp8", SMALL)],
+)
+def test_bfloat16_stays_close_to_exact(name, blocks):
+    o, window = operands(**CASES[name]), CASES[name].get("window", 5)
+    rounded = ("q", "ring") if CASES[name].get("fp8") else ("q", "ring", "entries")
+    low = {n: o[n].astype(jnp.bfloat16) for n in rounded if n in o}
+    got = call(o | low, window, blocks=blocks, interpret=True)
+    assert got["o"].dtype == jnp.bfloat16 and got["lse"].dtype == jnp.float32
+    exact = {n: x.astype(jnp.float32) for n, x in low.items()}
+    assert_close(got, call(o | exact, window, impl="reference"), BFLOAT16)
+
+
+STRICT_CASES = {
+    "streaming": (dict(last=[50, 7, 9], length=2, entries=200, seen=[200, 0, 3]), jnp.float32, SMALL),
+    "masked": (dict(last=[50, 7], length=2, entries=200, chosen=20), jnp.bfloat16, SMALL),
+    "fp8": (dict(last=[50, 7], length=2, entries=200, seen=[200, 3], width=80, fp8=True), jnp.float32, SMALL),
+    "gathering": (dict(last=[50, 7], length=2, entries=40, chosen=20), jnp.float32, GATHER),
+}
+
+
+@pytest.mark.parametrize("name", STRICT_CASES)
+def test_no_races_and_nothing_uninitialised(capfd, name):
+    """The strict interpreter fills unwritten memory with NaN, copies at the wait, and watches for races.
+
+    It cannot see a reference as words, which gathering in bfloat16 does; the rest of that path is float32's.
+    """
+    case, dtype, blocks = STRICT_CASES[name]
+    o = operands(**case)
+    o |= {n: o[n].astype(dtype) for n in ("q", "ring", "entries") if not isinstance(o[n], Fp8Entries)}
+    got = call(o, 5, blocks=blocks, interpret=STRICT)
+    assert "RACE DETECTED" not in "".join(capfd.readouterr())
+    assert_close(got, call(o, 5, impl="reference"), FLOAT32 if dtype == jnp.float32 else BFLOAT16)
+
+
+@pytest.mark.parametrize("impl", ["pallas", "reference"])
+def test_a_query_that_sees_nothing_returns_the_sink(impl):
+    o = operands(last=[-1, 8], length=2, entries=20, seen=[0, 4])
+    got = call(o, 5, impl=impl, **({"interpret": True} if impl == "pallas" else {}))
+    np.testing.assert_array_equal(got["o"][0], 0)
+    np.testing.assert_allclose(got["lse"][0], np.broadcast_to(o["sink"], (2, 2)), rtol=1e-6)
+
+
+def test_padding_behind_the_last_token_may_count_on():
+    """Two tokens and a padding query at the next position are the two tokens alone, in the same ring."""
+    o = operands(last=[9, 30], length=2, spare=1)
+    more = ((0, 0), (0, 1), (0, 0), (0, 0))
+    padded = o | {
+        "q": jnp.pad(o["q"], more),
+        "position": jnp.concatenate([o["position"], o["position"][:, 1:] + 1], axis=1),
+    }
+    got = {name: x[:, :2] for name, x in call(padded, 5, blocks=SMALL, interpret=True).items()}
+    assert_close(got, call(o, 5, impl="reference"), FLOAT32)
+
+
+def test_the_repeat_may_be_traced():
+    o = operands(**CASES["entries"])
+
+    def every_repeat(repeat, o):
+        return repeat + 1, decode_attention(**o | {"repeat": repeat}, window=5, blocks=SMALL, interpret=True)
+
+    _, (got, _) = jax.lax.scan(lambda r, _: every_repeat(r, o), jnp.int32(0), length=REPEATS)
+    assert_close({"o": got[REPEAT]}, {"o": expected("entries")["o"]}, FLOAT32)
+    assert np.abs(got[REPEAT] - got[0]).max() > 0.1
+
+
+def test_chosen_mask_is_membership():
+    rng = np.random.default_rng(0)
+    index = np.stack([rng.permutation(700)[:90] for _ in range(6)]).reshape(2, 3, 90)
+    index[0, 1, 5:] = -1
+    mask = np.asarray(visibility.chosen_mask(jnp.asarray(index, jnp.int32), 700))
+    for b, t in np.ndindex(2, 3):
+        assert set(np.flatnonzero(mask[b, t])) == set(index[b, t]) - {-1}
+
+
+def forget_the_ring_wraps(monkeypatch, o):
+    views = visibility.views
+    monkeypatch.setattr(
+        visibility, "views", lambda position, hi, window, slots: views(position, hi, window, slots + 1)
+    )
+    return o
+
+
+def shift_entries(monkeypatch, o):
+    mask = visibility.entry_mask
+    monkeypatch.setattr(
+        visibility, "entry_mask", lambda view, first, count, chosen: mask(view, first + 1, count, chosen)
+    )
+    return o
+
+
+def keep_unseen_rows(monkeypatch, o):
+    monkeypatch.setattr(kernel_tpu, "clear_from", lambda ref, keep: None)
+    return o
+
+
+def drop_sink(monkeypatch, o):
+    return o | {"sink": o["sink"] - 1e4}
+
+
+@pytest.mark.parametrize("mutate", [forget_the_ring_wraps, shift_entries, keep_unseen_rows, drop_sink])
+def test_mutations_are_caught(monkeypatch, mutate):
+    """The comparisons above are sharp: a mask off by one, a missing sink or stale rows move the results."""
+    o = mutate(monkeypatch, operands(**CASES["drafts complete entries"]))
+    found = errors(call(o, 5, blocks=SMALL, interpret=True), expected("drafts complete entries"))
+    assert found["o"] > 100 * FLOAT32, found
+
+
+def test_differentiation_is_refused():
+    o = operands(**CASES["window"])
+    with pytest.raises(TypeError, match="no gradient: train through hybrid_attention"):
+        jax.grad(lambda q: decode_attention(**o | {"q": q}, window=5, impl="reference")[0].sum())(o["q"])
+
+
+def test_bad_arguments_are_named():
+    o = operands(**CASES["chosen"])
+    with pytest.raises(ValueError, match=r"ring is bfloat16.*sink \(3,\) must be \(2,\)"):
+        call(o | {"ring": o["ring"].astype(jnp.bfloat16), "sink": jnp.zeros(3)}, 5)
+    with pytest.raises(ValueError, match="ring has 5 slots, needs window - 1 \\+ T = 6"):
+        call(o, 6)
+    with pytest.raises(ValueError, match="exactly one of hi and index"):
+        call(o | {"hi": o["position"]}, 5)
+    with pytest.raises(ValueError, match="hi and index need entries"):
+        call({n: x for n, x in o.items() if n != "entries"}, 5)
+    with pytest.raises(ValueError, match="impl='xla'"):
+        call(o, 5, impl="xla")
+    low = {n: o[n].astype(jnp.bfloat16) for n in ("q", "ring")}
+    with pytest.raises(ValueError, match="S=299 to be a multiple of 2"):
+        call(o | low | {"entries": o["entries"][:, :, 1:].astype(jnp.bfloat16)}, 5, blocks=GATHER)
+    fp8 = operands(**CASES["chosen of fp8"])
+    with pytest.raises(ValueError, match="cannot read fp8 entries"):
+        call(fp8, 5, blocks=GATHER)
+    wrong = fp8["entries"]._replace(scales=fp8["entries"].scales[..., :0])
+    with pytest.raises(ValueError, match=r"entries.scales .* must be \(3, 2, 200, 8\)"):
+        call(fp8 | {"entries": wrong}, 5)
+    with pytest.raises(ValueError, match="sequences=0 .*entries=100"):
+        DecodeBlocks(sequences=0, entries=100)
+
+
+# ---- compiling for TPUs ------------------------------------------------------------------------------------
+
+HEADS = {"flash": 64, "pro": 128}
+TOP_K = {"flash": 512, "pro": 1024}
+ENTRIES = {"window": (0, 0), "hca": (512, 8192), "csa": (16384, 262144)}  # at 64K and at 1M tokens
+
+
+def full_size(path, model="flash", *, length=1, batch=64, long=False, slots=136, fp8=False):
+    """Shapes of a decode step of 64 sequences; the stack holds two repeats."""
+    heads, width = HEADS[model], 512
+    num_entries = ENTRIES[path][long]
+    shapes = {
+        "q": ((batch, length, heads, width), jnp.bfloat16),
+        "ring": ((2, batch, slots, width), jnp.bfloat16),
+        "position": ((batch, length), jnp.int32),
+        "sink": ((heads,), jnp.float32),
+        "repeat": ((), jnp.int32),
+    }
+    if num_entries:
+        stack = (2, batch, num_entries)
+        shapes["entries"] = ((*stack, width), jnp.bfloat16)
+    if fp8:
+        parts = (448, jnp.float8_e4m3fn), (8, jnp.uint8), (64, jnp.bfloat16)
+        del shapes["entries"]
+        shapes |= {n: ((*stack, c), d) for n, (c, d) in zip(Fp8Entries._fields, parts, strict=True)}
+    if path == "hca":
+        shapes["hi"] = ((batch, length), jnp.int32)
+    if path == "csa":
+        shapes["index"] = ((batch, length, TOP_K[model]), jnp.int32)
+    return {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
+
+
+def step(names, blocks, *arrays):
+    o = dict(zip(names, arrays, strict=True))
+    if "values" in o:
+        o["entries"] = Fp8Entries(*(o.pop(part) for part in Fp8Entries._fields))
+    return decode_attention(**o, window=128, blocks=blocks)
+
+
+def compile_full_size(chip, shapes, blocks=None):
+    """Compiles, and holds the program to its promise: temporaries are small, so no cache is copied."""
+    program = compile_for(chip, functools.partial(step, tuple(shapes), blocks), *shapes.values())
+    cache = sum(np.prod(shapes[n].shape) for n in ("ring", "entries", "values") if n in shapes)
+    assert program.memory_analysis().temp_size_in_bytes < cache / 2
+
+
+@pytest.mark.parametrize("path", ENTRIES)
+def test_lowers_to_mosaic(path):
+    shapes = full_size(path)
+    program = jax.jit(functools.partial(step, tuple(shapes), None))
+    exported = export.export(program, platforms=["tpu"], disabled_checks=[MOSAIC_CALL])(*shapes.values())
+    assert "@tpu_custom_call" in exported.mlir_module()
+
+
+COMPILED = {
+    "window": (full_size("window"), None),
+    "hca": (full_size("hca"), None),
+    "csa masked": (full_size("csa"), DecodeBlocks(sequences=4, entries=1024)),
+    "csa gathered": (full_size("csa"), None),
+    "hca in fp8": (full_size("hca", fp8=True), None),
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiles_ahead_of_time(name):
+    compile_full_size("v6e", *COMPILED[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("long", [False, True])
+@pytest.mark.parametrize("length", [1, 3])
+@pytest.mark.parametrize("path", ENTRIES)
+@pytest.mark.parametrize("model", HEADS)
+@pytest.mark.parametrize("chip", CHIPS)
+def test_compiles_ahead_of_time_everywhere(chip, model, path, length, long):
+    # Four sequences of a million tokens: 64 of them fill no chip's memory.
+    compile_full_size(chip, full_size(path, model, length=length, batch=4 if long else 64, long=long))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("long", [False, True])
+@pytest.mark.parametrize("path", ["hca", "csa"])
+@pytest.mark.parametrize("chip", CHIPS)
+def test_fp8_compiles_ahead_of_time_everywhere(chip, path, long):
+    compile_full_size(chip, full_size(path, batch=4 if long else 64, long=long, fp8=True))
+
+
+@pytest.mark.parametrize("length", [1, 3, 9])
+@pytest.mark.parametrize("heads", [64, 128])
+def test_chosen_blocks_fit(heads, length):
+    sizes = dict(queries=length, heads=heads, width=512, slots=136, itemsize=4)
+    for num_entries, num_chosen in ((0, None), (8192, None), (4000, 1024)):
+        blocks = choose_blocks(**sizes, num_entries=num_entries, num_chosen=num_chosen)
+        g = Geometry(64, length, heads, 512, 136, num_entries, 4, num_chosen is not None, False, blocks)
+        assert g.vmem_bytes() <= VMEM_LIMIT
+    with pytest.raises(ValueError, match="no legal block fits"):
+        choose_blocks(**sizes | {"slots": 2**16}, num_entries=0, num_chosen=None)
+
+
+def test_gathering_pays_for_long_lists_of_entries():
+    one = dict(rows=64, num_chosen=512, itemsize=2)
+    assert not gather_pays(queries=1, num_entries=4886, **one)
+    assert gather_pays(queries=1, num_entries=4888, **one)
+    assert not gather_pays(queries=1, num_entries=4889, **one)  # no pairs
+    assert not gather_pays(queries=3, num_entries=7678, **one | {"rows": 192})
+    assert gather_pays(queries=3, num_entries=7682, **one | {"rows": 192})
