@@ -147,8 +147,9 @@ class LanguageModel:
 
     def new_cache(self, batch: int, max_length: int, max_rewind: int = 8) -> Cache:
         """An empty cache for `batch` rows of up to `max_length` tokens (see `model.cache.new_cache`)."""
-        policy = self.policy
-        return _new_cache(self.config, batch, max_length, policy.cache_dtype, max_rewind, policy.row_dtype)
+        p = self.policy
+        dtypes = p.cache_dtype, max_rewind, p.row_dtype
+        return _new_cache(self.config, batch, max_length, *dtypes, p.cache_format)
 
     def extend(
         self,
@@ -337,6 +338,7 @@ def load(
     numerics: str = "reference",
     *,
     kernels: str = "xla",
+    cache: str = "plain",
     draft_head: Literal["refuse", "ignore"] = "refuse",
     text_only: bool = False,
 ) -> LanguageModel:
@@ -347,6 +349,7 @@ def load(
         dtype: of parameters, activations and cache: "bfloat16" or "float32".
         numerics: "reference", or "qat" for the official quantisation simulation (`numerics.qat.SWITCHES`).
         kernels: "xla", "pallas" (TPU) or "pallas-interpret" (see `numerics.policy.KERNELS`).
+        cache: how the cache keeps its rows: "plain", "fp8+fp8" or "fp8+mxfp4" (`numerics.cache_formats`).
         draft_head: "ignore" loads the backbone of a checkpoint with a DSpark draft head, without it.
         text_only: load the text model of a vision variant.
 
@@ -355,7 +358,7 @@ def load(
     """
     from dsv4_jax.checkpoint.load import load_checkpoint
 
-    policy = Policy.of(dtype, numerics, kernels=kernels)
+    policy = Policy.of(dtype, numerics, kernels=kernels, cache=cache)
     loaded = load_checkpoint(Path(path), policy, draft_head=draft_head, text_only=text_only)
     for warning in loaded.warnings:
         LOGGER.warning("%s: %s", path, warning)
@@ -373,7 +376,7 @@ def load(
 # ---- compiled steps: one jit each over (static network, parameter pytree, ...) ------------------------
 
 
-_new_cache = jax.jit(new_cache, static_argnums=(0, 1, 2, 3, 4, 5))
+_new_cache = jax.jit(new_cache, static_argnums=(0, 1, 2, 3, 4, 5, 6))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int32
 
 from dsv4_jax.config import AttentionKind, ModelConfig
 from dsv4_jax.model import attention_kernels
-from dsv4_jax.model.cache import LayerCache, fits_in_ring, read_ring, write_ring
+from dsv4_jax.model.cache import LayerCache, fits_in_ring, num_slots, read_ring, write_ring
 from dsv4_jax.model.compressor import Compressor
 from dsv4_jax.model.core_attention import Entries, Queries, hybrid_attention, view
 from dsv4_jax.model.indexer import Indexer
@@ -19,7 +19,7 @@ from dsv4_jax.model.norm import rms_norm
 from dsv4_jax.model.parameters import constant, matrix
 from dsv4_jax.model.rope import Rotation, rotate
 from dsv4_jax.model.span import Blocks, Span
-from dsv4_jax.numerics import qat
+from dsv4_jax.numerics import cache_formats, qat
 from dsv4_jax.numerics.policy import Policy
 
 
@@ -97,14 +97,17 @@ class Attention(nnx.Module):
         q = rotate(rms_norm(q.reshape(batch, length, -1, head_dim), None, self.eps), by_head)
         kv = rms_norm(project(seen_x, self.wkv[...]), self.kv_norm[...], self.eps)
         kv = rotate(kv, rotation)
-        if self.policy.simulates("kv_fp8"):
-            kv = qat.fake_entry(kv, 2 * rotation.cos.shape[-1])
+        num_rotary = 2 * rotation.cos.shape[-1]
+        if self.policy.cache_format != "plain":
+            kv = cache_formats.round_entries(kv, self.policy.cache_format, num_rotary)
+        elif self.policy.simulates("kv_fp8"):
+            kv = qat.fake_entry(kv, num_rotary)
 
         new_cache = cache
         if cache is None:
             line = jnp.pad(kv, ((0, 0), (self.window - 1, 0), (0, 0)))
         else:
-            ring, line = self._through_ring(cache.window, kv, span, repeat)
+            ring, line = self._through_ring(cache.window, kv, span, repeat, num_rotary)
             new_cache = LayerCache(ring, cache.compressor, cache.indexer)
 
         row = jnp.int32(0) if cache is None else repeat  # without a cache the stack holds this layer only
@@ -140,7 +143,7 @@ class Attention(nnx.Module):
             o = hybrid_attention(*seen, **sizes, rounded_scores=rounded)
         else:
             how = sizes | {"interpret": self.policy.interpret}
-            if cache is not None and fits_in_ring(self.window - 1, length, cache.window.shape[2]):
+            if cache is not None and fits_in_ring(self.window - 1, length, num_slots(cache.window)):
                 o = attention_kernels.decode_attention(
                     queries, new_cache.window, repeat, entries, index_keys, seen[-1], **how
                 )
@@ -159,14 +162,19 @@ class Attention(nnx.Module):
     def _matmul_input(self, x):
         return qat.fake_activation(x) if self.policy.simulates("act_fp8") else x
 
-    def _through_ring(self, ring, kv, span, repeat):
+    def _through_ring(self, ring, kv, span, repeat, num_rotary):
         """The ring after the call, and the window entries before and of the call in one line."""
         num_past, num_new = self.window - 1, kv.shape[1]
         first = span.start[:, None] - num_past
-        if fits_in_ring(num_past, num_new, ring.shape[2]):
-            ring = write_ring(ring, repeat, kv, span.start, span.num_valid)
-            line = read_ring(ring, repeat, first + jnp.arange(num_past + num_new))
-            return ring, line.astype(kv.dtype)
-        past = read_ring(ring, repeat, first + jnp.arange(num_past)).astype(kv.dtype)
-        ring = write_ring(ring, repeat, kv, span.start, span.num_valid)
+        new = cache_formats.store_entries(kv, self.policy.cache_format, num_rotary)
+
+        def read(ring, count):
+            rows = read_ring(ring, repeat, first + jnp.arange(count))
+            return cache_formats.read(rows, kv.dtype)
+
+        if fits_in_ring(num_past, num_new, num_slots(ring)):
+            ring = write_ring(ring, repeat, new, span.start, span.num_valid)
+            return ring, read(ring, num_past + num_new)
+        past = read(ring, num_past)
+        ring = write_ring(ring, repeat, new, span.start, span.num_valid)
         return ring, jnp.concatenate([past, kv], axis=1)

@@ -26,10 +26,10 @@ def hybrid_attention(
         interpret: run the kernels in the interpreter.
     """
     values = selected = lo = hi = None
-    if entries is not None and (size := entries.stack.shape[2]):
-        values, lo, hi = entries.prefix(size), queries.lo, queries.hi
+    if entries is not None and (size := entries.size):
+        values, lo, hi = entries.prefix(size, queries.q.dtype), queries.lo, queries.hi
         if index_keys is not None and size > top_k:
-            keys = index_keys.prefix(size).astype(queries.index_q.dtype)
+            keys = index_keys.prefix(size, queries.index_q.dtype)
             selected = indexer_family.index_select(
                 queries.index_q, queries.index_weights, keys, lo, hi, top_k, interpret=interpret
             )
@@ -69,7 +69,7 @@ def decode_attention(
         sink, window, top_k, interpret: as `hybrid_attention`.
     """
     values = hi = index = None
-    if entries is not None and (size := entries.stack.shape[2]):
+    if entries is not None and (size := entries.size):
         values = entries.stack
         if index_keys is None or size <= top_k:
             hi = queries.hi

@@ -10,6 +10,7 @@ writers take the repeat index: inside the scan over layers nothing slices a whol
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from dsv4_jax.config import AttentionKind, ModelConfig, layer_stacks
+from dsv4_jax.numerics import cache_formats
+from dsv4_jax.numerics.cache_formats import CacheFormat, Stored
 from pallas_kernels.arithmetic import round_up
 
 ROWS = 8
@@ -30,7 +33,7 @@ class CompressorCache:
 
     kv: Float[Array, "R B M w Dc"]  # projected values, ring of M = w m + max_rewind rows
     gate: Float[Array, "R B M w Dc"]  # gate logits without the positional bias, same ring
-    entries: Float[Array, "R B S Dc"]  # entry s covers tokens m s .. m s + m - 1
+    entries: Stored  # [R, B, S, Dc] in the cache's format; entry s covers tokens m s .. m s + m - 1
 
 
 @functools.partial(
@@ -42,7 +45,7 @@ class CompressorCache:
 class LayerCache:
     """State of one layer (or of R repeats of it)."""
 
-    window: Float[Array, "R B slots Dh"]
+    window: Stored  # [R, B, slots, Dh] in the cache's format
     compressor: CompressorCache | None  # CSA and HCA
     indexer: CompressorCache | None  # CSA
 
@@ -97,6 +100,7 @@ def new_cache(
     dtype: np.dtype,
     max_rewind: int = 8,
     row_dtype: np.dtype | None = None,
+    format: CacheFormat = "plain",
 ) -> Cache:
     """An empty cache.
 
@@ -105,9 +109,10 @@ def new_cache(
         batch: B rows.
         max_length: tokens a row can hold; entries are allocated for floor(max_length / m), rounded up to
             a multiple of ROWS.
-        dtype: of window rows and entries.
+        dtype: of plain window rows, entries and keys.
         max_rewind: tokens that can be taken back at any time (drafts), >= 0.
         row_dtype: of the compressors' raw rows; None means `dtype`.
+        format: how window rows, entries and keys are kept.
 
     Raises:
         ValueError: for sizes below 1, or beyond `max_position_embeddings`.
@@ -123,25 +128,36 @@ def new_cache(
     if problems:
         raise ValueError("; ".join(problems))
 
-    def compressor(repeats: int, ratio: int, branches: int, width: int) -> CompressorCache:
+    def empty(shape: tuple[int, ...], store: Callable[[jax.Array], Stored]) -> Stored:
+        made = jax.eval_shape(store, jax.ShapeDtypeStruct(shape, dtype))
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), made)
+
+    def store_entries(x: jax.Array) -> Stored:
+        return cache_formats.store_entries(x, format, config.qk_rope_head_dim)
+
+    def store_keys(x: jax.Array) -> Stored:
+        return cache_formats.store_keys(x, format)
+
+    def compressor(repeats: int, ratio: int, branches: int, width: int, store) -> CompressorCache:
         rows = (repeats, batch, branches * ratio + max_rewind, branches, width)
         num_entries = round_up(max(max_length // ratio, 1), ROWS)
         return CompressorCache(
             jnp.zeros(rows, row_dtype or dtype),
             jnp.zeros(rows, row_dtype or dtype),
-            jnp.zeros((repeats, batch, num_entries, width), dtype),
+            empty((repeats, batch, num_entries, width), store),
         )
 
     def layer(kind: AttentionKind, repeats: int) -> LayerCache:
         slots = round_up(max(config.sliding_window - 1 + max_rewind, 1), ROWS)
-        window = jnp.zeros((repeats, batch, slots, config.head_dim), dtype)
+        window = empty((repeats, batch, slots, config.head_dim), store_entries)
         if kind == "window":
             return LayerCache(window, None, None)
         if kind == "hca":
-            main = compressor(repeats, config.hca_ratio, 1, config.head_dim)
+            main = compressor(repeats, config.hca_ratio, 1, config.head_dim, store_entries)
             return LayerCache(window, main, None)
-        main = compressor(repeats, config.csa_ratio, 2, config.head_dim)
-        return LayerCache(window, main, compressor(repeats, config.csa_ratio, 2, config.index_head_dim))
+        main = compressor(repeats, config.csa_ratio, 2, config.head_dim, store_entries)
+        keys = compressor(repeats, config.csa_ratio, 2, config.index_head_dim, store_keys)
+        return LayerCache(window, main, keys)
 
     # A length and a mark of its own: a donated cache must not hold one buffer twice.
     return Cache(
@@ -156,12 +172,16 @@ def new_cache(
     )
 
 
-def read_ring(
-    ring: Float[Array, "R B M ..."], repeat: Int32[Array, ""], positions: Int32[Array, "B P"]
-) -> Float[Array, "B P ..."]:
-    """Rows at these positions; positions the ring does not hold return some other row (mask them)."""
+def num_slots(ring: Stored) -> int:
+    """M of a ring, or S of a stack of entries, in any format."""
+    return jax.tree.leaves(ring)[0].shape[2]
+
+
+def read_ring(ring: Stored, repeat: Int32[Array, ""], positions: Int32[Array, "B P"]) -> Stored:
+    """Rows [B, P, ...] at these positions; positions it does not hold give some other row (mask them)."""
     rows = jnp.arange(positions.shape[0])[:, None]
-    return ring.at[repeat, rows, positions % ring.shape[2]].get(mode="promise_in_bounds")
+    slot = positions % num_slots(ring)
+    return jax.tree.map(lambda leaf: leaf.at[repeat, rows, slot].get(mode="promise_in_bounds"), ring)
 
 
 def fits_in_ring(num_past: int, num_new: int, slots: int) -> bool:
@@ -174,36 +194,41 @@ def fits_in_ring(num_past: int, num_new: int, slots: int) -> bool:
 
 
 def write_ring(
-    ring: Float[Array, "R B M ..."],
+    ring: Stored,
     repeat: Int32[Array, ""],
-    new: Float[Array, "B T ..."],
+    new: Stored,
     start: Int32[Array, "B"],
     num_valid: Int32[Array, "B"],
-) -> Float[Array, "R B M ..."]:
-    """Writes the valid rows of `new` at positions start + t; of more than M rows the last M stay."""
-    batch, num_new = new.shape[:2]
-    slots = ring.shape[2]
+) -> Stored:
+    """Writes the valid rows of `new` [B, T, ...] at positions start + t; of more than M the last M stay."""
+    batch, num_new = jax.tree.leaves(new)[0].shape[:2]
+    slots = num_slots(ring)
     # The last min(T, M) valid rows of each row: no slot is then written twice.
     kept = min(num_new, slots)
     first = jnp.maximum(num_valid - kept, 0)
     token = first[:, None] + jnp.arange(kept)
     rows = jnp.arange(batch)[:, None]
     slot = jnp.where(token < num_valid[:, None], (start[:, None] + token) % slots, slots)
-    if kept < num_new:
-        new = new.at[rows, token].get(mode="clip")
-    return ring.at[repeat, rows, slot].set(new.astype(ring.dtype), mode="drop")
+
+    def write(leaf, new):
+        if kept < num_new:
+            new = new.at[rows, token].get(mode="clip")
+        return leaf.at[repeat, rows, slot].set(new.astype(leaf.dtype), mode="drop")
+
+    return jax.tree.map(write, ring, new)
 
 
 def write_entries(
-    entries: Float[Array, "R B S Dc"],
+    entries: Stored,
     repeat: Int32[Array, ""],
-    new: Float[Array, "B P Dc"],
+    new: Stored,
     first: Int32[Array, "B"],
     count: Int32[Array, "B"],
-) -> Float[Array, "R B S Dc"]:
-    """Writes the first `count` of the new entries at first, first + 1, ...; the rest is dropped."""
-    batch, num_new = new.shape[:2]
+) -> Stored:
+    """Writes the first `count` of the new entries [B, P, ...] at first, first + 1, ...; drops the rest."""
+    batch, num_new = jax.tree.leaves(new)[0].shape[:2]
     offset = jnp.arange(num_new)
-    slot = jnp.where(offset < count[:, None], first[:, None] + offset, entries.shape[2])
+    slot = jnp.where(offset < count[:, None], first[:, None] + offset, num_slots(entries))
     rows = jnp.arange(batch)[:, None]
-    return entries.at[repeat, rows, slot].set(new.astype(entries.dtype), mode="drop")
+    write = lambda leaf, new: leaf.at[repeat, rows, slot].set(new.astype(leaf.dtype), mode="drop")  # noqa: E731
+    return jax.tree.map(write, entries, new)

@@ -14,7 +14,7 @@ from dsv4_jax.model.norm import rms_norm
 from dsv4_jax.model.parameters import constant, matrix
 from dsv4_jax.model.rope import rotate
 from dsv4_jax.model.span import Blocks, Span, block_rows
-from dsv4_jax.numerics import qat
+from dsv4_jax.numerics import cache_formats, qat
 from dsv4_jax.numerics.policy import Policy
 from pallas_kernels import compressor as kernels
 
@@ -74,8 +74,8 @@ class Compressor(nnx.Module):
             repeat: index into that stack.
 
         Returns:
-            All entries visible to this call (the cache's stack, or [1, B, P, Dc] without one) and the
-            cache after it.
+            All entries visible to this call (the cache's stack in its format, or [1, B, P, Dc] without a
+            cache) and the cache after it.
         """
         product = project_float32 if self.policy.simulates("compressor_fp32") else project
         kv, gate = product(x, self.wkv[...]), product(x, self.wgate[...])
@@ -95,10 +95,10 @@ class Compressor(nnx.Module):
         # Only a whole block makes an entry: most single-token steps complete none and skip the pooling.
         new = jax.lax.cond(
             jnp.any(blocks.count > 0),
-            lambda: self._emit(*sources(), blocks).astype(cache.entries.dtype),
-            lambda: jnp.zeros((*blocks.is_first.shape, kv.shape[-1]), cache.entries.dtype),
+            lambda: self._emit(*sources(), blocks),
+            lambda: jnp.zeros((*blocks.is_first.shape, kv.shape[-1]), self.policy.compute_dtype),
         )
-        entries = write_entries(cache.entries, repeat, new, blocks.first, blocks.count)
+        entries = write_entries(cache.entries, repeat, self._stored(new), blocks.first, blocks.count)
         return entries, CompressorCache(*rings, entries)
 
     def _emit(
@@ -106,11 +106,19 @@ class Compressor(nnx.Module):
     ) -> Float[Array, "B P Dc"]:
         by_kernel = self.policy.kernels != "xla" and blocks.is_first.shape[1]
         entries = (self._pool_by_kernel if by_kernel else self._pool)(kv, gate, blocks)
-        if self.holds == "entries" and self.policy.simulates("kv_fp8"):
-            return qat.fake_entry(entries, self.num_rotary)
-        if self.holds == "index_keys" and self.policy.simulates("idx_hadamard_fp4"):
-            return qat.fake_index_vector(entries)
-        return entries
+        cache_format = self.policy.cache_format
+        if self.holds == "entries":
+            if cache_format != "plain":
+                return cache_formats.round_entries(entries, cache_format, self.num_rotary)
+            return qat.fake_entry(entries, self.num_rotary) if self.policy.simulates("kv_fp8") else entries
+        if cache_format == "fp8+fp8":
+            return cache_formats.round_keys(qat.hadamard(entries), cache_format)
+        return qat.fake_index_vector(entries) if self.policy.fp4_index else entries
+
+    def _stored(self, entries):
+        if self.holds == "entries":
+            return cache_formats.store_entries(entries, self.policy.cache_format, self.num_rotary)
+        return cache_formats.store_keys(entries, self.policy.cache_format)
 
     def _pool(self, kv, gate, blocks: Blocks):
         """Entries before any rounding of the cache format."""

@@ -11,7 +11,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
+from dsv4_jax.model.cache import num_slots
 from dsv4_jax.model.indexer import index_scores, select
+from dsv4_jax.numerics import cache_formats
+from dsv4_jax.numerics.cache_formats import Stored
 
 SMALLEST_EXTENT = 64
 """Entries are read in power-of-two prefixes from this size on; the smallest one that is long enough runs."""
@@ -23,14 +26,22 @@ GATHER_BEYOND = 8
 class Entries(NamedTuple):
     """Compressed entries (or indexer keys) of one layer inside their stack."""
 
-    stack: Float[Array, "R B S width"]
+    stack: Stored  # [R, B, S, width] in the cache's format
     repeat: Int32[Array, ""]
 
-    def prefix(self, size: int) -> Float[Array, "B size width"]:
+    @property
+    def size(self) -> int:
+        """S, the capacity."""
+        return num_slots(self.stack)
+
+    def prefix(self, size: int, dtype: jax.typing.DTypeLike) -> Float[Array, "B size width"]:
         """The first `size` entries of every row, read straight from the stack."""
-        _, batch, _, width = self.stack.shape
-        start = (self.repeat, 0, 0, 0)
-        return jax.lax.dynamic_slice(self.stack, start, (1, batch, size, width))[0]
+
+        def first(leaf: jax.Array) -> jax.Array:
+            _, batch, _, width = leaf.shape
+            return jax.lax.dynamic_slice(leaf, (self.repeat, 0, 0, 0), (1, batch, size, width))[0]
+
+        return cache_formats.read(jax.tree.map(first, self.stack), dtype)
 
 
 class Queries(NamedTuple):
@@ -127,12 +138,12 @@ def _attend_block(line, entries, index_keys, sink, start, queries, *, window, to
     count = queries.position.shape[1]
     near = jax.lax.dynamic_slice_in_dim(line, start, count + window - 1, axis=1)
     near_visible = _window_visible(queries.position, window)
-    if entries is None or entries.stack.shape[2] == 0:
+    if entries is None or entries.size == 0:
         return softmax_attention(queries.q, near, near_visible, sink)
 
     def attend_prefix(size: int) -> jax.Array:
         visible = _entries_visible(queries, size)
-        values = entries.prefix(size)
+        values = entries.prefix(size, near.dtype)
         if index_keys is not None and size > top_k:
             scores = _scores(queries, index_keys, size, rounded_scores)
             if size > GATHER_BEYOND * top_k:
@@ -140,12 +151,12 @@ def _attend_block(line, entries, index_keys, sink, start, queries, *, window, to
             visible = select(scores, visible, top_k)
         return softmax_attention(
             queries.q,
-            jnp.concatenate([near, values.astype(near.dtype)], axis=1),
+            jnp.concatenate([near, values], axis=1),
             jnp.concatenate([near_visible, visible], axis=2),
             sink,
         )
 
-    sizes = prefix_sizes(entries.stack.shape[2])
+    sizes = prefix_sizes(entries.size)
     if len(sizes) == 1:
         return attend_prefix(sizes[0])
     needed = queries.hi.max()
@@ -167,7 +178,7 @@ def _entries_visible(queries: Queries, size: int) -> Bool[Array, "B c size"]:
 
 
 def _scores(queries: Queries, index_keys: Entries, size: int, rounded: bool) -> Float32[Array, "B c size"]:
-    keys = index_keys.prefix(size)
+    keys = index_keys.prefix(size, queries.index_q.dtype)
     scores = index_scores(queries.index_q, queries.index_weights, keys, rounded=rounded)
     return jax.lax.stop_gradient(scores)
 
@@ -193,13 +204,13 @@ def view(
     taps = {}
     keys, visible = line, _window_visible(queries.position, window)
     if entries is not None:
-        size = entries.stack.shape[2]
+        size = entries.size
         chosen = _entries_visible(queries, size)
         if index_keys is not None:
             if size > top_k:
                 chosen = select(_scores(queries, index_keys, size, rounded_scores), chosen, top_k)
             taps["selected"] = chosen
-        keys = jnp.concatenate([line, entries.prefix(size).astype(line.dtype)], axis=1)
+        keys = jnp.concatenate([line, entries.prefix(size, line.dtype)], axis=1)
         visible = jnp.concatenate([visible, chosen], axis=2)
     if "attention" in collect:
         weight, total = _sink_softmax(queries.q, keys, visible, sink)
@@ -225,7 +236,7 @@ def _attend_gathered(queries, near, near_visible, values, scores, visible, sink,
     def one_query(xs):
         q, near_seen, chosen, seen = xs  # [B, H, Dh], [B, K], [B, Ki], [B, Ki]
         picked = values.at[batch[:, None], chosen].get(mode="promise_in_bounds")
-        keys = jnp.concatenate([near, picked.astype(near.dtype)], axis=1)
+        keys = jnp.concatenate([near, picked], axis=1)
         return softmax_attention(q[:, None], keys, jnp.concatenate([near_seen, seen], axis=1)[:, None], sink)[
             :, 0
         ]

@@ -51,8 +51,10 @@ class Indexer(nnx.Module):
         """Rotated head queries (not normalised) and the scaled head weights."""
         q = project(latent, self.wq_b[...])
         q = rotate(q, Rotation(rotation.cos[:, :, None], rotation.sin[:, :, None]))
-        if self.policy.simulates("idx_hadamard_fp4"):
+        if self.policy.fp4_index:
             q = qat.fake_index_vector(q)
+        elif self.policy.cache_format == "fp8+fp8":
+            q = qat.hadamard(q)  # as the keys; products of bfloat16 and FP8 are exact, so q needs no rounding
         weights = project(x, self.weights_proj[...]).astype(jnp.float32)
         if self.policy.simulates("idx_score_bf16"):
             weights = qat.to_bfloat16(qat.to_bfloat16(weights) * self.scale)

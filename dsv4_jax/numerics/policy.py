@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv4_jax.errors import ConfigError
+from dsv4_jax.numerics.cache_formats import CACHE_FORMATS, CacheFormat
 from dsv4_jax.numerics.qat import SWITCHES
 
 DTYPES = ("float32", "bfloat16")
@@ -40,16 +41,22 @@ class Policy:
 
     param_dtype: np.dtype  # matrices; norms, sinks, mHC and biases are always float32
     compute_dtype: np.dtype  # activations and matmul inputs; accumulation is float32
-    cache_dtype: np.dtype  # window entries, raw compressor rows, compressed entries, indexer keys
+    cache_dtype: np.dtype  # of a plain cache: window rows, compressed entries, indexer keys; raw rows
     numerics: Literal["reference", "qat"] = "reference"
     remat: Literal["none", "unit"] = "none"  # 'unit': recompute each repeated unit of layers in backward
     kernels: Literal["xla", "pallas", "pallas-interpret"] = "xla"  # see KERNELS
     switches: frozenset[str] = frozenset()  # the active parts of the simulation, see qat.SWITCHES
+    cache_format: CacheFormat = "plain"  # see numerics.cache_formats
 
     @property
     def row_dtype(self) -> np.dtype:
         """Of the compressors' raw rows: what their matmuls give."""
         return jnp.dtype("float32") if self.simulates("compressor_fp32") else self.cache_dtype
+
+    @property
+    def fp4_index(self) -> bool:
+        """Whether indexer queries and keys are Hadamard-transformed and rounded to FP4."""
+        return self.simulates("idx_hadamard_fp4") or self.cache_format == "fp8+mxfp4"
 
     def simulates(self, switch: str) -> bool:
         """Whether this part of the quantisation simulation is active."""
@@ -72,6 +79,7 @@ class Policy:
         remat: str = "none",
         kernels: str = "xla",
         switches: Collection[str] | None = None,
+        cache: str = "plain",
     ) -> "Policy":
         """The usual policy: one dtype for parameters, activations and cache.
 
@@ -81,6 +89,7 @@ class Policy:
             remat: "none" or "unit".
             kernels: one of KERNELS.
             switches: parts of the simulation, of `qat.SWITCHES`; None means all of them with "qat".
+            cache: "plain", "fp8+fp8" or "fp8+mxfp4" (`numerics.cache_formats`).
 
         Raises:
             ConfigError: for unknown choices, switches without "qat", or parts that have no kernel; all
@@ -104,7 +113,15 @@ class Policy:
             problems.append(f"remat={remat!r} must be 'none' or 'unit'")
         if kernels not in KERNELS:
             problems.append(f"kernels={kernels!r} must be one of {', '.join(KERNELS)}")
+        if kernels != "xla" and cache != "plain":
+            problems.append(f"cache={cache!r} needs kernels='xla': no kernel reads FP8 window rows yet")
+        if cache not in CACHE_FORMATS:
+            problems.append(f"cache={cache!r} must be one of {', '.join(CACHE_FORMATS)}")
+        if cache == "fp8+fp8" and "idx_hadamard_fp4" in switches:
+            problems.append(
+                "cache='fp8+fp8' keeps FP8 keys and idx_hadamard_fp4 makes FP4 ones: leave one out"
+            )
         if problems:
             raise ConfigError("cannot build this numerics policy", problems)
         chosen = jnp.dtype(name)
-        return Policy(chosen, chosen, chosen, numerics, remat, kernels, frozenset(switches))  # type: ignore[arg-type]
+        return Policy(chosen, chosen, chosen, numerics, remat, kernels, frozenset(switches), cache)  # type: ignore[arg-type]

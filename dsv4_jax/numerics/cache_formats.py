@@ -1,0 +1,100 @@
+"""How a cache keeps window rows, compressed entries and indexer keys (report, section 2.3.4 and 3.5).
+
+    format        window rows and entries                              bytes   indexer keys            bytes
+    "plain"       the cache dtype                                  2 or 4 Dh   the cache dtype     2 or 4 Di
+    "fp8+fp8"     FP8 by 64 channels, rotary channels bfloat16           584   FP8, one scale            132
+    "fp8+mxfp4"   the same                                               584   FP4 by 32 channels         68
+
+(bytes at Dh = 512, Dr = 64, Di = 128). What is stored is a grid, and the model rounds to that grid before it
+attends, with a cache or without: prefill sees the values that decode will read. Storing a rounded value and
+reading it back is then exact. Formats are those of the kernel families, which read them as they lie.
+"""
+
+import functools
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from dsv4_jax.numerics import formats, qat
+from pallas_kernels.arithmetic import cdiv, round_up
+from pallas_kernels.decode_attention import Fp8Entries
+from pallas_kernels.indexer import Fp8Keys, Mxfp4Keys
+
+CacheFormat = Literal["plain", "fp8+fp8", "fp8+mxfp4"]
+CACHE_FORMATS: tuple[CacheFormat, ...] = ("plain", "fp8+fp8", "fp8+mxfp4")
+
+Stored = Any
+"""An array [..., width], or one of the formats' tuples of arrays, all with the same leading axes."""
+
+SCALE_BYTES = 8
+"""An entry's scales are padded to whole multiples of it: 7 and one pad byte at Dh = 512."""
+
+
+def store_entries(x: Float[Array, "*rows Dh"], format: CacheFormat, num_rotary: int) -> Stored:
+    """Window rows or compressed entries as the cache keeps them; plain ones as they are."""
+    if format == "plain":
+        return x
+    still = x.shape[-1] - num_rotary
+    groups = cdiv(still, qat.ENTRY_GROUP)
+    padded = _padded(x[..., :still], groups * qat.ENTRY_GROUP)
+    quantised = formats.quantize_fp8_groups(padded, qat.ENTRY_GROUP)
+    return Fp8Entries(
+        quantised.elements[..., :still],
+        _padded(quantised.scale, round_up(groups, SCALE_BYTES)),
+        x[..., still:].astype(jnp.bfloat16),
+    )
+
+
+def store_keys(x: Float[Array, "*rows Di"], format: CacheFormat) -> Stored:
+    """Indexer keys, transformed already, as the cache keeps them."""
+    if format == "plain":
+        return x
+    if format == "fp8+fp8":
+        quantised = formats.quantize_fp8_groups(x, x.shape[-1])
+        return Fp8Keys(quantised.elements, formats.scale_value(quantised.scale))
+    groups = cdiv(x.shape[-1], formats.FP4_GROUP)
+    quantised = formats.quantize_mxfp4(_padded(x, groups * formats.FP4_GROUP))
+    return Mxfp4Keys(quantised.packed[..., : cdiv(x.shape[-1], 2)], quantised.scale)
+
+
+def read(stored: Stored, dtype: jax.typing.DTypeLike) -> Float[Array, "*rows width"]:
+    """What `store_entries` or `store_keys` stored."""
+    if isinstance(stored, Fp8Entries):
+        still = stored.values.shape[-1]
+        groups = cdiv(still, qat.ENTRY_GROUP)
+        padded = _padded(stored.values, groups * qat.ENTRY_GROUP)
+        values = formats.Fp8Groups(padded, stored.scales[..., :groups]).dequantize(dtype)[..., :still]
+        return jnp.concatenate([values, stored.rotary.astype(dtype)], axis=-1)
+    if isinstance(stored, Fp8Keys):
+        return (stored.values.astype(jnp.float32) * stored.scales).astype(dtype)
+    if isinstance(stored, Mxfp4Keys):
+        width = 2 * stored.values.shape[-1]
+        packed = _padded(stored.values, stored.scales.shape[-1] * formats.FP4_GROUP // 2)
+        return formats.Mxfp4(packed, stored.scales).dequantize(dtype)[..., :width]
+    return stored.astype(dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def round_entries(
+    x: Float[Array, "*rows Dh"], format: CacheFormat, num_rotary: int
+) -> Float[Array, "*rows Dh"]:
+    """x as it will be read back; gradient 1."""
+    return read(store_entries(x, format, num_rotary), x.dtype)
+
+
+round_entries.defvjp(lambda x, format, n: (round_entries(x, format, n), None), lambda f, n, _, d_y: (d_y,))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def round_keys(x: Float[Array, "*rows Di"], format: CacheFormat) -> Float[Array, "*rows Di"]:
+    """x as it will be read back; gradient 1."""
+    return read(store_keys(x, format), x.dtype)
+
+
+round_keys.defvjp(lambda x, format: (round_keys(x, format), None), lambda f, _, d_y: (d_y,))
+
+
+def _padded(x, width):
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, width - x.shape[-1])])
