@@ -82,7 +82,7 @@ def generate(
     print()
 
 
-def inspect(checkpoint: Checkpoint, as_json: Json = False) -> None:
+def inspect(checkpoint: Checkpoint, context: int | None = None, as_json: Json = False) -> None:
     """Show the configuration, parameters by part, cache and checkpoint bytes.
 
     Everything is computed from shapes: a config.json is enough, and of an hf:// address only JSON
@@ -91,10 +91,14 @@ def inspect(checkpoint: Checkpoint, as_json: Json = False) -> None:
     examples:
       dsv4 inspect config.json
       dsv4 inspect DIRECTORY --json
+      dsv4 inspect config.json --context 1048576
+
+    Args:
+        context: also what so many tokens of context cost, beside DeepSeek-V3.2 and a GQA cache.
     """
     from rich.console import Console
 
-    from dsv4_jax import config_io, inspection, inspection_report
+    from dsv4_jax import config_io, context_cost, inspection, inspection_report
     from dsv4_jax.checkpoint import hub
 
     path = hub.locate(checkpoint, weights=False, announce=_note)
@@ -102,10 +106,19 @@ def inspect(checkpoint: Checkpoint, as_json: Json = False) -> None:
     result = inspection.inspect_file(file)
     for note in file.notes:
         _note(f"note: {note}")
+    try:
+        cost = None if context is None else context_cost.context_cost(result.config, context)
+    except ValueError as refused:
+        raise ProblemsError("cannot inspect", [str(refused)]) from refused
     if as_json:
-        print(json.dumps(inspection_report.as_plain(result)))
-    else:
-        inspection_report.print_tables(result, Console())
+        plain = inspection_report.as_plain(result)
+        if cost is not None:
+            plain["context"] = inspection_report.context_as_plain(cost)
+        print(json.dumps(plain))
+        return
+    inspection_report.print_tables(result, Console())
+    if cost is not None:
+        inspection_report.print_context(cost, Console())
 
 
 def verify(checkpoint: Checkpoint, as_json: Json = False) -> None:

@@ -235,7 +235,9 @@ def state_bytes(config: ModelConfig) -> StateBytes:
     return StateBytes(num_csa * csa + num_hca * hca, num_csa * overlap)
 
 
-def allocated_cache(config: ModelConfig, dtype: str = "bfloat16") -> AllocatedCache:
+def allocated_cache(
+    config: ModelConfig, dtype: str = "bfloat16", cache_format: str = "plain"
+) -> AllocatedCache:
     """Measures `model.cache.new_cache` for one sequence, by its shapes at two capacities."""
     import jax
     import jax.numpy as jnp
@@ -246,7 +248,8 @@ def allocated_cache(config: ModelConfig, dtype: str = "bfloat16") -> AllocatedCa
     roomy = dataclasses.replace(config, max_position_embeddings=max(config.max_position_embeddings, 2 * page))
 
     def allocated(max_length: int) -> int:
-        cache = jax.eval_shape(lambda: new_cache(roomy, 1, max_length, jnp.dtype(dtype)))
+        make = lambda: new_cache(roomy, 1, max_length, jnp.dtype(dtype), format=cache_format)  # noqa: E731
+        cache = jax.eval_shape(make)
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
 
     small, large = allocated(page), allocated(2 * page)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from rich.console import Console
 from rich.table import Table
 
+from dsv4_jax.context_cost import ContextCost
 from dsv4_jax.inspection import Inspection
 
 MIB = 2**20
@@ -55,6 +56,51 @@ def print_tables(inspection: Inspection, console: Console) -> None:
     console.print(_parameter_table(inspection))
     console.print(_cache_table(inspection))
     console.print(_storage_table(inspection.checkpoint_bytes))
+
+
+def context_as_plain(cost: ContextCost) -> dict[str, object]:
+    """The numbers of `dsv4 inspect --context` as JSON-ready values."""
+    return {
+        "context": cost.context,
+        "cache": [
+            {
+                "storage": row.name,
+                "bytes_per_token": float(row.per_token),
+                "bytes": row.at_context,
+                "v32_over_this": row.v32_over_this,
+            }
+            for row in cost.caches
+        ],
+        "flops_per_token": dataclasses.asdict(cost.flops) | {"total": cost.flops.total},
+        "v32_flops_per_token": dataclasses.asdict(cost.v32_flops) | {"total": cost.v32_flops.total},
+        "flops_share_of_v32": cost.flops_share,
+        "fp8_equivalent_share_of_v32": cost.fp8_equivalent_share,
+    }
+
+
+def print_context(cost: ContextCost, console: Console) -> None:
+    """Prints the tables of `dsv4 inspect --context`."""
+    table = Table(title=f"A context of {cost.context:,} tokens, one sequence", title_justify="left")
+    table.add_column("cache")
+    for name in ("bytes/token", "GiB", "V3.2 / this"):
+        table.add_column(name, justify="right")
+    for row in cost.caches:
+        gib = f"{row.at_context / 2**30:,.2f}"
+        table.add_row(row.name, f"{float(row.per_token):,.2f}", gib, f"{row.v32_over_this:.2f}")
+    console.print(table)
+    table = Table(title="FLOPs of one decoded token, in billions", title_justify="left")
+    table.add_column("model")
+    for name in ("linear", "of it bf16/f32", "attention", "indexer", "total"):
+        table.add_column(name, justify="right")
+    for name, flops in (("this model", cost.flops), ("DeepSeek-V3.2", cost.v32_flops)):
+        values = (*dataclasses.astuple(flops), flops.total)
+        table.add_row(name, *(f"{value / 1e9:,.2f}" for value in values))
+    table.caption_justify = "left"
+    table.caption = (
+        f"{cost.flops_share:.1%} of V3.2's; {cost.fp8_equivalent_share:.1%} with bf16 work counted twice and"
+        " an FP4 indexer half\n(the report does not state its weighting; this one gives its 27 % and 10 %)"
+    )
+    console.print(table)
 
 
 def _config_table(inspection: Inspection) -> Table:

@@ -51,8 +51,8 @@ def model(monkeypatch):
     fake = FakeModel()
     fake.loaded = []
 
-    def load(path, dtype):
-        fake.loaded.append((path, dtype))
+    def load(path, dtype, numerics):
+        fake.loaded.append((path, dtype, numerics))
         return fake
 
     monkeypatch.setattr(language_model, "load", load)
@@ -110,7 +110,7 @@ def test_wrong_usage_is_code_2(capsys, wrong):
 def test_text_is_streamed_to_stdout(capsys, model):
     code, out, err = run(capsys, "generate", "some/dir", "Once")
     assert (code, out, err) == (0, "one two thrée\n", "")
-    assert model.loaded == [(pathlib.Path("some/dir"), "bfloat16")]
+    assert model.loaded == [(pathlib.Path("some/dir"), "bfloat16", "reference")]
     assert model.calls == [
         "cache on",
         {"prompt": "Once", "max_new_tokens": 128, "temperature": 1.0, "top_p": 1.0, "seed": 0},
@@ -121,7 +121,7 @@ def test_ids_and_every_option(capsys, model):
     options = "--ids 5 6 --max-new-tokens 9 --temperature 0 --top-p 0.5 --seed 3 --dtype float32"
     code, out, _ = run(capsys, "generate", "some/dir", *options.split(), "--no-compilation-cache")
     assert (code, out) == (0, "7 8\n")  # the stop token is not shown
-    assert model.loaded == [(pathlib.Path("some/dir"), "float32")]
+    assert model.loaded == [(pathlib.Path("some/dir"), "float32", "reference")]
     assert model.calls == [
         {"prompt": [[5, 6]], "max_new_tokens": 9, "temperature": 0.0, "top_p": 0.5, "seed": 3}
     ]
@@ -182,6 +182,15 @@ def test_inspect_a_bare_config_file_and_a_directory(capsys, config_file):
     record = json.loads(out)
     assert record["config"]["hidden_size"] == 64
     assert record["parameters"]["total_with_mtp"] > record["parameters"]["total"]
+
+
+def test_inspect_a_context(capsys, config_file):
+    code, out, _ = run(capsys, "inspect", str(config_file), "--context", "65536")
+    assert code == 0 and "A context of 65,536 tokens" in out and "DeepSeek-V3.2" in out
+    code, out, _ = run(capsys, "inspect", str(config_file), "--context", "4096", "--json")
+    assert code == 0 and json.loads(out)["context"]["context"] == 4096
+    code, _, err = run(capsys, "inspect", str(config_file), "--context", "0")
+    assert code == 2 and "context=0 must be in 1" in err
 
 
 def test_inspect_shows_all_config_problems(capsys, config_file):
