@@ -37,3 +37,22 @@ def hybrid_attention_reference(
     total = weight.sum(axis=-1, keepdims=True) + jnp.exp(sink[:, None] - top)
     out = jnp.einsum("bthk,bkd->bthd", weight.astype(keys.dtype), keys, preferred_element_type=jnp.float32)
     return (out / total).astype(q.dtype), (top + jnp.log(total))[..., 0]
+
+
+def gathered_attention_reference(
+    q: Float[Array, "B T H Dh"],
+    entries: Float[Array, "R B S Dh"],
+    index: Int32[Array, "B T K"],
+    repeat: Int32[Array, ""],
+) -> tuple[Float[Array, "B T H Dh"], Float32[Array, "B T H"]]:
+    """The definition; the contract is in `gathered.gathered_attention`."""
+    batch = jnp.arange(q.shape[0])[:, None, None]
+    keys = entries[repeat][batch, jnp.maximum(index, 0)]  # [B, T, K, Dh]
+    logits = jnp.einsum("bthd,btkd->bthk", q, keys, preferred_element_type=jnp.float32)
+    logits = jnp.where((index >= 0)[:, :, None], logits * q.shape[-1] ** -0.5, -jnp.inf)
+    top = logits.max(axis=-1, keepdims=True)
+    top = jnp.where(top == -jnp.inf, 0.0, top)
+    weight = jnp.exp(logits - top)
+    total = weight.sum(axis=-1, keepdims=True)
+    out = jnp.einsum("bthk,btkd->bthd", weight.astype(keys.dtype), keys, preferred_element_type=jnp.float32)
+    return (out / jnp.where(total > 0, total, 1.0)).astype(q.dtype), (top + jnp.log(total))[..., 0]

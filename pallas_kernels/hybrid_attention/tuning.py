@@ -150,3 +150,116 @@ def choose_blocks(*, heads: int, width: int, window: int, itemsize: int, masked:
         if max(call.vmem_bytes().values()) <= VMEM_LIMIT:
             return blocks
     raise ValueError(f"no legal block fits in {VMEM_LIMIT} bytes: {heads=} {width=} {window=} {itemsize=}")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class GatherBlocks:
+    """Tile size of `gathered_attention`. Changes speed only, never the mathematics."""
+
+    chunk: int  # chosen rows that are started, and keys that are computed, in one piece of straight code
+
+    def __post_init__(self) -> None:
+        if self.chunk <= 0 or self.chunk % SUBLANES:
+            raise ValueError(f"chunk={self.chunk} must be a positive multiple of {SUBLANES}")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class GatherGeometry:
+    """One call of `gathered_attention` cut into chunks."""
+
+    batch: int  # B
+    length: int  # T
+    heads: int  # H
+    width: int  # Dh
+    num_chosen: int  # K
+    itemsize: int  # bytes of an element of q and entries
+    blocks: GatherBlocks
+
+    @property
+    def queries(self) -> int:
+        return self.batch * self.length
+
+    @property
+    def chunk(self) -> int:
+        return min(self.blocks.chunk, round_up(self.num_chosen, SUBLANES))
+
+    @property
+    def num_chunks(self) -> int:
+        return cdiv(self.num_chosen, self.chunk)
+
+    @property
+    def num_keys(self) -> int:
+        """K in whole chunks."""
+        return self.num_chunks * self.chunk
+
+    def vmem_bytes(self) -> int:
+        """VMEM of one grid step, in bytes. Operands and results are double buffered."""
+        heads = round_up(self.heads, SUBLANES)
+        tile = heads * self.width * self.itemsize  # q or o
+        index = 4 * round_up(self.num_chunks, FLOAT32_SUBLANES) * round_up(self.chunk, LANES)
+        lse = 4 * FLOAT32_SUBLANES * round_up(self.heads, LANES)
+        fetched = self.num_keys * 4 * self.width  # a word holds a number or a pair
+        kept = 4 * heads * (self.width + 2 * LANES)
+        # Logits and weights in float32, weights rounded, their product; the chosen halves of words.
+        in_flight = heads * (round_up(self.chunk, LANES) * (8 + self.itemsize) + 4 * self.width)
+        in_flight += self.chunk * self.width * (4 + self.itemsize)
+        return 2 * (2 * tile + index + lse) + fetched + kept + in_flight
+
+
+CHUNK_COPIES = 128
+"""Chosen rows a chunk: the lanes of the logits. With twice as many, starts cost 2 % less (schedule of v6e),
+but rows have less time to arrive."""
+
+
+def choose_gather_blocks(*, heads: int, width: int, num_chosen: int, itemsize: int) -> GatherBlocks:
+    """CHUNK_COPIES for every size.
+
+    Raises:
+        ValueError: if the rows of a query do not fit in VMEM.
+    """
+    blocks = GatherBlocks(CHUNK_COPIES)
+    g = GatherGeometry(1, 1, heads, width, num_chosen, itemsize, blocks)
+    if g.vmem_bytes() > VMEM_LIMIT:
+        raise ValueError(
+            f"needs {g.vmem_bytes()} bytes of VMEM, there are {VMEM_LIMIT}: {heads=} {width=} {num_chosen=}"
+        )
+    return blocks
+
+
+START = 7.7
+"""Scalar cycles to start the copy of one row, the arithmetic between them included (schedule of v6e)."""
+
+MASKED = 7.4e-3
+"""Cycles a head, query and entry of the masked tiles: both products, mask and softmax (schedule of v6e at
+Dh = 512: 53 % of the matrix units' peak; tpu7x 6.4e-3, 61 %)."""
+
+MERGE = 6.4e-3
+"""Cycles a byte of o to `merge` two parts: XLA's estimate of its fusion on v6e, half of what HBM allows."""
+
+BYTES_A_CYCLE = 937.0
+"""HBM bandwidth of v6e."""
+
+
+def gather_pays(*, num_entries: int, num_chosen: int, heads: int, width: int, itemsize: int) -> bool:
+    """Whether fetching K chosen entries a query beats masking all S; for many queries, as in prefill.
+
+        gathered:  K max(START, 4 Dh / BYTES_A_CYCLE) + H Dh itemsize MERGE
+        masked:    S H MASKED
+
+    in cycles a query. The window costs the same either way. S is the number of visible entries: hi - lo
+    towards the end of the call. An odd number of bfloat16 entries has no pairs: never.
+
+    At Dh = 512 in bfloat16 the switch lies at S = 9210 for Flash (H = 64, K = 512), and for Pro (H = 128,
+    K = 1024) too, because both sides double: 36,840 tokens with an entry every 4. The figures are a
+    compiler's schedule, in which copies take no time to arrive; where they do, the switch lies higher. For
+    the entries of 2048 tokens of Flash, in millions of cycles of v6e (tpu7x), without `merge`:
+
+        S           gathered       masked
+        16384       8.1 (8.6)      15.8 (13.6)
+        262144      8.1 (8.6)      253
+    """
+    if num_entries * itemsize % 4:
+        return False
+    fetch = max(START, 4 * width / BYTES_A_CYCLE)  # a row of words, be it one row or a pair
+    gathered = num_chosen * fetch + heads * width * itemsize * MERGE
+    return gathered < num_entries * heads * MASKED

@@ -14,6 +14,8 @@ from dsv4_jax.numerics.policy import KERNEL_FAMILIES, Policy
 from dsv4_jax.training.data import Batch
 from dsv4_jax.training.optimizer import AdamW
 from dsv4_jax.training.step import forward_losses, initial_state, train_step
+from pallas_kernels.hyper_connection import tuning as hyper_connection_tuning
+from pallas_kernels.hyper_connection.tuning import HyperConnectionBlocks
 from tests.model.telling_weights import telling_model
 
 # Every layer kind and both routers; widths that the kernels accept; more entries than the indexer chooses.
@@ -32,6 +34,15 @@ CONFIG = tiny(
 )
 XLA, KERNELS = Policy.of("float32"), Policy.of("float32", kernels="pallas-interpret")
 LENGTH = 44
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_blocks():
+    """A block is straight-line code in the interpreter's program: small ones compile in a fifth of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        small = HyperConnectionBlocks(16, 128)
+        patch.setattr(hyper_connection_tuning, "choose_blocks", lambda *_, **__: small)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +92,7 @@ def test_whole_sequences(models):
     close(kernels.mtp_logits(tokens), xla.mtp_logits(tokens))
 
 
+@pytest.mark.slow
 def test_taps(models):
     tokens = tokens_of(2)
     names = ["streams", "selected", "attention_mixing", "expert_mixing", "experts"]
@@ -116,6 +128,7 @@ def loss_and_gradients(network: Network, parameters, batch: Batch):
     return jax.value_and_grad(loss, allow_int=True)(parameters)
 
 
+@pytest.mark.slow
 def test_gradients_of_every_parameter(models):
     batch = Batch(tokens_of(4), SEGMENTS, np.zeros_like(SEGMENTS))
     parameters = models[0].parameters

@@ -1,0 +1,201 @@
+"""Would the kernel tests notice? Puts one deliberate fault at a time into a copy of the tree and runs them.
+
+    python -m experiments.kernel_mutations                    # all families
+    python -m experiments.kernel_mutations --families indexer --faults tie
+
+A fault of `kernel_faults.toml` replaces a text that must occur exactly once in its file. The family's default
+tests then have to fail; those that only compile are left out, because they cannot notice a wrong value. Each
+family first runs without a fault, and must pass. Exit code 1 if a fault survives or a run says nothing
+(collection error, timeout). Needs the `test` extra.
+"""
+
+import dataclasses
+import datetime
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+ROOT = Path(__file__).parents[1]
+COPIED = ("pallas_kernels", "tests/kernels", "tests/conftest.py", "pyproject.toml")
+LEFT_OUT = "not compile and not lower"  # tests that only compile, by name
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    """`old` becomes `new` in pallas_kernels/<family>/<file>."""
+
+    family: str
+    name: str
+    file: str
+    old: str
+    new: str
+
+    def apply(self, root: Path) -> Callable[[], None]:
+        """Writes the faulty file; returns what undoes it."""
+        path = root / "pallas_kernels" / self.family / self.file
+        text = path.read_text()
+        if (count := text.count(self.old)) != 1:
+            raise ValueError(
+                f"{self.family}: {self.name}: {count} times in {self.file}, not once: {self.old!r}"
+            )
+        path.write_text(text.replace(self.old, self.new))
+        return lambda: path.write_text(text)
+
+
+def read_faults(path: Path = ROOT / "experiments/kernel_faults.toml") -> list[Fault]:
+    """All faults, by family in the order of the file."""
+    families = tomllib.loads(path.read_text())
+    return [Fault(family, **fault) for family, faults in families.items() for fault in faults]
+
+
+FAULTS = read_faults()
+FAMILIES = tuple(dict.fromkeys(fault.family for fault in FAULTS))
+
+
+@dataclasses.dataclass
+class Options:
+    """What to break."""
+
+    families: tuple[str, ...] = FAMILIES
+    faults: str = ""
+    """A part of the name of the faults wanted."""
+    out: Path = ROOT / "experiments/results/kernel_mutations.json"
+    """Also names the Markdown table: the same path with `.md`."""
+    timeout_seconds: float = 600
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a family's tests said."""
+
+    verdict: str  # "passed", "failed", "timeout" or "error": neither passed nor failed
+    test: str  # the first that failed
+    message: str
+    seconds: float
+
+
+def copy_tree(target: Path) -> None:
+    for name in COPIED:
+        source, goal = ROOT / name, target / name
+        goal.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_dir():
+            shutil.copytree(source, goal, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, goal)
+
+
+def run_tests(root: Path, family: str, timeout_seconds: float) -> Outcome:
+    """The default tests of a family in a copy of the tree, up to the first failure."""
+    # The copy comes first on the path, and no byte code outlives the text it was made from.
+    environment = os.environ | {"PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "300"}
+    file = f"tests/kernels/test_{family}.py"
+    options = ["-x", "-q", "-p", "no:cacheprovider", "-k", LEFT_OUT]
+    start = time.perf_counter()
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", *options, file],
+            cwd=root,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout_seconds,
+        )
+    except subprocess.TimeoutExpired:
+        return Outcome("timeout", "", "", timeout_seconds)
+    seconds = time.perf_counter() - start
+    if done.returncode == 0:
+        return Outcome("passed", "", "", seconds)
+    failed = re.search(r"^FAILED \S+?::(.+?)(?: - (.*))?$", done.stdout, re.MULTILINE)
+    if done.returncode != 1 or failed is None:
+        return Outcome("error", "", (done.stdout + done.stderr)[-1000:], seconds)
+    return Outcome("failed", failed[1], failed[2] or "", seconds)
+
+
+def markdown(rows: list[dict]) -> str:
+    """The outcome of every fault."""
+    caught, dates = sum(row["caught"] for row in rows), sorted({row["date"] for row in rows})
+    text = [
+        "# Deliberate faults in the Pallas kernels",
+        "",
+        f"{' and '.join(dates)}: {caught} of {len(rows)} faults were caught by the default tests of their"
+        " family, without those that only compile. Every family passes without a fault.",
+        "`python -m experiments.kernel_mutations`; the first test that fails is named.",
+        "",
+        "| family | fault | caught by | says |",
+        "|---|---|---|---|",
+    ]
+    for row in rows:
+        by = f"`{row['test']}`" if row["caught"] else f"**not caught** ({row['verdict']})"
+        says = row["message"].replace("|", "/")[:100]
+        text.append(f"| {row['family']} | {row['name']} | {by} | {says} |")
+    return "\n".join(text) + "\n"
+
+
+def keep(out: Path, row: dict) -> None:
+    """Puts a row into the file in place of an older one; rows of faults that are no more go."""
+    key = lambda row: (row["family"], row["name"])  # noqa: E731
+    order = [(fault.family, fault.name) for fault in FAULTS]
+    before = json.loads(out.read_text()) if out.exists() else []
+    rows = [r for r in before if key(r) in order and key(r) != key(row)] + [row]
+    rows.sort(key=lambda r: order.index(key(r)))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(rows, indent=1) + "\n")
+    out.with_suffix(".md").write_text(markdown(rows))
+
+
+def check(options: Options, console: Console) -> list[dict]:
+    """One row a fault; written after each."""
+    wanted = [x for x in FAULTS if x.family in options.families and options.faults in x.name]
+    if not wanted:
+        raise SystemExit(f"no fault of {options.families} has {options.faults!r} in its name")
+    rows: list[dict] = []
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    with tempfile.TemporaryDirectory() as folder, Progress(console=console) as progress:
+        root = Path(folder)
+        copy_tree(root)
+        task = progress.add_task("faults", total=len(wanted))
+        for family in dict.fromkeys(fault.family for fault in wanted):
+            progress.update(task, description=f"{family}: no fault")
+            control = run_tests(root, family, options.timeout_seconds)
+            if control.verdict != "passed":
+                raise SystemExit(f"{family} fails without a fault: {control}")
+            for fault in (x for x in wanted if x.family == family):
+                progress.update(task, description=f"{family}: {fault.name}")
+                undo = fault.apply(root)
+                outcome = run_tests(root, family, options.timeout_seconds)
+                undo()
+                row = dataclasses.asdict(fault) | dataclasses.asdict(outcome)
+                rows.append(row | {"caught": outcome.verdict == "failed", "date": today})
+                keep(options.out, rows[-1])
+                progress.advance(task)
+    return rows
+
+
+def main(options: Options) -> None:
+    """Checks all faults and shows the table."""
+    console, table = Console(), Table("family", "fault", "caught by", "seconds")
+    rows = check(options, console)
+    for row in rows:
+        by = row["test"] if row["caught"] else f"NOT CAUGHT: {row['verdict']} {row['message']}"
+        table.add_row(row["family"], row["name"], by, f"{row['seconds']:.0f}")
+    console.print(table)
+    console.print(f"written: {options.out} and {options.out.with_suffix('.md')}")
+    if not all(row["caught"] for row in rows):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))

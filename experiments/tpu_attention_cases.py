@@ -1,0 +1,154 @@
+"""The attention cases of `tpu_cases.py`: training and prefill, and decoding."""
+
+import functools
+import math
+
+import jax.numpy as jnp
+import numpy as np
+
+from dsv4_jax.config import ModelConfig
+from experiments.tpu_case import Case, Grid, Kernel, Program, array, f32, gradients, i32, us
+
+# --- hybrid attention ----------------------------------------------------------------------------------
+
+
+def hybrid_attention_cases(c: ModelConfig) -> list[Case]:
+    heads, width, window = c.num_attention_heads, c.head_dim, c.sliding_window
+
+    def visible(batch: int, length: int, context: int, ratio: int) -> tuple[np.ndarray, np.ndarray]:
+        """Position and number of visible entries of each query: the last `length` tokens of `context`."""
+        position = np.broadcast_to(np.arange(context - length, context, dtype=np.int32), (batch, length))
+        return position, (position + 1) // ratio
+
+    def build(
+        batch: int, length: int, context: int, ratio: int | None, masked: bool, backward: bool
+    ) -> Program:
+        from pallas_kernels.hybrid_attention import hybrid_attention, tuning, visibility
+
+        per_query, size = i32(batch, length), context // ratio if ratio else 0
+        shapes = dict(
+            q=array(batch, length, heads, width), line=array(batch, window - 1 + length, width),
+            position=per_query, sink=f32(heads),
+        )  # fmt: skip
+        floats, nothing = ["q", "line", "sink"], np.zeros(1, np.int32)
+        ranges, turned, visits = (nothing, nothing), (nothing, nothing), 0
+        blocks = tuning.choose_blocks(heads=heads, width=width, window=window, itemsize=2, masked=masked)
+        g = tuning.Geometry(batch, length, heads, width, window, size, 2, masked, blocks)
+        if ratio:
+            shapes |= dict(entries=array(batch, size, width), lo=per_query, hi=per_query)
+            floats.append("entries")
+            position, hi = visible(batch, length, context, ratio)
+            view = visibility.views(jnp.asarray(position), None, jnp.asarray(hi), window, size, g.queries)
+            blocks_seen = visibility.entry_blocks_of_queries(view, g.queries, g.entries)
+            seen_by = visibility.query_blocks_of_entries(blocks_seen, batch, g.num_entry_blocks)
+            ranges, turned = (tuple(np.asarray(x) for x in pair) for pair in (blocks_seen, seen_by))
+            visits = int(np.maximum(ranges[1] - ranges[0] + 1, 0).sum())
+        if masked:
+            shapes["selected"] = array(batch, length, size, dtype=jnp.bool_)
+        op = functools.partial(hybrid_attention, window=window)
+
+        def by_query(grid: Grid) -> tuple[float, ...]:
+            """The window's step, those with visible entries, the last; with one step there is no choice."""
+            if not ratio:
+                return ()
+            return 1 / grid[2], visits / math.prod(grid), 1 / grid[2]
+
+        def line(grid: Grid) -> tuple[float, ...]:
+            seen = visibility.LineBlocks(g.line, g.queries, g.num_query_blocks, window)
+            visited = sum(max(0, 1 + seen.last(j) - seen.first(j)) for j in range(g.num_line_blocks))
+            return 1 / grid[2], batch * visited / math.prod(grid), 1 / grid[2]
+
+        def entries(grid: Grid) -> tuple[float, ...]:
+            return 1 / grid[2], visits / math.prod(grid), 1 / grid[2]
+
+        if not backward:
+            return Program(op, shapes, {"hybrid_attention_forward": Kernel(by_query, prefetch=ranges)})
+        kernels = {
+            "hybrid_attention_d_query": Kernel(by_query, prefetch=ranges),
+            "hybrid_attention_d_line": Kernel(line, prefetch=ranges),
+        }
+        if ratio:
+            kernels["hybrid_attention_d_entries"] = Kernel(entries, prefetch=turned)
+        return Program(gradients(op, shapes, floats), shapes, kernels)
+
+    def case(
+        kind: str, name: str, batch: int, length: int, context: int, *, backward=False, **figures
+    ) -> Case:
+        ratio = {"window": None, "HCA": c.hca_ratio, "CSA": c.csa_ratio}[kind]
+        keys = batch * length * window
+        if ratio:
+            keys += int(
+                visible(batch, length, context, ratio)[1].sum()
+            )  # CSA masks: all of them are computed
+        row = batch * length * heads * width
+        # Backward: q, do and dq, and q and do again for one or two key gradients, each at least once.
+        moved = 2 * row * ((3 + 2 * (1 + bool(ratio))) if backward else 2)
+        # The contract's figure leaves out the keys, which are most of a decode step: once each at least.
+        moved += 2 * batch * (window - 1 + length + (context // ratio if ratio else 0)) * width
+        label = f"hybrid_attention {kind} {name}" + (" backward" if backward else "")
+        arguments = (batch, length, context, ratio, kind == "CSA", backward)
+        flops = (14 if backward else 4) * keys * heads * width
+        return Case(label, lambda: build(*arguments), lambda: (flops, moved), **figures)
+
+    prefill = "prefill 2048 at 64K", 1, 2048, 2**16
+    return [
+        case("window", *prefill, target=us(230, 150), peer=us(348.4, 235.4)),
+        case("window", *prefill, backward=True),
+        case("HCA", *prefill, target=us(550, 420), peer=us(859.1, 848.0)),
+        case("HCA", *prefill, backward=True),
+        # The peer gathers 512 entries a query; this kernel masks all 2048.
+        case("CSA", "prefill 2048 at 8K, masked", 1, 2048, 2**13, peer=us(1881.6, 835.2)),
+    ]
+
+
+# --- decode attention ----------------------------------------------------------------------------------
+
+
+def decode_attention_cases(c: ModelConfig) -> list[Case]:
+    batch, context, repeats = 64, 2**16, 1
+    heads, width, slots = c.num_attention_heads, c.head_dim, c.sliding_window
+    num_entries = {"window": 0, "HCA": context // c.hca_ratio, "CSA": context // c.csa_ratio}
+    chosen = c.index_topk
+
+    def build(kind: str) -> Program:
+        from pallas_kernels.decode_attention import decode_attention
+
+        size = num_entries[kind]
+        shapes = dict(
+            q=array(batch, 1, heads, width), ring=array(repeats, batch, slots, width),
+            position=i32(batch, 1), sink=f32(heads), repeat=i32(),
+        )  # fmt: skip
+        if size:
+            shapes["entries"] = array(repeats, batch, size, width)
+        first_repeat = np.zeros(1, np.int32)
+        if kind == "CSA":
+            shapes["index"] = i32(batch, 1, chosen)
+            # The first step also fetches its own query's rows; all but the last fetch the next one's.
+            kernel = Kernel(
+                when=lambda grid: (1 / grid[0], 1 - 1 / grid[0]),
+                prefetch=(first_repeat,),
+                copied_bytes=batch * chosen * 2 * width * 2,  # bfloat16 rows come in pairs
+            )
+            name = "decode_attention_gather"
+        else:
+            if size:
+                shapes["hi"] = i32(batch, 1)
+            # Every block is full: the loops that clear rows behind the last entry have nothing to do.
+            kernel = Kernel(
+                when=lambda grid: (), trips=0, prefetch=(first_repeat, np.full(batch, size, np.int32))
+            )
+            name = "decode_attention_stream"
+        return Program(functools.partial(decode_attention, window=c.sliding_window), shapes, {name: kernel})
+
+    def case(kind: str, **figures) -> Case:
+        keys = slots + (chosen if kind == "CSA" else num_entries[kind])
+        flops, moved = 4 * batch * heads * keys * width, 2 * batch * width * (keys + 2 * heads)
+        label = f"decode_attention {kind} decode {batch} at 64K"
+        return Case(label, lambda: build(kind), lambda: (flops, moved), **figures)
+
+    return [
+        case("window", target=us(15, 8), peer=us(29.0, 25.8)),
+        case("HCA", target=us(45, 25), peer=us(120.8, 105.3)),
+        # The peer's figure leaves out its gather, which runs on the sparse core.
+        case("CSA", target=us(40, 18), peer=us(58.8, 26.1)),
+    ]
