@@ -38,7 +38,7 @@ LENGTH = 44
 
 @pytest.fixture(scope="module", autouse=True)
 def small_blocks():
-    """A block is straight-line code in the interpreter's program: small ones compile in a fifth of the time."""
+    """A block is straight-line code in the interpreter's program: small ones compile five times faster."""
     with pytest.MonkeyPatch.context() as patch:
         small = HyperConnectionBlocks(16, 128)
         patch.setattr(hyper_connection_tuning, "choose_blocks", lambda *_, **__: small)
