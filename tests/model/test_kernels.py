@@ -147,6 +147,7 @@ def test_gradients_of_every_parameter(models):
     assert moved > 40
 
 
+@pytest.mark.slow
 def test_twenty_training_steps():
     """The losses of twenty steps over two packed batches agree within 1e-5 (relative)."""
     optimizer = AdamW()
