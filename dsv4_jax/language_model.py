@@ -102,8 +102,6 @@ class LanguageModel:
         Raises:
             ValueError: for an index outside 0 .. L-1, or bad tokens.
         """
-        if not 0 <= index < len(self.config.attention_kinds):
-            raise ValueError(f"layer {index} is not in 0 .. {len(self.config.attention_kinds) - 1}")
         span = self._span(tokens, None, None)
         streams = jnp.asarray(streams, self.policy.compute_dtype)
         return _layer(self._network, self.parameters, index, streams, span)
@@ -148,8 +146,8 @@ class LanguageModel:
     def new_cache(self, batch: int, max_length: int, max_rewind: int = 8) -> Cache:
         """An empty cache for `batch` rows of up to `max_length` tokens (see `model.cache.new_cache`)."""
         p = self.policy
-        dtypes = p.cache_dtype, max_rewind, p.row_dtype
-        return _new_cache(self.config, batch, max_length, *dtypes, p.cache_format)
+        sizes = (self.config, batch, max_length)
+        return _new_cache(*sizes, p.cache_dtype, max_rewind, p.row_dtype, p.cache_format)
 
     def extend(
         self,

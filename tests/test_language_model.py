@@ -127,6 +127,13 @@ def test_more_than_the_model_holds_is_refused(lm):
         next(lm.stream([[1]], 70000))
 
 
+@pytest.mark.parametrize("index", [-1, 4])
+def test_a_layer_that_is_not_there(lm, index):
+    streams = np.zeros((1, 3, lm.config.hc_mult, lm.config.hidden_size), np.float32)
+    with pytest.raises(ValueError, match=f"layer {index} is not in 0 .. 3"):
+        lm.layer(index, streams, [[1, 2, 3]])
+
+
 def test_experts_on_the_fp4_grid_are_not_rounded_again(tmp_path):
     write_checkpoint(tmp_path / "model", smallest_config(), storage.PREVIEW)
     lm = load(tmp_path / "model", dtype="float32", numerics="qat")
