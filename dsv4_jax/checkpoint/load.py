@@ -9,12 +9,12 @@ tensor.
 import dataclasses
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import jax
 import numpy as np
 
-from dsv4_jax.checkpoint import names
+from dsv4_jax.checkpoint import names, native
 from dsv4_jax.checkpoint.files import CheckpointFiles
 from dsv4_jax.checkpoint.manifest import Manifest, Options, open_manifest
 from dsv4_jax.checkpoint.release import DraftHead
@@ -23,6 +23,7 @@ from dsv4_jax.checkpoint.values import Findings, place_in, read_entry
 from dsv4_jax.checkpoint.write import Progress
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.errors import CheckpointError
+from dsv4_jax.numerics.weights import QuantizedWeight
 
 if TYPE_CHECKING:
     from dsv4_jax.numerics.policy import Policy
@@ -32,8 +33,11 @@ ALIGNMENT = 64
 
 TOKENIZER_FILE = "tokenizer.json"
 
+Weights = Literal["native", "dequantized"]
+"""What becomes of quantised weights: kept as they are, or made arrays of the param dtype."""
+
 Parameters = dict[str | int, object]
-"""Nested dict of arrays; list positions are int keys, as in `nnx.to_pure_dict`."""
+"""Nested dict of arrays and quantised weights; list positions are int keys, as in `nnx.to_pure_dict`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +47,7 @@ class Loaded:
     Attributes:
         config: of the model; without MTP block where the checkpoint has none.
         parameters: the parameter tree, see `names.parameters`.
-        stored: official tensor name -> safetensors dtype, of every tensor that was not quantised;
+        stored: official tensor name -> safetensors dtype, of every tensor that was not dequantised;
             `save` uses it to write back what was read.
         warnings: sentences for the user.
         layout: the naming that was found.
@@ -64,6 +68,7 @@ def load_checkpoint(
     directory: str | pathlib.Path,
     policy: "Policy",
     *,
+    weights: Weights = "dequantized",
     draft_head: DraftHead = "refuse",
     text_only: bool = False,
     require_mtp: bool = False,
@@ -72,7 +77,7 @@ def load_checkpoint(
     place: Callable[[np.ndarray, names.Path], object] | None = None,
     progress: Progress | None = None,
 ) -> Loaded:
-    """Loads a checkpoint in any layout; FP8 and FP4 weights are dequantised to the param dtype.
+    """Loads a checkpoint in any layout.
 
     Config, index, headers, names, shapes and dtypes are checked in full before any data is read.
     Scales, hash tables and float32 tensors are scanned while reading. Nothing from the directory is
@@ -82,13 +87,16 @@ def load_checkpoint(
         directory: with `config.json` and safetensors files.
         policy: gives the dtype of matrices; norms, sinks, mHC, biases and position biases are
             float32.
+        weights: 'native' keeps FP8 and FP4 weights as `QuantizedWeight`; 'dequantized' makes them arrays of
+            the param dtype.
         draft_head: 'ignore' loads a DSpark release without its draft head; 'refuse' does not load
             it.
         text_only: load the text model of a vision variant.
         require_mtp: refuse a checkpoint without an MTP block.
         scan_weights: look for NaN and infinity in bfloat16 weights too.
         copy: read files instead of mapping them (see `open_checkpoint`).
-        place: host array and parameter path -> the array to keep; by default `jax.device_put`.
+        place: host array and parameter path -> the array to keep; by default `jax.device_put`. Called
+            for the elements and for the scales of a quantised weight.
         progress: called after each tensor with (its name, bytes read, bytes of all tensors).
 
     Raises:
@@ -98,13 +106,15 @@ def load_checkpoint(
     with open_manifest(directory, options) as (files, manifest):
         findings = Findings()
         flat: dict[names.Path, object] = {}
-        for path, array in read_parameters(
-            files, manifest, policy.param_dtype, findings, scan_weights, progress
+        for path, value in read_parameters(
+            files, manifest, policy.param_dtype, findings, scan_weights, progress, weights
         ):
             if findings.problems:
                 flat.clear()  # reading goes on only to report everything
+            elif place is None:
+                flat[path] = jax.device_put(value)
             else:
-                flat[path] = jax.device_put(array) if place is None else place(array, path)
+                flat[path] = jax.tree.map(lambda array, path=path: place(array, path), value)
         files.check_unchanged()
     if findings.problems:
         raise CheckpointError(f"checkpoint {directory} cannot be used", findings.problems)
@@ -112,7 +122,7 @@ def load_checkpoint(
     return Loaded(
         config=manifest.config,
         parameters=nested(flat),
-        stored=stored_dtypes(manifest),
+        stored=stored_dtypes(manifest, flat),
         warnings=(*manifest.warnings, *findings.warnings()),
         layout=manifest.layout,
         tokenizer_file=tokenizer if tokenizer.is_file() else None,
@@ -136,15 +146,33 @@ def read_parameters(
     findings: Findings,
     scan_weights: bool,
     progress: Progress | None = None,
-) -> Iterator[tuple[names.Path, np.ndarray]]:
-    """Every parameter as an aligned host array, one after the other; problems go to `findings`."""
+    weights: Weights = "dequantized",
+) -> Iterator[tuple[names.Path, np.ndarray | QuantizedWeight]]:
+    """Every parameter in aligned host arrays, one after the other; problems go to `findings`."""
     groups: dict[names.Path, list[Entry]] = {}
     for entry in manifest.entries:
         groups.setdefault(entry.spec.path, []).append(entry)
     total = sum(_num_bytes(entry) for entry in manifest.entries)
     done = 0
+
+    def finish(entry: Entry) -> None:
+        nonlocal done
+        for tensor in (entry.tensor, entry.scale):
+            if tensor is not None:
+                files.drop_pages(tensor.name)
+        done += _num_bytes(entry)
+        if progress is not None:
+            progress(entry.tensor.name, done, total)
+
+    parameters = names.parameters(manifest.config)
     for path, entries in groups.items():
         spec = entries[0].spec
+        if weights == "native" and any(entry.format != "plain" for entry in entries):
+            what = parameters[path], entries, files.read
+            if native.can_stay(*what):
+                yield path, native.read_native(*what, findings, aligned, finish)
+                continue
+            findings.dequantized.append("/".join(map(str, path)))
         array = aligned(spec.parameter_shape, memory_dtype(spec.kind, param_dtype))
         for entry in entries:
             read_entry(
@@ -155,12 +183,7 @@ def read_parameters(
                 num_experts=manifest.config.n_routed_experts,
                 scan_weights=scan_weights,
             )
-            for tensor in (entry.tensor, entry.scale):
-                if tensor is not None:
-                    files.drop_pages(tensor.name)
-            done += _num_bytes(entry)
-            if progress is not None:
-                progress(entry.tensor.name, done, total)
+            finish(entry)
         yield path, array
 
 
@@ -187,18 +210,23 @@ def nested(flat: Mapping[names.Path, object]) -> Parameters:
     return tree
 
 
-def stored_dtypes(manifest: Manifest) -> dict[str, str]:
-    """Official name -> dtype on disk of plain tensors; a stacked tensor speaks for its parts."""
-    by_place: dict[tuple[names.Path, tuple[int, ...]], str] = {
-        (entry.spec.path, entry.spec.index): entry.tensor.dtype
+def stored_dtypes(manifest: Manifest, flat: Mapping[names.Path, object]) -> dict[str, str]:
+    """Official name -> dtype on disk of tensors that were not dequantised, and of the scales among them.
+
+    A stacked tensor speaks for its parts.
+    """
+    by_place: dict[tuple[names.Path, tuple[int, ...]], Entry] = {
+        (entry.spec.path, entry.spec.index): entry
         for entry in manifest.entries
-        if entry.format == "plain"
+        if entry.format == "plain" or isinstance(flat.get(entry.spec.path), QuantizedWeight)
     }
     stored = {}
     for spec in names.official_tensors(manifest.config):
         for depth in range(len(spec.index), -1, -1):
-            dtype = by_place.get((spec.path, spec.index[:depth]))
-            if dtype is not None:
-                stored[spec.name] = dtype
+            entry = by_place.get((spec.path, spec.index[:depth]))
+            if entry is not None:
+                stored[spec.name] = entry.tensor.dtype
+                if entry.scale is not None and spec.scale_name is not None:
+                    stored[spec.scale_name] = entry.scale.dtype
                 break
     return stored

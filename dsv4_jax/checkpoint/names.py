@@ -69,8 +69,15 @@ class TensorSpec:
 class ParameterSpec:
     """Shape and kind of one parameter of the tree."""
 
-    shape: tuple[int, ...]
+    leading: tuple[int, ...]  # axes that the official layout spreads over tensors
+    dims: tuple[int, ...]  # the others
+    stored: tuple[int, ...]  # shape of one official tensor
     kind: Kind
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the whole parameter."""
+        return self.leading + self.dims
 
     @property
     def size(self) -> int:
@@ -344,7 +351,7 @@ def official_tensors(config: ModelConfig) -> tuple[TensorSpec, ...]:
 
 @functools.lru_cache(maxsize=8)
 def _parameters(config: ModelConfig) -> dict[Path, ParameterSpec]:
-    return {s.path: ParameterSpec(s.parameter_shape, s.kind) for s in official_tensors(config)}
+    return {s.path: ParameterSpec(s.leading, s.dims, s.shape, s.kind) for s in official_tensors(config)}
 
 
 def parameters(config: ModelConfig) -> dict[Path, ParameterSpec]:

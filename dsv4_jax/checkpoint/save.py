@@ -1,32 +1,38 @@
 """A parameter tree to a checkpoint directory, in any of the three layouts.
 
 The dtype of a tensor on disk is the one it was read with, if a record says so, that dtype is not
-wider than the one in memory and holds every value exactly; otherwise the one in memory. Loading an
-unquantised checkpoint and saving it again therefore gives the same bytes for every tensor. Hash
-tables are always I64.
+wider than the one in memory and holds every value exactly; otherwise the one in memory. Quantised
+weights are written as they are held. Loading a checkpoint with native weights and saving it again
+therefore gives the same bytes for every tensor. Hash tables are always I64. The transformers layouts
+get quantised weights dequantised: they have no FP4.
 """
 
 import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 import jax
 import numpy as np
 import tokenizers
 
-from dsv4_jax.checkpoint import names
+from dsv4_jax.checkpoint import names, quantize
 from dsv4_jax.checkpoint.load import TOKENIZER_FILE, memory_dtype
 from dsv4_jax.checkpoint.safetensors import DTYPES
+from dsv4_jax.checkpoint.storage import Release, StoredTensor
+from dsv4_jax.checkpoint.tensor_rules import FP4_DTYPES
 from dsv4_jax.checkpoint.values import PIECE_ELEMENTS, place_in
-from dsv4_jax.checkpoint.write import Progress, TensorPlan, write_sharded
+from dsv4_jax.checkpoint.write import Planned, Progress, TensorPlan, write_sharded
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.config_io import official_config_dict, transformers_config_dict
 from dsv4_jax.errors import CheckpointError
+from dsv4_jax.numerics.weights import QuantizedWeight
 
 COPIED_FILES = ("generation_config.json", TOKENIZER_FILE, "tokenizer_config.json")
 MAX_SHARD_BYTES = 5_000_000_000
+
+Leaf = jax.Array | np.ndarray | QuantizedWeight
 
 _NAME_OF_DTYPE = {DTYPES[name]: name for name in ("BF16", "F32")}
 
@@ -40,6 +46,7 @@ def save_checkpoint(
     stored: Mapping[str, str] | None = None,
     copy_from: str | pathlib.Path | None = None,
     tokenizer: tokenizers.Tokenizer | str | pathlib.Path | None = None,
+    release: Release | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -55,6 +62,8 @@ def save_checkpoint(
         copy_from: a checkpoint directory whose `COPIED_FILES` are copied.
         tokenizer: to write as `tokenizer.json`, or the path of such a file; instead of the one
             there.
+        release: the formats to store weights in, rounding those that are held otherwise; None keeps
+            each as it is held. Official layout only.
         max_shard_bytes: data bytes of a shard at most, unless one tensor is larger.
         overwrite: replace what is there.
         progress: called after each tensor with (its name, bytes written, bytes of all tensors).
@@ -69,27 +78,37 @@ def save_checkpoint(
     flat = flattened(parameters)
     problems = [] if layout in names.LAYOUTS else [f"layout={layout!r} must be one of {names.LAYOUTS}"]
     problems += parameter_problems(config, flat)
+    if release is not None:
+        if layout != "official":
+            problems.append(f"layout={layout!r} cannot hold {release.experts} weights, only 'official' can")
+        problems += quantize.quantizing_problems(names.official_tensors(config), release)
     if problems:
         raise CheckpointError(f"cannot save to {directory}", problems)
     warnings = []
     if layout != "official" and config.num_nextn_predict_layers:
         warnings.append(f"the MTP block is not saved: the {layout} layout has none")
         config = dataclasses.replace(config, num_nextn_predict_layers=0)
+    held = {quantize.format_of(leaf) for leaf in flat.values()} - {"bf16"}
+    if layout != "official" and held:
+        warnings.append(f"{' and '.join(sorted(held))} weights are saved dequantised in the {layout} layout")
+    planned = list(planned_tensors(config, flat, layout, stored or {}, release))
     param_dtype = _NAME_OF_DTYPE[np.dtype(flat["embed",].dtype)]
     write_sharded(
         pathlib.Path(directory),
-        list(planned_tensors(config, flat, layout, stored or {})),
+        planned,
         max_shard_bytes=max_shard_bytes,
-        extra_files=extra_files(config, layout, param_dtype, copy_from, tokenizer),
+        extra_files=extra_files(
+            config, layout, param_dtype, {plan.dtype for _, plan, _ in planned}, copy_from, tokenizer
+        ),
         overwrite=overwrite,
         progress=progress,
     )
     return warnings
 
 
-def flattened(parameters: Mapping[str | int, object]) -> dict[names.Path, jax.Array | np.ndarray]:
-    """Path -> array of a nested dict."""
-    flat: dict[names.Path, jax.Array | np.ndarray] = {}
+def flattened(parameters: Mapping[str | int, object]) -> dict[names.Path, Leaf]:
+    """Path -> array or quantised weight of a nested dict."""
+    flat: dict[names.Path, Leaf] = {}
     for key, value in parameters.items():
         if isinstance(value, Mapping):
             flat |= {(key, *path): leaf for path, leaf in flattened(value).items()}
@@ -98,7 +117,7 @@ def flattened(parameters: Mapping[str | int, object]) -> dict[names.Path, jax.Ar
     return flat
 
 
-def parameter_problems(config: ModelConfig, flat: Mapping[names.Path, jax.Array | np.ndarray]) -> list[str]:
+def parameter_problems(config: ModelConfig, flat: Mapping[names.Path, Leaf]) -> list[str]:
     """Where a flat parameter tree is not that of the config."""
     expected = names.parameters(config)
     problems = [f"{_joined(path)} is missing" for path in expected if path not in flat]
@@ -106,9 +125,12 @@ def parameter_problems(config: ModelConfig, flat: Mapping[names.Path, jax.Array 
         if path not in expected:
             problems.append(f"{_joined(path)} is no parameter of this config")
             continue
-        spec, dtype = expected[path], np.dtype(leaf.dtype)
+        spec = expected[path]
         if tuple(leaf.shape) != spec.shape:
             problems.append(f"{_joined(path)}: shape {tuple(leaf.shape)}, expected {spec.shape}")
+        if isinstance(leaf, QuantizedWeight):
+            continue
+        dtype = np.dtype(leaf.dtype)
         known = [dtype] if dtype in _NAME_OF_DTYPE else list(_NAME_OF_DTYPE)
         if dtype not in {memory_dtype(spec.kind, d) for d in known}:
             wanted = " or ".join(sorted({memory_dtype(spec.kind, d).name for d in _NAME_OF_DTYPE}))
@@ -122,21 +144,51 @@ def _joined(path: names.Path) -> str:
 
 def planned_tensors(
     config: ModelConfig,
-    flat: Mapping[names.Path, jax.Array | np.ndarray],
+    flat: Mapping[names.Path, Leaf],
     layout: names.Layout,
     stored: Mapping[str, str],
-) -> Iterator[tuple[str, TensorPlan, Callable[[], np.ndarray]]]:
+    release: Release | None,
+) -> Iterator[Planned]:
     """Name, dtype and shape of every tensor of the file, and a function that gives its data."""
     records = _records(config, stored)
+    rounding = quantize.Rounding()
     for spec in names.layout_tensors(config, layout):
         leaf = flat[spec.path]
+        held = quantize.format_of(leaf)
+        how = "bf16" if layout != "official" else held
+        if release is not None:
+            how = quantize.format_in(release, spec)
+        if how != "bf16":
+            give = functools.partial(quantize.kept, leaf, spec)
+            if held != how:
+                give = functools.partial(rounding, leaf, spec, how)
+            yield from _planned_pair(quantize.stored_pair(spec, how), give, stored)
+            continue
         dtype = "I64"
-        if spec.kind != "table":
+        if held != "bf16":
+            dtype = _NAME_OF_DTYPE[np.dtype(flat["embed",].dtype)]
+        elif spec.kind != "table":
             dtype = _NAME_OF_DTYPE[np.dtype(leaf.dtype)]
             recorded = records.get((spec.path, spec.index))
             if recorded not in (None, dtype) and _keeps(leaf, spec, recorded):
                 dtype = recorded
-        yield spec.name, TensorPlan(dtype, spec.shape), functools.partial(_data, leaf, spec, dtype)
+        give = functools.partial(quantize.plain_part, leaf, spec, DTYPES[dtype])
+        yield spec.name, TensorPlan(dtype, spec.shape), give
+
+
+def _planned_pair(
+    tensors: tuple[StoredTensor, StoredTensor],
+    give: Callable[[], tuple[np.ndarray, np.ndarray]],
+    stored: Mapping[str, str],
+) -> Iterator[Planned]:
+    """Elements and scales, in the dtypes they were read with."""
+
+    def data(part: int, dtype: str) -> np.ndarray:
+        return quantize.as_dtype(give()[part], dtype)
+
+    for part, tensor in enumerate(tensors):
+        dtype = quantize.dtype_on_disk(tensor, stored.get(tensor.name))
+        yield tensor.name, TensorPlan(dtype, tensor.shape), functools.partial(data, part, dtype)
 
 
 def _records(config: ModelConfig, stored: Mapping[str, str]) -> dict[tuple[names.Path, tuple[int, ...]], str]:
@@ -165,14 +217,11 @@ def _keeps(leaf: jax.Array | np.ndarray, spec: names.TensorSpec, dtype: str) -> 
     return True
 
 
-def _data(leaf: jax.Array | np.ndarray, spec: names.TensorSpec, dtype: str) -> np.ndarray:
-    return place_in(np.asarray(leaf), spec).astype(DTYPES[dtype], copy=False)
-
-
 def extra_files(
     config: ModelConfig,
     layout: names.Layout,
     param_dtype: str,
+    dtypes: Collection[str],
     copy_from: str | pathlib.Path | None,
     tokenizer: tokenizers.Tokenizer | str | pathlib.Path | None,
 ) -> dict[str, bytes]:
@@ -180,6 +229,10 @@ def extra_files(
     dtype = {"BF16": "bfloat16", "F32": "float32"}[param_dtype]
     if layout == "official":
         fields = official_config_dict(config) | {"torch_dtype": dtype}
+        if not {"F8_E4M3", *FP4_DTYPES}.isdisjoint(dtypes):
+            fields["quantization_config"] = quantize.CONFIG
+        if not set(FP4_DTYPES).isdisjoint(dtypes):
+            fields["expert_dtype"] = "fp4"
     else:
         fields = transformers_config_dict(config) | {"dtype": dtype}
     generation = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}

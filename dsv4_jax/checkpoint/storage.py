@@ -58,6 +58,8 @@ PREVIEW = Release("fp4", "fp8", "mtp")
 """V4-Flash and V4-Pro, instruct, April 2026."""
 FLASH_0731 = Release("fp4", "fp8", "dspark", markov_rank=256)
 PRO_0813 = Release("fp4", "fp8", "dspark", markov_rank=512)
+BASE = Release("fp8", "fp8", "mtp")
+"""V4-Flash-Base and V4-Pro-Base, as far as is known."""
 PLAIN = Release("bf16", "bf16", "mtp")
 """An unquantised export."""
 

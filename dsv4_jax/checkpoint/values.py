@@ -12,6 +12,7 @@ import numpy as np
 
 from dsv4_jax.checkpoint.dequantize import E8M0_NAN, dequantize_into
 from dsv4_jax.checkpoint.names import TensorSpec
+from dsv4_jax.checkpoint.safetensors import TensorInfo
 from dsv4_jax.checkpoint.tensor_rules import Entry
 
 PIECE_ELEMENTS = 1 << 20
@@ -24,6 +25,7 @@ class Findings:
     problems: list[str] = dataclasses.field(default_factory=list)
     all_zero: list[str] = dataclasses.field(default_factory=list)
     inexact_scales: list[str] = dataclasses.field(default_factory=list)
+    dequantized: list[str] = dataclasses.field(default_factory=list)
 
     def warnings(self) -> list[str]:
         """What is odd but harmless, one sentence for all the tensors that it concerns."""
@@ -31,6 +33,7 @@ class Findings:
         for held, what in (
             (self.all_zero, "all zero"),
             (self.inexact_scales, "scales other than powers of two; dequantised all the same"),
+            (self.dequantized, "stored in ways that share no array with others; dequantised"),
         ):
             if held:
                 more = f" and {len(held) - 3} more" if len(held) > 3 else ""
@@ -65,17 +68,9 @@ def read_entry(
     name = f"{entry.tensor.path.name}: {entry.tensor.name}"
     stored = read(entry.tensor.name)
     if entry.scale is not None:
-        scale = read(entry.scale.name)
-        problem = _scale_problem(scale)
-        if problem is not None:
-            findings.problems.append(f"{entry.scale.path.name}: {entry.scale.name}: {problem}")
-            return
-        if scale.dtype == np.float32 and not _powers_of_two(scale):
-            findings.inexact_scales.append(entry.scale.name)
-        if not scale.view(np.uint8).any():
-            findings.all_zero.append(entry.scale.name)
-        if not dequantize_into(target, stored, scale):
-            findings.problems.append(f"{name}: {_quantized_problem(stored)}")
+        scale = checked_scale(entry.scale, read, findings)
+        if scale is not None and not dequantize_into(target, stored, scale):
+            findings.problems.append(f"{name}: {quantized_problem(stored)}")
         return
     if entry.spec.kind == "table":
         _copy_table(stored, target, findings, name, num_experts)
@@ -86,6 +81,22 @@ def read_entry(
             findings.problems.append(f"{name}: {bad} of {stored.size} values are NaN or infinite")
         if entry.spec.path[-1] in ("bias", "scale") and not target.any():
             findings.all_zero.append(entry.tensor.name)
+
+
+def checked_scale(
+    tensor: TensorInfo, read: Callable[[str], np.ndarray], findings: Findings
+) -> np.ndarray | None:
+    """Block scales as stored, or None if they are not usable, which `findings` then says."""
+    scale = read(tensor.name)
+    problem = _scale_problem(scale)
+    if problem is not None:
+        findings.problems.append(f"{tensor.path.name}: {tensor.name}: {problem}")
+        return None
+    if scale.dtype == np.float32 and not powers_of_two(scale):
+        findings.inexact_scales.append(tensor.name)
+    if not scale.view(np.uint8).any():
+        findings.all_zero.append(tensor.name)
+    return scale
 
 
 def _copy_floats(stored: np.ndarray, target: np.ndarray, scan: bool) -> int:
@@ -134,12 +145,14 @@ def _scale_problem(scale: np.ndarray) -> str | None:
     return f"{bad} of {scale.size} scales are NaN (E8M0 byte 0xFF)" if bad else None
 
 
-def _powers_of_two(scale: np.ndarray) -> bool:
+def powers_of_two(scale: np.ndarray) -> bool:
+    """Whether every float32 scale is one."""
     mantissa, _ = np.frexp(scale)
     return bool((mantissa == 0.5).all())
 
 
-def _quantized_problem(stored: np.ndarray) -> str:
+def quantized_problem(stored: np.ndarray) -> str:
+    """Why a quantised tensor does not give finite numbers."""
     if stored.dtype == ml_dtypes.float8_e4m3fn:
         codes = int(((stored.view(np.uint8) & 0x7F) == 0x7F).sum())
         if codes:

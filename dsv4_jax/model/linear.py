@@ -6,13 +6,19 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
+from dsv4_jax.numerics.weights import Weight, plain
 
-def project(x: Float[Array, "*tokens D"], weight: Float[Array, "*out D"]) -> Float[Array, "..."]:
+
+def project(x: Float[Array, "*tokens D"], weight: Weight) -> Float[Array, "..."]:
     """x weight^T over the last axis of both, [*tokens, *out]: float32 accumulation, one cast at the end.
 
     `preferred_element_type` is stated because a bf16 x bf16 -> bf16 dot runs at float32 speed on CPUs.
+
+    Args:
+        x: [*tokens, D].
+        weight: [*out, D]; a quantised one is decoded to the dtype of `x`, exactly.
     """
-    return _product(x, weight.astype(x.dtype), None).astype(x.dtype)
+    return _product(x, plain(weight, x.dtype), None).astype(x.dtype)
 
 
 def project_float32(x: Float[Array, "*tokens D"], weight: Float[Array, "*out D"]) -> Float32[Array, "..."]:
@@ -20,18 +26,15 @@ def project_float32(x: Float[Array, "*tokens D"], weight: Float[Array, "*out D"]
     return _product(x.astype(jnp.float32), weight.astype(jnp.float32), jax.lax.Precision.HIGHEST)
 
 
-def project_groups(
-    x: Float[Array, "*tokens G D"], weight: Float[Array, "G O D"]
-) -> Float[Array, "*tokens G O"]:
-    """Each group's channels times that group's matrix; precision as in `project`."""
+def project_groups(x: Float[Array, "*tokens G D"], weight: Weight) -> Float[Array, "*tokens G O"]:
+    """Each group's channels times that group's matrix, weight [G, O, D]; precision as in `project`."""
     rows = x.reshape(-1, *x.shape[-2:]).swapaxes(0, 1)  # [G, tokens, D]
-    y = jax.lax.dot_general(
-        rows, weight.astype(x.dtype), (((2,), (2,)), ((0,), (0,))), preferred_element_type=jnp.float32
-    )
+    matrices = plain(weight, x.dtype)
+    y = jax.lax.dot_general(rows, matrices, (((2,), (2,)), ((0,), (0,))), preferred_element_type=jnp.float32)
     return y.swapaxes(0, 1).astype(x.dtype).reshape(*x.shape[:-1], -1)
 
 
-def flat(x: Float[Array, "*kept a b"]) -> Float[Array, "*kept ab"]:
+def flat(x: Weight) -> Weight:
     """The last two axes as one, for a product that sums over both."""
     return x.reshape(*x.shape[:-2], -1)
 

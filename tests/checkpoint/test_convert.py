@@ -65,7 +65,7 @@ def test_no_op(official, tmp_path):
 
 
 def test_to_float32_and_back(official, tmp_path):
-    convert_checkpoint(official, tmp_path / "wide", dtype="float32")
+    convert_checkpoint(official, tmp_path / "wide", to="float32")
     wide = contents(tmp_path / "wide")
     assert {dtype for dtype, _ in wide.values()} == {"F32", "I64"}
     original = contents(official)
@@ -73,7 +73,7 @@ def test_to_float32_and_back(official, tmp_path):
         assert np.array_equal(values, original[name][1].astype(values.dtype)), name
     convert_checkpoint(tmp_path / "wide", tmp_path / "kept")  # 'keep' must not round
     same(contents(tmp_path / "kept"), wide)
-    convert_checkpoint(tmp_path / "wide", tmp_path / "narrow", dtype="bfloat16")
+    convert_checkpoint(tmp_path / "wide", tmp_path / "narrow", to="bfloat16")
     same(contents(tmp_path / "narrow"), original)
 
 
