@@ -21,6 +21,9 @@ MXFP4_GROUP = 32  # channels that share an E8M0 scale
 SCALE_BYTES_MULTIPLE = 8  # the scales of a KV entry are padded to this: 7 + 1 in the released models
 
 
+STORAGES = {"FP4 experts, FP8 linears": storage.PREVIEW, "BF16": storage.PLAIN}
+
+
 @dataclasses.dataclass(frozen=True)
 class ParameterCounts:
     """Parameters of the model without its MTP block; integers of hash tables are not counted."""
@@ -117,6 +120,7 @@ class Inspection:
     allocated: AllocatedCache
     state: StateBytes
     checkpoint_bytes: Mapping[str, int]  # storage -> bytes of all tensors
+    memory_bytes: Mapping[str, int]  # storage -> bytes of the parameters in memory, bfloat16, native weights
 
     @property
     def total_with_mtp(self) -> int:
@@ -142,6 +146,7 @@ def inspect_config(config: ModelConfig, *, dspark_markov_rank: int | None = None
         allocated=allocated_cache(config),
         state=state_bytes(config),
         checkpoint_bytes=checkpoint_bytes(config, dspark_markov_rank),
+        memory_bytes={name: storage.resident_bytes(config, release) for name, release in STORAGES.items()},
     )
 
 
@@ -258,10 +263,7 @@ def allocated_cache(
 
 def checkpoint_bytes(config: ModelConfig, dspark_markov_rank: int | None = None) -> dict[str, int]:
     """Bytes of all tensors (an index's `total_size`) in each storage that releases use."""
-    releases = {
-        "FP4 experts, FP8 linears": storage.PREVIEW,
-        "BF16": storage.PLAIN,
-    }
+    releases = dict(STORAGES)
     if dspark_markov_rank is not None:
         releases["FP4 experts, FP8 linears, DSpark draft head"] = dataclasses.replace(
             storage.FLASH_0731, markov_rank=dspark_markov_rank

@@ -1,7 +1,6 @@
 """An `Inspection` as tables for people and as plain values for programs."""
 
 import dataclasses
-from collections.abc import Mapping
 
 from rich.console import Console
 from rich.table import Table
@@ -47,6 +46,7 @@ def as_plain(inspection: Inspection) -> dict[str, object]:
         },
         "compressor_state_bytes": dataclasses.asdict(inspection.state),
         "checkpoint_bytes": dict(inspection.checkpoint_bytes),
+        "memory_bytes": dict(inspection.memory_bytes),
     }
 
 
@@ -55,7 +55,7 @@ def print_tables(inspection: Inspection, console: Console) -> None:
     console.print(_config_table(inspection))
     console.print(_parameter_table(inspection))
     console.print(_cache_table(inspection))
-    console.print(_storage_table(inspection.checkpoint_bytes))
+    console.print(_storage_table(inspection))
 
 
 def context_as_plain(cost: ContextCost) -> dict[str, object]:
@@ -193,10 +193,12 @@ def _cache_table(inspection: Inspection) -> Table:
     return table
 
 
-def _storage_table(checkpoint_bytes: Mapping[str, int]) -> Table:
-    table = Table(title="Checkpoint", title_justify="left")
+def _storage_table(inspection: Inspection) -> Table:
+    table = Table(title="Weights", title_justify="left")
     table.add_column("storage")
-    table.add_column("bytes", justify="right")
-    for name, value in checkpoint_bytes.items():
-        table.add_row(name, f"{value:,}")
+    table.add_column("bytes on disk", justify="right")
+    table.add_column("bytes in memory", justify="right")
+    for name, value in inspection.checkpoint_bytes.items():
+        resident = inspection.memory_bytes.get(name)
+        table.add_row(name, f"{value:,}", "" if resident is None else f"{resident:,}")
     return table

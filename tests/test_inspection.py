@@ -72,6 +72,13 @@ def test_fixed_state():
     assert PRO.state == inspection.StateBytes(18_710_528, 614_400)
 
 
+def test_native_weights_take_what_the_file_takes():
+    for model in (FLASH, PRO):
+        on_disk, in_memory = model.checkpoint_bytes, model.memory_bytes
+        for name in in_memory:
+            assert 0.99 < in_memory[name] / on_disk[name] < 1.001
+
+
 def test_checkpoint_bytes():
     assert FLASH.checkpoint_bytes["FP4 experts, FP8 linears"] == 159_609_485_896
     assert PRO.checkpoint_bytes["FP4 experts, FP8 linears"] == 864_704_792_696

@@ -82,6 +82,19 @@ def total_bytes(tensors: Iterable[StoredTensor]) -> int:
     return sum(tensor.num_bytes for tensor in tensors)
 
 
+def resident_bytes(config: ModelConfig, release: Release) -> int:
+    """Bytes of all parameters in memory, loaded in bfloat16 with native weights; no draft head but MTP.
+
+    Quantised weights take what they take on disk; norms widen to float32, hash tables narrow to int32.
+    """
+    bits = {"matrix": DTYPE_BITS["BF16"], "norm": 32, "float32": 32, "table": 32}
+    return sum(
+        math.prod(tensor.shape) * (DTYPE_BITS[tensor.dtype] if spec.scale_name else bits[spec.kind]) // 8
+        for spec in names.official_tensors(config)
+        for tensor in _stored(spec, release)
+    )
+
+
 def _stored(spec: names.TensorSpec, release: Release) -> Iterator[StoredTensor]:
     if spec.scale_name is None:
         dtype = {"matrix": "BF16", "norm": "BF16", "float32": "F32", "table": "I64"}[spec.kind]

@@ -56,6 +56,12 @@ def two_layers(config: ModelConfig) -> ModelConfig:
     )
 
 
+def one_layer(config: ModelConfig) -> ModelConfig:
+    return dataclasses.replace(
+        config, attention_kinds=("csa",), router_kinds=("learned",), num_nextn_predict_layers=0
+    )
+
+
 def tokens_of(config: ModelConfig, length: int = LENGTH) -> np.ndarray:
     return np.random.default_rng(7).integers(0, config.vocab_size, (1, length), dtype=np.int32)
 
@@ -95,7 +101,7 @@ def test_each_switch_alone_equals_torch(switch):
 
 
 def test_each_switch_changes_the_output_and_none_is_the_reference():
-    config = two_layers(MODELS["flash"])
+    config = one_layer(MODELS["flash"])  # CSA has every switch
     tokens = tokens_of(config, LONG)
     parameters = telling_parameters(config)
     reference = LanguageModel(config, Policy.of("float32"), parameters).logits(tokens)
@@ -111,14 +117,14 @@ def test_each_switch_changes_the_output_and_none_is_the_reference():
     assert all(np.abs(a - b).max() > 1e-5 for i, a in enumerate(seen) for b in seen[:i])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_prefill_is_decode(dtype):
     config = two_layers(MODELS["flash"])
     model = LanguageModel(config, Policy.of(dtype, "qat"), telling_parameters(config))
     tokens = tokens_of(config)
     want = np.asarray(model.logits(tokens))
     cache, got = model.new_cache(1, LENGTH), []
-    for piece in np.split(tokens, [20, 21, 22], axis=1):
+    for piece in np.split(tokens, [22, 23], axis=1):
         logits, cache = model.extend(cache, piece)
         got.append(np.asarray(logits))
     # A last bit can move a value across a rounding boundary of the grid: a bound on all, a tight one on most.
@@ -130,7 +136,7 @@ def test_prefill_is_decode(dtype):
 
 def test_gradients_pass_straight_through(monkeypatch):
     """Against the other way to write it, x + stop_gradient(round(x) - x), in every place at once."""
-    config = two_layers(MODELS["flash"])
+    config = one_layer(MODELS["flash"])
     parameters = telling_parameters(config)
     tokens = np.concatenate([tokens_of(config)] * 2)
     batch = Batch(tokens, np.ones_like(tokens), np.zeros_like(tokens))
@@ -157,7 +163,7 @@ def test_gradients_pass_straight_through(monkeypatch):
         a, b = np.asarray(a).ravel(), np.asarray(b).ravel()
         assert a @ b / np.linalg.norm(a) / np.linalg.norm(b) > 0.999, path
         compared += 1
-    assert compared > 25
+    assert compared > 20
 
 
 def test_torch_primitives_agree_with_the_specification():
