@@ -1,0 +1,6 @@
+"""Products with weights that stay FP8 in memory, and activations rounded to FP8."""
+
+from pallas_kernels.block_matmul.op import block_cast as block_cast
+from pallas_kernels.block_matmul.op import block_matmul as block_matmul
+from pallas_kernels.block_matmul.reference import block_cast_reference as block_cast_reference
+from pallas_kernels.block_matmul.reference import block_matmul_reference as block_matmul_reference

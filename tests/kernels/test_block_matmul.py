@@ -1,0 +1,175 @@
+"""`block_matmul` and `block_cast`: values, gradients, ragged sizes, lowering, compiling at V4's shapes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from jax import export
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.arithmetic import cdiv
+from pallas_kernels.block_matmul import (
+    block_cast,
+    block_cast_reference,
+    block_matmul,
+    block_matmul_reference,
+)
+from pallas_kernels.block_matmul.tuning import VMEM_BUDGET, MatmulBlocks, choose_blocks
+from pallas_kernels.chips import CHIPS
+from tests.kernels.ahead_of_time import compile_for
+
+SMALL = MatmulBlocks(rows=8, outer=128, summed=128)
+STRICT = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", dma_execution_mode="on_wait")
+SIZES = [(1, 1, 1), (3, 130, 100), (17, 256, 384), (24, 300, 129)]  # T, O, I
+BOUND = {"float32": 1e-5, "bfloat16": 2.0**-8}  # the order of sums; one rounding of the result
+
+# O, I of the FP8 layers: wq_a, wq_b, wo_b, indexer wq_b, shared gate and up, shared down.
+FLASH = [(1024, 4096), (32768, 1024), (4096, 8192), (8192, 1024), (4096, 4096), (4096, 2048)]
+PRO = [(1536, 7168), (65536, 1536), (7168, 16384), (8192, 1536), (6144, 7168), (7168, 3072)]
+
+
+def operands(tokens, outputs, inputs, dtype="float32", seed=0):
+    rng = np.random.default_rng(seed)
+    x = jnp.asarray(rng.standard_normal((tokens, inputs)), dtype)
+    codes = rng.integers(0, 0x7F, (outputs, inputs)) | rng.integers(0, 2, (outputs, inputs)) << 7
+    weight = jnp.asarray(codes, jnp.uint8).view(jnp.float8_e4m3fn)
+    scale = jnp.asarray(rng.integers(110, 124, (cdiv(outputs, 128), cdiv(inputs, 128))), jnp.uint8)
+    return x, weight, scale
+
+
+def close(got, want, dtype):
+    assert got.dtype == want.dtype and got.shape == want.shape
+    got, want = np.asarray(got, np.float32), np.asarray(want, np.float32)
+    assert np.abs(got - want).max() <= BOUND[dtype] * np.abs(want).max()
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_reference_matches_torch(size):
+    x, weight, scale = operands(*size)
+    plain = torch.tensor(np.asarray(weight).view(np.uint8)).view(torch.float8_e4m3fn).double()
+    factor = torch.tensor(2.0 ** (np.asarray(scale, np.float64) - 127))
+    factor = factor.repeat_interleave(128, 0).repeat_interleave(128, 1)[: size[1], : size[2]]
+    want = torch.tensor(np.asarray(x, np.float64)) @ (plain * factor).T
+    close(block_matmul_reference(x, weight, scale), jnp.asarray(want.numpy(), jnp.float32), "float32")
+
+
+@pytest.mark.parametrize("dtype", BOUND)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_matches_reference(size, dtype):
+    x, weight, scale = operands(*size, dtype)
+    call = functools.partial(block_matmul, x, weight, scale)
+    close(call(blocks=SMALL, interpret=True), call(impl="reference"), dtype)
+
+
+@pytest.mark.parametrize("blocks", [MatmulBlocks(16, 256, 128), MatmulBlocks(8, 128, 384), None], ids=str)
+def test_blocks_need_not_be_square(blocks):
+    x, weight, scale = operands(17, 256, 384)
+    close(block_matmul(x, weight, scale, blocks=blocks, interpret=True),
+          block_matmul_reference(x, weight, scale), "float32")  # fmt: skip
+
+
+def test_nothing_uninitialised_is_read():
+    x, weight, scale = operands(17, 300, 129)
+    close(block_matmul(x, weight, scale, blocks=SMALL, interpret=STRICT),
+          block_matmul_reference(x, weight, scale), "float32")  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", BOUND)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_gradient_of_the_rows(size, dtype):
+    x, weight, scale = operands(*size, dtype)
+    dy = jnp.asarray(np.random.default_rng(1).standard_normal((size[0], size[1])), dtype)
+
+    def pulled(**options):
+        return jax.vjp(lambda x: block_matmul(x, weight, scale, **options), x)[1](dy)[0]
+
+    close(pulled(blocks=SMALL, interpret=True), pulled(impl="reference"), dtype)
+
+
+@pytest.mark.parametrize("dtype", BOUND)
+@pytest.mark.parametrize(("tokens", "channels"), [(1, 128), (37, 384), (64, 1280)])
+def test_cast_is_bit_exact(tokens, channels, dtype):
+    rng = np.random.default_rng(0)
+    size = 10.0 ** rng.integers(-6, 5, (tokens, channels // 128)).repeat(128, axis=1)
+    x = rng.standard_normal((tokens, channels)) * size
+    x[0, :128] = 0
+    x = jnp.asarray(x, dtype)
+    want, got = block_cast_reference(x), block_cast(x, rows=32, interpret=True)
+    for mine, theirs in zip(got, want, strict=True):
+        assert mine.dtype == theirs.dtype
+        np.testing.assert_array_equal(np.asarray(mine).view(np.uint8), np.asarray(theirs).view(np.uint8))
+
+
+def test_cast_matches_torch():
+    x = np.random.default_rng(2).standard_normal((9, 256)).astype(np.float32)
+    groups = torch.tensor(x).reshape(9, 2, 128)
+    exponent = torch.ceil(torch.log2(groups.abs().amax(-1).double() / 448))
+    values = (groups / (2.0 ** exponent[..., None]).float()).to(torch.float8_e4m3fn)
+    got, codes = block_cast_reference(jnp.asarray(x))
+    np.testing.assert_array_equal(np.asarray(codes), exponent.numpy() + 127)
+    np.testing.assert_array_equal(
+        np.asarray(got).view(np.uint8), values.view(torch.uint8).numpy().reshape(9, 256)
+    )
+
+
+def test_problems_are_named_together():
+    x, weight, scale = operands(4, 256, 256)
+    with pytest.raises(ValueError) as raised:
+        block_matmul(x[:, :5].astype(jnp.int32), weight, scale[:1], impl="xla")
+    for part in ("impl='xla'", "must be [T, I]", "one for every 128 x 128", "x int32"):
+        assert part in str(raised.value)
+    with pytest.raises(ValueError, match="C a multiple of 128"):
+        block_cast(x[:, :100])
+    for wrong in (dict(rows=7), dict(outer=64), dict(summed=0)):
+        with pytest.raises(ValueError, match="must be a positive multiple"):
+            MatmulBlocks(**(dict(rows=8, outer=128, summed=128) | wrong))
+
+
+@pytest.mark.parametrize("tokens", [8, 64, 2048])
+def test_chosen_blocks_fit_every_chip(tokens):
+    for outputs, inputs in FLASH + PRO:
+        for outer, summed in ((outputs, inputs), (inputs, outputs)):
+            blocks = choose_blocks(tokens, outer, summed, 2)
+            assert outer % blocks.outer == summed % blocks.summed == 0
+            assert blocks.vmem_bytes(2) <= VMEM_BUDGET < min(chip.vmem_bytes for chip in CHIPS.values())
+            assert blocks.rows <= max(8, tokens)
+
+
+def shapes(tokens, outputs, inputs, dtype="bfloat16"):
+    return (
+        jax.ShapeDtypeStruct((tokens, inputs), dtype),
+        jax.ShapeDtypeStruct((outputs, inputs), jnp.float8_e4m3fn),
+        jax.ShapeDtypeStruct((outputs // 128, inputs // 128), jnp.uint8),
+    )
+
+
+def both(x, weight, scale):
+    y, pull = jax.vjp(lambda x: block_matmul(x, weight, scale), x)
+    return y, pull(y)
+
+
+@pytest.mark.parametrize("dtype", BOUND)
+def test_lowers_to_mosaic(dtype):
+    exported = export.export(jax.jit(both), platforms=["tpu"])(*shapes(64, 512, 1024, dtype))
+    text = exported.mlir_module()
+    assert text.count("tpu_custom_call") == 2 and "block_matmul_input" in text
+    cast = export.export(jax.jit(block_cast), platforms=["tpu"])(shapes(64, 512, 1024, dtype)[0])
+    assert "block_cast" in cast.mlir_module()
+
+
+def test_compiles_for_v6e():
+    compile_for("v6e", both, *shapes(64, *FLASH[1]))
+    compile_for("v6e", block_cast, shapes(64, *FLASH[1])[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tokens", [64, 2048])
+@pytest.mark.parametrize("model", ["flash", "pro"])
+@pytest.mark.parametrize("chip", CHIPS)
+def test_compiles_for_every_chip(chip, model, tokens):
+    for size in {"flash": FLASH, "pro": PRO}[model]:
+        compile_for(chip, both, *shapes(tokens, *size))
+        compile_for(chip, block_cast, shapes(tokens, *size)[0])
