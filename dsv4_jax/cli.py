@@ -47,6 +47,7 @@ def generate(
     seed: int = 0,
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
     numerics: Literal["reference", "qat"] = "reference",
+    cache: Literal["plain", "fp8+fp8", "fp8+mxfp4"] = "plain",
     as_json: Json = False,
     compilation_cache: CompilationCache = True,
 ) -> None:
@@ -63,8 +64,10 @@ def generate(
         temperature: 0 takes the most likely token each time.
         top_p: draw from the most likely tokens that hold this probability together.
         seed: the same seed gives the same continuation.
-        dtype: of parameters, activations and cache.
+        dtype: of parameters, activations and a plain cache.
         numerics: qat rounds activations, cache and index scores as the official code does.
+        cache: how entries and indexer keys are kept; bytes of one entry + one key of the released models:
+            plain 1024 + 256 (bfloat16), fp8+fp8 584 + 132, fp8+mxfp4 584 + 68.
     """
     from dsv4_jax import completion, language_model
     from dsv4_jax.checkpoint import hub
@@ -73,7 +76,7 @@ def generate(
     sampling = completion.Sampling(max_new_tokens, temperature, top_p, seed)
     _prepare(compilation_cache)
     directory = hub.locate(checkpoint, weights=True, announce=_note)
-    model = language_model.load(directory, dtype=dtype, numerics=numerics)
+    model = language_model.load(directory, dtype=dtype, numerics=numerics, cache=cache)
     if as_json:
         print(json.dumps(completion.complete(model, given, sampling)))
         return
@@ -146,22 +149,22 @@ def convert(
     checkpoint: Checkpoint,
     destination: Destination,
     layout: Literal["official", "transformers", "hybrid"] = "official",
-    dtype: Literal["keep", "bfloat16", "float32"] = "keep",
+    to: Literal["keep", "bfloat16", "float32", "fp8", "fp8-fp4"] = "keep",
     ignore_draft_head: bool = False,
     overwrite: bool = False,
 ) -> None:
-    """Write a checkpoint in another naming layout or dtype.
-
-    Quantised weights (FP8, FP4) come out dequantised.
+    """Write a checkpoint in another naming layout or number format.
 
     examples:
       dsv4 convert SOURCE DESTINATION --layout transformers
-      dsv4 convert SOURCE DESTINATION --dtype float32
+      dsv4 convert SOURCE DESTINATION --to bfloat16
+      dsv4 convert SOURCE DESTINATION --to fp8-fp4
 
     Args:
         destination: a new or empty directory.
         layout: tensor names; 'hybrid' is what transformers' save_pretrained writes by default.
-        dtype: of matrices and norms; 'keep' keeps each tensor's own.
+        to: of matrices and norms. 'keep' writes every tensor as it is stored; 'fp8-fp4' rounds experts to
+            FP4 and other linear layers to FP8, as the instruct releases store them; 'fp8' rounds all to FP8.
         ignore_draft_head: leave a DSpark draft head out instead of refusing the checkpoint.
         overwrite: replace a checkpoint at the destination.
     """
@@ -175,7 +178,7 @@ def convert(
             directory,
             destination,
             layout=layout,
-            dtype=dtype,
+            to=to,
             draft_head="ignore" if ignore_draft_head else "refuse",
             overwrite=overwrite,
             reading=reading,

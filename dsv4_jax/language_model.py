@@ -21,6 +21,7 @@ from dsv4_jax.model import span as spans
 from dsv4_jax.model.cache import Cache, new_cache
 from dsv4_jax.model.initial import Network, Parameters, initial_parameters
 from dsv4_jax.numerics.policy import Policy
+from dsv4_jax.numerics.weights import is_quantized
 
 LOGGER = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ class LanguageModel:
     Args:
         config: the architecture.
         policy: dtypes and numerics.
-        parameters: nested dict as `initial_parameters` returns.
+        parameters: nested dict as `initial_parameters` or `load_checkpoint` return.
         tokenizer: for text in, text out; None allows token ids only.
         stored: tensor name -> dtype on disk, as loaded; lets `save` write it back unchanged.
     """
@@ -60,8 +61,10 @@ class LanguageModel:
     @property
     def num_params(self) -> int:
         """Parameters, without the hash tables' integers (report, section 4.2)."""
-        leaves = jax.tree.leaves(self.parameters)
-        return sum(leaf.size for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating))
+        leaves = jax.tree.leaves(self.parameters, is_leaf=is_quantized)
+        return sum(
+            leaf.size for leaf in leaves if is_quantized(leaf) or jnp.issubdtype(leaf.dtype, jnp.floating)
+        )
 
     # ---- whole sequences -------------------------------------------------------------------------
 
@@ -335,6 +338,7 @@ def load(
     dtype: str = "bfloat16",
     numerics: str = "reference",
     *,
+    weights: Literal["native", "dequantized"] = "native",
     kernels: str = "xla",
     cache: str = "plain",
     draft_head: Literal["refuse", "ignore"] = "refuse",
@@ -345,6 +349,8 @@ def load(
     Args:
         path: folder with config.json and safetensors files.
         dtype: of parameters, activations and cache: "bfloat16" or "float32".
+        weights: "native" keeps FP8 and FP4 weights as they are stored and decodes them where they are used;
+            "dequantized" makes them arrays of `dtype`, 2 to 8 times as large. The numbers are the same.
         numerics: "reference", or "qat" for the official quantisation simulation (`numerics.qat.SWITCHES`).
         kernels: "xla", "pallas" (TPU) or "pallas-interpret" (see `numerics.policy.KERNELS`).
         cache: how the cache keeps its rows: "plain", "fp8+fp8" or "fp8+mxfp4" (`numerics.cache_formats`).
@@ -357,7 +363,7 @@ def load(
     from dsv4_jax.checkpoint.load import load_checkpoint
 
     policy = Policy.of(dtype, numerics, kernels=kernels, cache=cache)
-    loaded = load_checkpoint(Path(path), policy, draft_head=draft_head, text_only=text_only)
+    loaded = load_checkpoint(Path(path), policy, weights=weights, draft_head=draft_head, text_only=text_only)
     for warning in loaded.warnings:
         LOGGER.warning("%s: %s", path, warning)
     if loaded.experts_in_fp4:

@@ -51,8 +51,8 @@ def model(monkeypatch):
     fake = FakeModel()
     fake.loaded = []
 
-    def load(path, dtype, numerics):
-        fake.loaded.append((path, dtype, numerics))
+    def load(path, dtype, numerics, cache):
+        fake.loaded.append((path, dtype, numerics, cache))
         return fake
 
     monkeypatch.setattr(language_model, "load", load)
@@ -94,6 +94,7 @@ def test_help_has_examples(capsys, subcommand):
         ["generate"],
         ["generate", "x", "--max-new-tokens", "many"],
         ["generate", "x", "--dtype", "int8"],
+        ["generate", "x", "--cache", "fp8"],
         ["convert", "only_one"],
         ["inspect", "a", "--no-such-flag"],
     ],
@@ -107,10 +108,33 @@ def test_wrong_usage_is_code_2(capsys, wrong):
 # generate
 
 
+def test_help_names_every_cache_format_with_its_bytes(capsys):
+    """As allocated: one entry (Dh = 512, Dr = 64) and one indexer key (Di = 128)."""
+    import jax
+    import jax.numpy as jnp
+
+    from dsv4_jax.numerics import cache_formats
+
+    with pytest.raises(SystemExit):
+        cli.run(["generate", "--help"])
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for chosen in cache_formats.CACHE_FORMATS:
+        stored = jax.eval_shape(
+            lambda entry, key, chosen=chosen: (
+                cache_formats.store_entries(entry, chosen, 64),
+                cache_formats.store_keys(key, chosen),
+            ),
+            *(jax.ShapeDtypeStruct((1, width), jnp.bfloat16) for width in (512, 128)),
+        )
+        entry, key = (sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(part)) for part in stored)
+        assert f"{chosen} {entry} + {key}" in shown
+    assert f"--cache {{{','.join(cache_formats.CACHE_FORMATS)}}}" in shown
+
+
 def test_text_is_streamed_to_stdout(capsys, model):
     code, out, err = run(capsys, "generate", "some/dir", "Once")
     assert (code, out, err) == (0, "one two thrée\n", "")
-    assert model.loaded == [(pathlib.Path("some/dir"), "bfloat16", "reference")]
+    assert model.loaded == [(pathlib.Path("some/dir"), "bfloat16", "reference", "plain")]
     assert model.calls == [
         "cache on",
         {"prompt": "Once", "max_new_tokens": 128, "temperature": 1.0, "top_p": 1.0, "seed": 0},
@@ -118,10 +142,13 @@ def test_text_is_streamed_to_stdout(capsys, model):
 
 
 def test_ids_and_every_option(capsys, model):
-    options = "--ids 5 6 --max-new-tokens 9 --temperature 0 --top-p 0.5 --seed 3 --dtype float32"
+    options = (
+        "--ids 5 6 --max-new-tokens 9 --temperature 0 --top-p 0.5 --seed 3 --dtype float32 --numerics qat"
+    )
+    options += " --cache fp8+mxfp4"
     code, out, _ = run(capsys, "generate", "some/dir", *options.split(), "--no-compilation-cache")
     assert (code, out) == (0, "7 8\n")  # the stop token is not shown
-    assert model.loaded == [(pathlib.Path("some/dir"), "float32", "reference")]
+    assert model.loaded == [(pathlib.Path("some/dir"), "float32", "qat", "fp8+mxfp4")]
     assert model.calls == [
         {"prompt": [[5, 6]], "max_new_tokens": 9, "temperature": 0.0, "top_p": 0.5, "seed": 3}
     ]

@@ -2,28 +2,49 @@
 
 import json
 
+import jax
 import pytest
 import tokenizers
 
 from dsv4_jax import cli, config, config_io
+from dsv4_jax.checkpoint import storage
 from dsv4_jax.language_model import LanguageModel
+from dsv4_jax.numerics.cache_formats import CACHE_FORMATS
 from dsv4_jax.numerics.policy import Policy
+from pallas_kernels.decode_attention import Fp8Entries
+from pallas_kernels.indexer import Fp8Keys, Mxfp4Keys
+from tests.checkpoint import synthetic
 
 CONFIG = config.tiny(4, vocab_size=256 + 2, bos_token_id=256, eos_token_id=257)
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """Random weights in the official layout, with a byte-level tokenizer."""
+def tokenizer():
+    """One token a byte."""
     letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {letter: index for index, letter in enumerate([*letters, "<bos>", "<eos>"])}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, tokenizer):
+    """Random weights in the official layout, with a tokenizer."""
     model = LanguageModel.random(CONFIG, Policy.of("float32"), seed=1)
     model.tokenizer = tokenizer
     directory = tmp_path_factory.mktemp("model") / "checkpoint"
     model.save(directory)
+    return str(directory)
+
+
+@pytest.fixture(scope="module")
+def quantised_checkpoint(tmp_path_factory, tokenizer):
+    """The same architecture as a release stores it: FP4 experts, FP8 linears."""
+    directory = tmp_path_factory.mktemp("quantised")
+    synthetic.write_checkpoint(directory, CONFIG, storage.PREVIEW)
+    tokenizer.save(str(directory / "tokenizer.json"))
     return str(directory)
 
 
@@ -52,6 +73,31 @@ def test_streamed_text_is_the_text_of_the_record(capsys, checkpoint):
     text = generate(capsys, checkpoint, "héllo", "--temperature", "0")
     record = json.loads(generate(capsys, checkpoint, "héllo", "--temperature", "0", "--json"))
     assert record["text"] + "\n" == text and record["text"]
+
+
+@pytest.mark.parametrize("stored", ["checkpoint", "quantised_checkpoint"])
+@pytest.mark.parametrize(
+    "cache", [pytest.param(c, marks=[pytest.mark.slow] if c == "fp8+fp8" else []) for c in CACHE_FORMATS]
+)
+def test_every_cache_format_generates_text(capsys, monkeypatch, request, stored, cache):
+    """From plain and from quantised weights; past a whole CSA block, so that entries and keys are read."""
+    made = []
+    new_cache = LanguageModel.new_cache
+    monkeypatch.setattr(LanguageModel, "new_cache", lambda *sizes: made.append(new_cache(*sizes)) or made[-1])
+    directory = request.getfixturevalue(stored)
+    greedy = ("--temperature", "0", "--cache", cache, "--json")
+    record = json.loads(generate(capsys, directory, "import os, sys", *greedy))
+    assert record["text"] and record["prompt"] == "import os, sys"
+    csa = made[0].layers[2][0]
+    assert isinstance(csa.compressor.entries, Fp8Entries) == (cache != "plain")
+    keys = {"plain": jax.Array, "fp8+fp8": Fp8Keys, "fp8+mxfp4": Mxfp4Keys}[cache]
+    assert isinstance(csa.indexer.entries, keys)
+
+
+def test_a_cache_that_contradicts_the_numerics_is_refused(capsys, checkpoint):
+    arguments = ("--numerics", "qat", "--cache", "fp8+fp8", "--no-compilation-cache")
+    assert cli.run(["generate", checkpoint, "text", *arguments]) == 2
+    assert "cache='fp8+fp8' keeps FP8 keys" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

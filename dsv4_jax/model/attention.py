@@ -148,7 +148,7 @@ class Attention(nnx.Module):
                     queries, new_cache.window, repeat, entries, index_keys, seen[-1], **how
                 )
             else:
-                o = attention_kernels.hybrid_attention(*seen, **how)
+                o = attention_kernels.hybrid_attention(*seen, **how, forward_only=cache is not None)
         taps = (
             view(*seen, **sizes, rounded_scores=rounded, collect=collect)
             if collect & {"selected", "attention"}

@@ -1,11 +1,14 @@
 """Core attention by Pallas kernels; operands and result as in `core_attention.py`."""
 
+import jax
 from jaxtyping import Array, Float, Float32, Int32
 
 from dsv4_jax.model.core_attention import Entries, Queries
+from dsv4_jax.numerics.cache_formats import Stored
 from pallas_kernels import decode_attention as decode_family
 from pallas_kernels import hybrid_attention as attention_family
 from pallas_kernels import indexer as indexer_family
+from pallas_kernels.hybrid_attention import tuning as attention_tuning
 
 
 def hybrid_attention(
@@ -17,40 +20,61 @@ def hybrid_attention(
     *,
     window: int,
     top_k: int,
+    forward_only: bool,
     interpret: bool,
 ) -> Float[Array, "B T H Dh"]:
     """Attention of T queries by the kernels of `indexer` and `hybrid_attention`, forward and backward.
 
     Args:
         queries, line, entries, index_keys, sink, window, top_k: as `core_attention.hybrid_attention`.
+        forward_only: nobody asks for gradients (a call with a cache). Only then, once a query sees as many
+            entries as `tuning.gather_from` says, the chosen ones are fetched row by row; else all visible
+            ones are read and masked.
         interpret: run the kernels in the interpreter.
     """
-    values = selected = lo = hi = None
-    if entries is not None and (size := entries.size):
-        values, lo, hi = entries.prefix(size, queries.q.dtype), queries.lo, queries.hi
-        if index_keys is not None and size > top_k:
-            keys = index_keys.prefix(size, queries.index_q.dtype)
-            selected = indexer_family.index_select(
-                queries.index_q, queries.index_weights, keys, lo, hi, top_k, interpret=interpret
-            )
-    o, _ = attention_family.hybrid_attention(
-        queries.q,
-        line.astype(queries.q.dtype),
-        queries.position,
-        sink,
-        values,
-        lo,
-        hi,
-        selected,
-        window=window,
-        interpret=interpret,
+    line = line.astype(queries.q.dtype)
+    near = (queries.q, line, queries.position, sink)
+    how = {"window": window, "interpret": interpret}
+    if entries is None or not (size := entries.size):
+        return attention_family.hybrid_attention(*near, **how)[0]
+    chosen = None
+    if index_keys is not None and size > top_k:
+        chosen = indexer_family.index_select(
+            queries.index_q,
+            queries.index_weights,
+            index_keys.prefix(size, queries.index_q.dtype),
+            queries.lo,
+            queries.hi,
+            top_k,
+            interpret=interpret,
+        )
+
+    def masked() -> Float[Array, "B T H Dh"]:
+        values = entries.prefix(size, line.dtype)
+        return attention_family.hybrid_attention(*near, values, queries.lo, queries.hi, chosen, **how)[0]
+
+    def gathered() -> Float[Array, "B T H Dh"]:
+        index = indexer_family.index_list(chosen, top_k)
+        if isinstance(entries.stack, jax.Array) and entries.stack.dtype == line.dtype:
+            values, repeat = entries.stack, entries.repeat  # where it lies
+        else:
+            values, repeat = entries.prefix(size, line.dtype), None
+        return attention_family.csa_attention(*near, values, queries.lo, queries.hi, index, repeat, **how)[0]
+
+    if chosen is None or not forward_only:
+        return masked()
+    heads, width = queries.q.shape[2:]
+    first = attention_tuning.gather_from(
+        size=size, num_chosen=top_k, heads=heads, width=width, itemsize=line.dtype.itemsize
     )
-    return o
+    if first > size:
+        return masked()
+    return jax.lax.cond((queries.hi - queries.lo).max() >= first, gathered, masked)
 
 
 def decode_attention(
     queries: Queries,
-    ring: Float[Array, "R B M Dh"],
+    ring: Stored,
     repeat: Int32[Array, ""],
     entries: Entries | None,
     index_keys: Entries | None,
@@ -64,8 +88,9 @@ def decode_attention(
 
     Args:
         queries: of the call, whose rows and entries are in the cache already.
-        ring: the stack of window rings, and `repeat`, which of them.
-        entries, index_keys: whole stacks, of the same repeat.
+        ring: the stack of window rings [R, B, M, Dh], and `repeat`, which of them.
+        entries, index_keys: whole stacks, of the same repeat. All three in the cache's format: the kernels
+            read FP8 rows, FP8 or FP4 keys as they lie.
         sink, window, top_k, interpret: as `hybrid_attention`.
     """
     values = hi = index = None

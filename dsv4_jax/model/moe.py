@@ -12,6 +12,7 @@ from dsv4_jax.model.router import Router, Routing
 from dsv4_jax.model.span import Span
 from dsv4_jax.numerics import qat
 from dsv4_jax.numerics.policy import Policy
+from dsv4_jax.numerics.weights import elements, plain, scale
 from pallas_kernels.grouped_matmul import expert_ffn
 
 
@@ -83,19 +84,19 @@ class MixtureOfExperts(nnx.Module):
         routing = self.gate(tokens, span.ids.reshape(-1))
         gate_up, down = self.experts.gate_up[...], self.experts.down[...]
         if self.policy.simulates("expert_fp4"):
-            gate_up, down = qat.fake_mxfp4(gate_up), qat.fake_mxfp4(down)
+            gate_up, down = (qat.fake_mxfp4(plain(w, self.policy.param_dtype)) for w in (gate_up, down))
         seen, round_hidden = tokens, None
         if self.policy.simulates("act_fp8"):
             seen, round_hidden = qat.fake_activation(tokens), qat.fake_activation
         first_expert: Int32[Array, ""] | int = 0
         if gate_up.ndim == 5:
-            gate_up = gate_up.reshape(-1, *gate_up.shape[2:])
-            down = down.reshape(-1, *down.shape[2:])
+            # Of quantised weights both arrays: elements and scales.
+            gate_up, down = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), (gate_up, down))
             first_expert = repeat * self.num_experts
         routed = expert_ffn(
             seen,
-            gate_up,
-            down,
+            elements(gate_up),
+            elements(down),
             routing.experts,
             routing.weights,
             swiglu_limit=self.limit,
@@ -103,6 +104,8 @@ class MixtureOfExperts(nnx.Module):
             valid=span.valid.reshape(-1),
             first_expert=first_expert,
             round_hidden=round_hidden,
+            gate_up_scale=scale(gate_up),
+            down_scale=scale(down),
         )
         y = routed + self.shared(tokens).astype(jnp.float32)
         return y.astype(x.dtype).reshape(x.shape), routing

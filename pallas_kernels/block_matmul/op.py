@@ -40,8 +40,8 @@ def block_matmul(
         [T, O] in the dtype of x.
 
     Numerics: W is formed exactly (bfloat16 holds it) and multiplied in the dtype of x; sums are float32,
-        rounded once. Within 1e-5, relative to max |y|, of the reference in float32 and within one rounding of the
-        result in bf16: only the order of sums differs.
+        rounded once. Within 1e-5, relative to max |y|, of the reference in float32 and within one rounding
+        of the result in bf16: only the order of sums differs.
     Gradients: w.r.t. x, by the same kernel with the weight's other axis summed. The weight gets none (zeros):
         FP8 weights are not trained; train a float master weight through `numerics.qat` instead.
     Cost: 2 T O I FLOP. HBM bytes, with (bt, bn, bk) the blocks and b bytes a number of x:

@@ -50,9 +50,13 @@ def _body(g: Geometry, repeat_ref, extent_ref, *refs) -> None:
         clear_from(ref, keep)
         return visibility.Visible(ref[...], mask)
 
+    def ring(s: int) -> visibility.Visible:
+        parts = [getattr(r, name)[s] for name in _ring_names(g)]
+        return visibility.ring_tile(stored.decoded_ring(parts, r.q.dtype), r.view[s])
+
     def start() -> list[Softmax]:
         tiles = [[entries(s, 0)] if g.num_entries else [] for s in everyone]
-        tiles = [[visibility.ring_tile(r.ring[s], r.view[s]), *tiles[s]] for s in everyone]
+        tiles = [[ring(s), *tiles[s]] for s in everyone]
         states = [online_softmax.from_sink(r.sink[...], g.queries)] * g.sequences
         return online_softmax.attend(states, [r.q[s] for s in everyone], tiles)
 
@@ -88,9 +92,13 @@ def _body(g: Geometry, repeat_ref, extent_ref, *refs) -> None:
         finish([kept(s) for s in everyone])
 
 
+def _ring_names(g: Geometry) -> list[str]:
+    return [f"ring_{part}" for part in stored.Fp8Entries._fields] if g.quantized_ring else ["ring"]
+
+
 def _names(g: Geometry) -> list[str]:
     """Operands, results and scratch, in the order of `stream`."""
-    names = ["q", "view", "ring", "sink"]
+    names = ["q", "view", "sink", *_ring_names(g)]
     if g.num_entries:
         parts = stored.Fp8Entries._fields if g.quantized else ("entries",)
         names += [f"{part}{s}" for s in range(g.sequences) for part in parts]
@@ -104,7 +112,7 @@ def stream(
     g: Geometry,
     q: jax.Array,
     view: jax.Array,
-    ring: jax.Array,
+    ring: stored.Entries,
     sink: jax.Array,
     repeat: jax.Array,
     entries: stored.Entries | None,
@@ -116,9 +124,9 @@ def stream(
     """o[B, T * H, Dh] and lse f32[B, T, H].
 
     Args:
-        q: [B, T * H, Dh]; view: i32[B, T, 4], see `visibility.views`; ring: [R, B, M, Dh]; sink: f32[H, 1];
-        repeat: i32[1]; entries: [R, B, S, Dh], fp8 or None; extent: i32[B], each sequence sees entries before
-        it; chosen: i8[B, T, S] or None.
+        q: [B, T * H, Dh]; view: i32[B, T, 4], see `visibility.views`; ring: [R, B, M, Dh] or fp8;
+        sink: f32[H, 1]; repeat: i32[1]; entries: [R, B, S, Dh], fp8 or None; extent: i32[B], each sequence
+        sees entries before it; chosen: i8[B, T, S] or None.
     """
 
     def block(b, e, extent):
@@ -141,12 +149,18 @@ def stream(
     def per_sequence(*shape):
         return pl.BlockSpec((g.sequences, *shape), lambda i, e, *_: (i, *(0 for _ in shape)))
 
-    arrays = [q, view, ring, sink]
+    def own_rings(part):
+        return pl.BlockSpec(
+            (None, g.sequences, *part.shape[2:]), lambda i, e, repeat, _: (repeat[0], i, 0, 0)
+        )
+
+    rings = stored.ring_parts(ring)
+    arrays = [q, view, sink, *rings]
     specs = [
         per_sequence(g.rows, g.width),
         per_sequence(g.queries, 4),
-        pl.BlockSpec((None, g.sequences, g.slots, g.width), lambda i, e, repeat, _: (repeat[0], i, 0, 0)),
         pl.BlockSpec((g.heads, 1), lambda i, e, *_: (0, 0)),
+        *(own_rings(part) for part in rings),
     ]
     if entries is not None:
         parts = stored.channels_first(entries)

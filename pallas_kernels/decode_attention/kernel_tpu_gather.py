@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.arithmetic import cdiv
-from pallas_kernels.decode_attention import online_softmax, visibility
+from pallas_kernels.decode_attention import online_softmax, stored, visibility
 from pallas_kernels.decode_attention.tuning import LANES, ROWS_UNROLLED, VMEM_LIMIT, Geometry
 
 
@@ -42,15 +42,12 @@ def _body(
     next_ref,
     q_ref,
     view_ref,
-    ring_ref,
     sink_ref,
     index_ref,
     entries_ref,
-    o_ref,
-    lse_ref,
-    fetched_ref,
-    arrived,
+    *refs,
 ) -> None:
+    *ring_refs, o_ref, lse_ref, fetched_ref, arrived = refs
     step, num_steps = pl.program_id(0), pl.num_programs(0)
     slot = jax.lax.rem(step, 2)
     words = entries_ref if entries_ref.dtype == jnp.float32 else entries_ref.bitcast(jnp.uint32)
@@ -81,7 +78,8 @@ def _body(
     keys = fetched_ref[slot].reshape(count, g.width)
     if keys.dtype != q_ref.dtype:
         keys = chosen_rows(keys, index)
-    tiles = [visibility.ring_tile(ring_ref[0], view_ref[0]), visibility.Visible(keys, index >= 0)]
+    ring = stored.decoded_ring([ref[0] for ref in ring_refs], q_ref.dtype)
+    tiles = [visibility.ring_tile(ring, view_ref[0]), visibility.Visible(keys, index >= 0)]
     (state,) = online_softmax.attend([online_softmax.from_sink(sink_ref[...], 1)], [q_ref[0]], [tiles])
     o, lse = online_softmax.results(state)
     o_ref[0], lse_ref[0] = o.astype(o_ref.dtype), lse
@@ -91,7 +89,7 @@ def gather(
     g: Geometry,
     q: jax.Array,
     view: jax.Array,
-    ring: jax.Array,
+    ring: stored.Entries,
     sink: jax.Array,
     repeat: jax.Array,
     entries: jax.Array,
@@ -102,7 +100,7 @@ def gather(
     """o[B * T, H, Dh] and lse f32[B * T, 1, H].
 
     Args:
-        q: [B * T, H, Dh]; view: i32[B * T, 1, 4], see `visibility.views`; ring: [R, B, M, Dh];
+        q: [B * T, H, Dh]; view: i32[B * T, 1, 4], see `visibility.views`; ring: [R, B, M, Dh] or fp8;
         sink: f32[H, 1]; repeat: i32[1]; entries: [R, B, S, Dh];
         index: i32[B * T, 1, K] in -1 .. S - 1, K a multiple of ROWS_UNROLLED.
     """
@@ -118,6 +116,12 @@ def gather(
             memory_space=memory,
         )
 
+    def own_ring(part):
+        return pl.BlockSpec(
+            (None, 1, *part.shape[2:]), lambda i, repeat: (repeat[0], jax.lax.div(i, g.queries), 0, 0)
+        )
+
+    rings = stored.ring_parts(ring)
     keys = steps * (g.slots + together * count)
     return pl.pallas_call(
         functools.partial(_body, g, count),
@@ -129,13 +133,10 @@ def gather(
                 per_query(1, count, memory=pltpu.SMEM, ahead=1),
                 per_query(g.heads, g.width),
                 per_query(1, 4),
-                pl.BlockSpec(
-                    (None, 1, g.slots, g.width),
-                    lambda i, repeat: (repeat[0], jax.lax.div(i, g.queries), 0, 0),
-                ),
                 pl.BlockSpec((g.heads, 1), lambda i, _: (0, 0)),
                 per_query(1, count),
                 pl.BlockSpec(memory_space=pl.ANY),
+                *(own_ring(part) for part in rings),
             ],
             out_specs=[per_query(g.heads, g.width), per_query(1, g.heads)],
             scratch_shapes=[
@@ -159,4 +160,4 @@ def gather(
         ),
         interpret=interpret,
         name="decode_attention_gather",
-    )(repeat, row, row, q, view, ring, sink, index, entries)
+    )(repeat, row, row, q, view, sink, index, entries, *rings)

@@ -20,7 +20,7 @@ from pallas_kernels.decode_attention import (
 
 def decode_attention(
     q: Float[Array, "B T H Dh"],
-    ring: Float[Array, "R B M Dh"],
+    ring: stored.Entries,
     position: Int32[Array, "B T"],
     sink: Float32[Array, "H"],
     repeat: Int32[Array, ""],
@@ -46,15 +46,16 @@ def decode_attention(
     Args:
         q: [B, T, H, Dh] rotated queries, bfloat16 or float32 (H = 64 or 128, Dh = 512 in V4); T = 1 for
             decoding, 1 + drafts for verification.
-        ring: [R, B, M, Dh] rows of recent tokens in the dtype of `q`, the call's own already written, slot =
-            position mod M, M >= W - 1 + T. All values must be finite, those that no query sees too.
+        ring: [R, B, M, Dh] rows of recent tokens in the dtype of `q`, or `stored.Fp8Entries`; the call's own
+            already written, slot = position mod M, M >= W - 1 + T. All values must be finite, those that no
+            query sees too.
         position: i32[B, T], the last T tokens of each sequence in any order; negative for padding, which
             sees no row of the ring. Padding behind the last token may also count on, as if it were tokens.
         sink: f32[H] logits, finite, not scaled.
         repeat: i32[] index into R, 0 <= repeat < R: which repeat of the layer this is.
-        entries: [R, B, S, Dh] compressed entries in the dtype of `q`, or `stored.Fp8Entries`; None for none
-            (window layers). With `hi`, those from max_t hi_t on may be uninitialised memory; with `index`
-            all must be finite.
+        entries: [R, B, S, Dh] compressed entries in the dtype of `q`, or `stored.Fp8Entries`, whatever the
+            ring is; None for none (window layers). With `hi`, those from max_t hi_t on may be uninitialised
+            memory; with `index` all must be finite.
         hi: i32[B, T], 0 <= hi <= S: query t sees entries s < hi_t (HCA).
         index: i32[B, T, K]: query t sees these (CSA); -1 for none, any order, none twice, < S.
         window: W >= 1 (128 in V4).
@@ -70,15 +71,16 @@ def decode_attention(
         probabilities are rounded to the dtype of `q` before they meet the values, and normalised after.
         Within 1e-5 (relative to max |o|) of the reference in float32, where only the order of sums differs;
         within 1e-2 in bfloat16, because probabilities are rounded relative to a running maximum. Fp8
-        entries are decoded to the dtype of `q` without rounding.
+        rows and entries are decoded to the dtype of `q` without rounding.
     Gradients: none, and asking for them raises: training uses `hybrid_attention`.
     Cost: with N keys read a sequence, 4 T H N Dh FLOP and N Dh + 2 T H Dh elements of HBM. N is M without
         entries; with `hi`, M + max_t hi_t rounded up to a block (blocks beyond are not fetched); with
         `index`, either M + max_t max index_t likewise, under a mask of B T S bytes, or M + T K rows copied
-        one by one, in bfloat16 two for one (`tuning.gather_pays` says which). No copy of the cache, if it
-        lies in memory row by row: XLA may store arrays whose M or S is no multiple of 8 (fp8: 128) in
-        another layout, and then copies them for every call. VMEM of a grid step:
-        `tuning.Geometry.vmem_bytes`; gathering, it is mostly 2 K rows of 4 Dh bytes.
+        one by one, in bfloat16 two for one (`tuning.gather_pays` says which). Decoding an fp8 ring adds
+        about 2 M Dh (Dr + Dh / 64) FLOP. No copy of the cache, if it lies in memory as expected: XLA may
+        store arrays whose M or S is no multiple of 8 (fp8 entries: S no multiple of 128; an fp8 ring: M not
+        just above a multiple of 128) in another layout, and then copies them for every call. VMEM of a grid
+        step: `tuning.Geometry.vmem_bytes`; gathering, it is mostly 2 K rows of 4 Dh bytes.
     Sharding: B and H may be split freely (ring and entries are then repeated over H). R, T, M, S and Dh must
         be whole.
     Raises:
@@ -101,7 +103,7 @@ def decode_attention(
 
 class _Operands(NamedTuple):
     q: jax.Array
-    ring: jax.Array
+    ring: stored.Entries
     position: jax.Array
     sink: jax.Array
     repeat: jax.Array
@@ -112,42 +114,35 @@ class _Operands(NamedTuple):
 
 def _problems(o: _Operands, window: int, impl: str, blocks: tuning.DecodeBlocks | None) -> list[str]:
     """Every rule the arguments break."""
-    if o.q.ndim != 4 or o.ring.ndim != 4:
-        return [f"q {o.q.shape} must be [B, T, H, Dh] and ring {o.ring.shape} [R, B, M, Dh]"]
+    ring = stored.shape_of(o.ring)
+    if o.q.ndim != 4 or len(ring) != 4:
+        return [f"q {o.q.shape} must be [B, T, H, Dh] and ring {ring} [R, B, M, Dh]"]
     batch, length, heads, width = o.q.shape
-    repeats, _, slots, _ = o.ring.shape
+    repeats, _, slots, _ = ring
     rules = {
         f"impl={impl!r} must be 'pallas' or 'reference'": impl in ("pallas", "reference"),
         f"window={window} must be at least 1": window >= 1,
         f"q is {o.q.dtype}, must be bfloat16 or float32": o.q.dtype in (jnp.bfloat16, jnp.float32),
-        f"ring is {o.ring.dtype}, must be {o.q.dtype} as q": o.ring.dtype == o.q.dtype,
-        f"ring {o.ring.shape} must be {('R', batch, 'M', width)}": o.ring.shape
-        == (repeats, batch, slots, width),
+        f"ring {ring} must be {('R', batch, 'M', width)}": ring == (repeats, batch, slots, width),
         f"ring has {slots} slots, needs window - 1 + T = {window - 1 + length}": slots >= window - 1 + length,
         f"position {o.position.shape} must be {(batch, length)}": o.position.shape == (batch, length),
         f"sink {o.sink.shape} must be {(heads,)}": o.sink.shape == (heads,),
         f"sink is {o.sink.dtype}, must be float32": o.sink.dtype == jnp.float32,
         f"repeat {o.repeat.shape} must be a scalar": o.repeat.shape == (),
-    }
+    } | _format_rules("ring", o.ring, o.q.dtype)
     if o.entries is None:
         rules["hi and index need entries"] = o.hi is None and o.index is None
     else:
-        quantized = isinstance(o.entries, stored.Fp8Entries)
         shape = stored.shape_of(o.entries)
         size = shape[2] if len(shape) == 4 else 0
-        rules |= (
-            _fp8_rules(o.entries, size)
-            if quantized
-            else {f"entries is {o.entries.dtype}, must be {o.q.dtype} as q": o.entries.dtype == o.q.dtype}
-        )
-        rules |= {
+        rules |= _format_rules("entries", o.entries, o.q.dtype) | {
             f"entries {shape} must be {('R', batch, 'S', width)}": shape == (repeats, batch, size, width),
             "entries need exactly one of hi and index": (o.hi is None) != (o.index is None),
         }
         if blocks is not None and blocks.gather:
             pairs = kernel_tpu_gather.rows_a_copy(o.q.dtype)
             rules["blocks.gather needs index"] = o.index is not None
-            rules["blocks.gather cannot read fp8 entries"] = not quantized
+            rules["blocks.gather cannot read fp8 entries"] = not isinstance(o.entries, stored.Fp8Entries)
             rules[f"blocks.gather needs S={size} to be a multiple of {pairs}"] = size % pairs == 0
     if o.hi is not None:
         rules[f"hi {o.hi.shape} must be {(batch, length)}"] = o.hi.shape == (batch, length)
@@ -161,19 +156,20 @@ def _problems(o: _Operands, window: int, impl: str, blocks: tuning.DecodeBlocks 
     return [rule for rule, holds in rules.items() if not holds]
 
 
-def _fp8_rules(entries: stored.Fp8Entries, size: int) -> dict[str, bool]:
-    channels = entries.values.shape[-1]
-    expected = (*entries.values.shape[:-1], stored.scale_bytes(channels))
+def _format_rules(name: str, x: stored.Entries, dtype: jnp.dtype) -> dict[str, bool]:
+    """How rows must be stored: in the dtype of q, or in fp8."""
+    if not isinstance(x, stored.Fp8Entries):
+        return {f"{name} is {x.dtype}, must be {dtype} as q": x.dtype == dtype}
+    *rows, channels = x.values.shape
+    scales = (*rows, stored.scale_bytes(channels))
     return {
-        f"entries.values is {entries.values.dtype}, must be e4m3fn": entries.values.dtype
-        == jnp.float8_e4m3fn,
-        f"entries.values has {channels} channels, must be a positive multiple of {stored.GROUP}": channels > 0
+        f"{name}.values is {x.values.dtype}, must be e4m3fn": x.values.dtype == jnp.float8_e4m3fn,
+        f"{name}.values has {channels} channels, must be a positive multiple of {stored.GROUP}": channels > 0
         and channels % stored.GROUP == 0,
-        f"entries.scales is {entries.scales.dtype}, must be uint8": entries.scales.dtype == jnp.uint8,
-        f"entries.scales {entries.scales.shape} must be {expected}": entries.scales.shape == expected,
-        f"entries.rotary is {entries.rotary.dtype}, must be bfloat16": entries.rotary.dtype == jnp.bfloat16,
-        f"entries.rotary {entries.rotary.shape} must be {('R', 'B', size, 'Dr')}": entries.rotary.shape[:-1]
-        == entries.values.shape[:-1],
+        f"{name}.scales is {x.scales.dtype}, must be uint8": x.scales.dtype == jnp.uint8,
+        f"{name}.scales {x.scales.shape} must be {scales}": x.scales.shape == scales,
+        f"{name}.rotary is {x.rotary.dtype}, must be bfloat16": x.rotary.dtype == jnp.bfloat16,
+        f"{name}.rotary {x.rotary.shape} must be {(*rows, 'Dr')}": x.rotary.shape[:-1] == tuple(rows),
     }
 
 
@@ -189,8 +185,12 @@ def _refuse(run, primals, tangents):
 
 def _run_kernel(q, ring, position, sink, repeat, entries, hi, index, *, window, blocks, interpret):
     batch, length, heads, width = q.shape
-    slots, num_entries = ring.shape[2], 0 if entries is None else stored.shape_of(entries)[2]
-    quantized = isinstance(entries, stored.Fp8Entries)
+    repeats, _, slots, _ = stored.shape_of(ring)
+    num_entries = 0 if entries is None else stored.shape_of(entries)[2]
+    formats = {
+        "quantized": isinstance(entries, stored.Fp8Entries),
+        "quantized_ring": isinstance(ring, stored.Fp8Entries),
+    }
     num_chosen = None if index is None else index.shape[2]
     blocks = blocks or tuning.choose_blocks(
         queries=length,
@@ -200,17 +200,17 @@ def _run_kernel(q, ring, position, sink, repeat, entries, hi, index, *, window, 
         num_entries=num_entries,
         num_chosen=num_chosen,
         itemsize=q.dtype.itemsize,
-        quantized=quantized,
+        **formats,
     )
     masked = index is not None and not blocks.gather
     g = tuning.Geometry(
-        batch, length, heads, width, slots, num_entries, q.dtype.itemsize, masked, quantized, blocks
+        batch, length, heads, width, slots, num_entries, q.dtype.itemsize, masked, **formats, blocks=blocks
     )
     if hi is not None:
         hi = jnp.clip(hi, 0, num_entries)
     if index is not None:
         index = jnp.clip(index, -1, num_entries - 1)
-    sink, repeat = sink[:, None], jnp.clip(repeat, 0, ring.shape[0] - 1)[None]
+    sink, repeat = sink[:, None], jnp.clip(repeat, 0, repeats - 1)[None]
     if blocks.gather:
         view = visibility.views(position, None, window, slots).reshape(batch * length, 1, -1)
         padded = round_up(num_chosen, tuning.ROWS_UNROLLED) - num_chosen

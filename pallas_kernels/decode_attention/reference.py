@@ -8,7 +8,7 @@ from pallas_kernels.decode_attention import stored
 
 def decode_attention_reference(
     q: Float[Array, "B T H Dh"],
-    ring: Float[Array, "R B M Dh"],
+    ring: stored.Entries,
     position: Int32[Array, "B T"],
     sink: Float32[Array, "H"],
     repeat: Int32[Array, ""],
@@ -19,7 +19,8 @@ def decode_attention_reference(
     window: int,
 ) -> tuple[Float[Array, "B T H Dh"], Float32[Array, "B T H"]]:
     """The definition; the contract is in `op.decode_attention`."""
-    keys, slots = ring[repeat], ring.shape[2]
+    keys = stored.decoded(ring)[repeat].astype(q.dtype)
+    slots = keys.shape[1]
     last = position.max(axis=1, keepdims=True)
     held = last - (last - jnp.arange(slots)) % slots  # [B, M]: the position of the row in each slot
     distance = position[:, :, None] - held[:, None]

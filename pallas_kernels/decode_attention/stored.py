@@ -1,5 +1,6 @@
-"""The formats compressed entries are stored in, and what their bytes mean."""
+"""The formats that ring rows and compressed entries are stored in, and what their bytes mean."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -12,9 +13,11 @@ GROUP = 64  # channels that share one scale
 
 
 class Fp8Entries(NamedTuple):
-    """Entries with rotated channels in bfloat16 and the others in e4m3; 584 bytes at Dh = 512, Dr = 64.
+    """Entries, or the rows of a ring, with rotated channels in bfloat16 and the others in e4m3.
 
-    There are `scale_bytes` scales: the bytes behind the last group are padding. Without them XLA finds
+    584 bytes at Dh = 512, Dr = 64.
+
+    There are `scale_bytes` scales: the bytes behind the last group are padding, any. Without them XLA finds
     another layout for the array, and a copy of it would precede every call.
     """
 
@@ -70,3 +73,43 @@ def decoded_tile(
     grouped = values.astype(dtype).reshape(-1, GROUP, values.shape[1])
     still = grouped * scale_of(scales).astype(dtype)[: grouped.shape[0], None, :]
     return jnp.concatenate([still.reshape(values.shape), rotary.astype(dtype)], axis=0)
+
+
+def ring_parts(ring: Entries) -> tuple[jax.Array, ...]:
+    """What a kernel reads of a ring: rows as they are; of fp8, scales and rotated channels turned.
+
+    A ring is so short that XLA keeps its values row by row and turns only the two narrow arrays by itself,
+    so this moves no data either.
+    """
+    if isinstance(ring, Fp8Entries):
+        return ring.values, jnp.swapaxes(ring.scales, 2, 3), jnp.swapaxes(ring.rotary, 2, 3)
+    return (ring,)
+
+
+def decoded_ring(parts: Sequence[jax.Array], dtype: jnp.dtype) -> Float[Array, "M Dh"]:
+    """The rows of one sequence from its `ring_parts`; exact, as `decoded_tile`."""
+    if len(parts) == 1:
+        return parts[0]
+    values, scales, rotary = parts
+    still, num_rotary = values.shape[1], rotary.shape[0]
+    width, num_groups = still + num_rotary, still // GROUP
+    channel = jax.lax.broadcasted_iota(jnp.int32, (num_groups + num_rotary, width), 1)
+    # Group by group, then one rotated channel after the other.
+    place = jnp.where(channel < still, jax.lax.div(channel, GROUP), channel - still + num_groups)
+    ones = (place == jax.lax.broadcasted_iota(jnp.int32, place.shape, 0)).astype(dtype)
+    factors = _turned(scale_of(scales)[:num_groups].astype(dtype), ones[:num_groups])
+    turned = _turned(rotary.astype(dtype), ones[num_groups:])
+    # Channels that are not there have no factor, and the others no rotated value: nothing is rounded.
+    whole = jnp.pad(values.astype(jnp.float32), ((0, 0), (0, num_rotary)))
+    return (whole * factors + turned).astype(dtype)
+
+
+def _turned(x: Float[Array, "n M"], ones: Float[Array, "n Dh"]) -> Float32[Array, "M Dh"]:
+    """Each channel's one row of x, as a column: every sum has one term that is not zero."""
+    return jax.lax.dot_general(
+        x,
+        ones,
+        (((0,), (0,)), ((), ())),
+        precision=jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )

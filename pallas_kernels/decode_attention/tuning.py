@@ -44,9 +44,10 @@ class Geometry:
     width: int  # Dh
     slots: int  # M
     num_entries: int  # S; 0 without entries
-    itemsize: int  # bytes of an element of q, ring and entries
+    itemsize: int  # bytes of an element of q, and of a ring and entries that are not in fp8
     masked: bool  # whether there is a choice of entries
     quantized: bool  # whether entries are stored in fp8
+    quantized_ring: bool  # whether the ring is
     blocks: DecodeBlocks
 
     @property
@@ -82,12 +83,16 @@ class Geometry:
         lse = 4 * padded_queries * round_up(self.heads, LANES)
         chosen = round_up(self.queries, 32) * self.entries if self.masked else 0
         stored = self.entries * (self.width + LANES if self.quantized else row)  # e4m3, rotary, scales
-        operands = 2 * (2 * tile + view + lse + chosen + slots * row + stored)
+        lanes = round_up(self.slots, LANES)
+        ring = lanes * (self.width + 2 * LANES) if self.quantized_ring else slots * row
+        operands = 2 * (2 * tile + view + lse + chosen + ring + stored)
         columns = 2 * 4 * self.queries * round_up(self.heads, 8) * LANES  # running maximum and sum
         kept = columns + 4 * self.rows * self.width if self.num_entry_blocks > 1 else 0
         # Logits and weights in float32, weights rounded, the product with the values.
         in_flight = self.rows * ((slots + self.entries) * (8 + self.itemsize) + 4 * self.width)
         in_flight += 2 * self.entries * row if self.quantized else 0  # decoded entries
+        # Values, scales and rotated channels in float32, then the rows.
+        in_flight += slots * (3 * 4 * self.width + row) if self.quantized_ring else 0
         return self.sequences * (operands + kept + in_flight)
 
 
@@ -109,13 +114,15 @@ def choose_blocks(
     num_chosen: int | None,
     itemsize: int,
     quantized: bool = False,
+    quantized_ring: bool = False,
 ) -> DecodeBlocks:
     """Sequences by ROWS_A_STEP, then the longest block of entries that fits in VMEM.
 
     Args:
         queries: T; heads: H; width: Dh; slots: M; num_entries: S, 0 without entries;
-        num_chosen: K, or None without a choice; itemsize: bytes of a number of q and the ring;
-        quantized: whether entries are stored in fp8, which is never gathered.
+        num_chosen: K, or None without a choice; itemsize: bytes of a number of q;
+        quantized: whether entries are stored in fp8, which is never gathered; quantized_ring: whether the
+        ring is.
 
     Raises:
         ValueError: if not even the smallest block fits.
@@ -134,9 +141,9 @@ def choose_blocks(
     while True:
         for entries in (LONGEST_BLOCK, 512, 256, 128):
             blocks = DecodeBlocks(sequences, entries)
-            masked = num_chosen is not None
+            masked, formats = num_chosen is not None, (quantized, quantized_ring)
             g = Geometry(
-                sequences, queries, heads, width, slots, num_entries, itemsize, masked, quantized, blocks
+                sequences, queries, heads, width, slots, num_entries, itemsize, masked, *formats, blocks
             )
             if g.vmem_bytes() <= VMEM_LIMIT:
                 return blocks

@@ -6,18 +6,21 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Float32, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int32, UInt8
 
 from pallas_kernels.grouped_matmul import reference, routing, stream, tuning, xla
+from pallas_kernels.grouped_matmul.stored import Stack
 
 
 def expert_ffn(
     x: Float[Array, "T D"],
-    gate_up: Float[Array, "S 2 F D"],
-    down: Float[Array, "S D F"],
+    gate_up: Float[Array, "S 2 F D"] | UInt8[Array, "S 2 F half_D"],
+    down: Float[Array, "S D F"] | UInt8[Array, "S D half_F"],
     expert_ids: Int32[Array, "T Ke"],
     weights: Float32[Array, "T Ke"],
     *,
+    gate_up_scale: UInt8[Array, "S 2 row_blocks column_blocks"] | None = None,
+    down_scale: UInt8[Array, "S row_blocks column_blocks"] | None = None,
     swiglu_limit: float,
     num_experts: int | None = None,
     first_expert: Int32[Array, ""] | int = 0,
@@ -37,9 +40,16 @@ def expert_ffn(
         x: [T, D] tokens in the compute dtype.
         gate_up: [S, 2, F, D] W1 and W3 of S >= E experts, output dim first; rounded to the dtype of `x`.
             S > E: the experts of several layers behind one another (see `first_expert`).
-        down: [S, D, F] W2, likewise.
+            Quantised, and then decoded exactly, one expert at a time:
+            float8_e4m3fn [S, 2, F, D], without NaN, with scales of blocks of 128 x 128; or
+            uint8 [S, 2, F, D / 2], two E2M1 numbers a byte, the even column in the low four bits, with
+            scales of 32 columns.
+        down: [S, D, F] W2, likewise, in the same or another format.
         expert_ids: i32[T, Ke] in 0 .. E-1. Pairs whose id lies outside contribute nothing and cost nothing.
         weights: f32[T, Ke] routing weights, applied after W2.
+        gate_up_scale: E8M0 bytes b (2^(b - 127), b in 1 .. 254) of a quantised `gate_up`:
+            u8[S, 2, ceil(F / 128), ceil(D / 128)] for FP8, u8[S, 2, F, D / 32] for FP4.
+        down_scale: likewise u8[S, ceil(D / 128), ceil(F / 128)] or u8[S, D, F / 32].
         swiglu_limit: c >= 0 (10 in V4); 0 means no clamp.
         num_experts: E (256 or 384 in V4); None means S.
         first_expert: i32[] where this layer's experts start in the stack; may be traced. Inside a scan over
@@ -61,21 +71,24 @@ def expert_ffn(
         the hidden activation is rounded to the dtype of `x` in between. A token's experts are added in
         ascending expert order. Within 1e-5 (relative to max |y|) of the reference in float32: only the
         order of sums differs; within 1e-2 in bfloat16: a hidden value may round the other way.
+        Quantised weights give every bit that the numbers they stand for give with the same `blocks`.
     Gradients: w.r.t. x, gate_up, down and weights, each in its operand's dtype, summed in float32 in sorted
         order (deterministic). Saves the operands only; hidden activations are recomputed. Weight
         gradients have the shape of the stack: slice a layer yourself where gradients are wanted.
+        Quantised matrices have none (zeros); x, weights and the other matrix have theirs all the same.
     Cost: 6 * P * D * F FLOP for P valid pairs, rounded up to whole blocks an expert, and 3 * D * F weights
-        read once an expert in use; backward 16 * P * D * F. Memory: `tuning.ExpertBlocks.workspace_bytes`.
+        (1/2 + 1/32 byte each in FP4, 1 in FP8) read once an expert in use; backward 16 * P * D * F.
+        Memory: `tuning.ExpertBlocks.workspace_bytes`.
     Sharding: T may be split freely. Experts may be split: give each device its slice of the stack and ids
         relative to it (foreign ids contribute nothing), and sum the results. F may be split likewise.
-        D must be whole.
+        D must be whole. Scales are split like what they scale: FP8 in whole blocks of 128, FP4 of 32.
     Raises:
-        ValueError: for shapes that do not fit, an unknown impl, or too many pairs for int32 sort keys;
-            all problems at once.
+        ValueError: for shapes, dtypes and scales that do not fit, an unknown impl, or too many pairs for
+            int32 sort keys; all problems at once.
     """
     num_experts = gate_up.shape[0] if num_experts is None else num_experts
     operands = _Operands(
-        x, gate_up, down, expert_ids, weights,
+        x, Stack(gate_up, gate_up_scale), Stack(down, down_scale), expert_ids, weights,
         jnp.asarray(first_expert, jnp.int32),
         jnp.ones(x.shape[:1], bool) if valid is None else valid,
     )  # fmt: skip
@@ -98,8 +111,8 @@ class _Static(NamedTuple):
 
 class _Operands(NamedTuple):
     x: jax.Array
-    gate_up: jax.Array
-    down: jax.Array
+    gate_up: Stack
+    down: Stack
     expert_ids: jax.Array
     weights: jax.Array
     first_expert: jax.Array
@@ -108,14 +121,15 @@ class _Operands(NamedTuple):
 
 def _problems(o: _Operands, num_experts: int, limit: float, impl: str) -> list[str]:
     """Every rule the arguments break."""
-    stack, _, width, hidden = o.gate_up.shape if o.gate_up.ndim == 4 else (0, 0, 0, 0)
+    gate_up, down = o.gate_up.shape, o.down.shape
+    stack, _, width, hidden = gate_up if len(gate_up) == 4 else (0, 0, 0, 0)
     tokens, top_k = o.expert_ids.shape if o.expert_ids.ndim == 2 else (0, 0)
     bits = routing.key_bits(tokens * top_k, num_experts)
     rules = {
         f"impl={impl!r} must be 'xla' or 'reference'": impl in ("xla", "reference"),
         f"swiglu_limit={limit} must not be negative": limit >= 0,
-        f"gate_up {o.gate_up.shape} must be [S, 2, F, D]": o.gate_up.shape == (stack, 2, width, hidden),
-        f"down {o.down.shape} must be {[stack, hidden, width]}": o.down.shape == (stack, hidden, width),
+        f"gate_up {gate_up} must be [S, 2, F, D]": gate_up == (stack, 2, width, hidden),
+        f"down {down} must be {[stack, hidden, width]}": down == (stack, hidden, width),
         f"expert_ids {o.expert_ids.shape} must be [T, Ke]": o.expert_ids.ndim == 2,
         f"weights {o.weights.shape} must be {o.expert_ids.shape}": o.weights.shape == o.expert_ids.shape,
         f"x {o.x.shape} must be {[tokens, hidden]}": o.x.shape == (tokens, hidden),
@@ -123,16 +137,22 @@ def _problems(o: _Operands, num_experts: int, limit: float, impl: str) -> list[s
         f"num_experts={num_experts} must be in 1 .. {stack}": 1 <= num_experts <= stack,
         f"{tokens} x {top_k} pairs of {num_experts} experts need sort keys of {bits} > 31 bits": bits <= 31,
     }
-    return [rule for rule, holds in rules.items() if not holds]
+    broken = [rule for rule, holds in rules.items() if not holds]
+    return broken + o.gate_up.problems("gate_up") + o.down.problems("down")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _expert_ffn(static, *operands):
     o, blocks = _Operands(*operands), static.blocks
     if blocks is None:
-        _, hidden, width = o.down.shape
-        streamable = all(stream.can_stream(n, o.x.dtype, o.gate_up.dtype) for n in (hidden, width))
-        blocks = tuning.choose_blocks(o.expert_ids.size, static.num_experts, streamable=streamable)
+        streamable = all(stream.can_stream(stack, o.x.dtype) for stack in (o.gate_up, o.down))
+        fp4 = "mxfp4" in (o.gate_up.format, o.down.format)
+        blocks = tuning.choose_blocks(
+            o.expert_ids.size,
+            static.num_experts,
+            streamable=streamable,
+            most_streamed=tuning.MAX_PAIRS_STREAMED_FP4 if fp4 else tuning.MAX_PAIRS_STREAMED,
+        )
     return xla.expert_ffn_forward(
         *operands,
         num_experts=static.num_experts,
@@ -158,7 +178,7 @@ def _pull(static, operands, dy):
         blocks=blocks,
         dtype=_dot_dtype(o.x, static.native_bfloat16),
     )
-    return dx, d_gate_up, d_down, None, d_weights, None, None
+    return dx, Stack(d_gate_up), Stack(d_down), None, d_weights, None, None
 
 
 _expert_ffn.defvjp(_save, _pull)

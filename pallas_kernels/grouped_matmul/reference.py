@@ -3,11 +3,13 @@
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.grouped_matmul.stored import Stack, decoded
+
 
 def expert_ffn_reference(
     x,
-    gate_up,
-    down,
+    gate_up: Stack,
+    down: Stack,
     expert_ids,
     weights,
     first_expert,
@@ -18,8 +20,10 @@ def expert_ffn_reference(
     round_hidden=None,
 ) -> jax.Array:
     """The definition; the contract is in `op.expert_ffn`."""
-    gate_up = jax.lax.dynamic_slice_in_dim(gate_up, first_expert, num_experts).astype(x.dtype)
-    down = jax.lax.dynamic_slice_in_dim(down, first_expert, num_experts).astype(x.dtype)
+    gate_up, down = (
+        jax.lax.dynamic_slice_in_dim(decoded(stack), first_expert, num_experts).astype(x.dtype)
+        for stack in (gate_up, down)
+    )
     x, weights = jnp.where(valid[:, None], x, 0), jnp.where(valid[:, None], weights, 0)
 
     both = jnp.einsum("td,egfd->gtef", x, gate_up, preferred_element_type=jnp.float32)

@@ -59,22 +59,31 @@ class ExpertBlocks:
 
 
 MAX_PAIRS_STREAMED = 2.0  # pairs an expert up to which single rows win
+MAX_PAIRS_STREAMED_FP4 = 6.0  # with FP4, a decoded copy of which costs five times that of a bfloat16 matrix
 
 
 def choose_blocks(
-    num_pairs: int, num_experts: int, *, streamable: bool = False, backward: bool = False
+    num_pairs: int,
+    num_experts: int,
+    *,
+    streamable: bool = False,
+    most_streamed: float = MAX_PAIRS_STREAMED,
+    backward: bool = False,
 ) -> ExpertBlocks:
-    """One row below two pairs an expert, else the power of two at or above 3/4 of that mean, bounded.
+    """Single rows for few pairs an expert, else the power of two at or above 3/4 of that mean, bounded.
 
     Args:
         num_pairs: P = T * Ke, padding included (how much of it there is, is not known when compiling).
         num_experts: E.
         streamable: whether widths and dtypes suit `stream.py`.
+        most_streamed: pairs an expert up to which streaming wins; depends on the format.
         backward: for the gradients; their products gain from more rows, and never stream.
     """
     mean = num_pairs / num_experts
+    if streamable and mean <= most_streamed and not backward:
+        return ExpertBlocks(1, streamed=True)
     if mean <= MAX_PAIRS_STREAMED and not backward:
-        return ExpertBlocks(1, streamed=streamable)
+        return ExpertBlocks(1)
     rows, most = (16, 128) if backward else (4, 64)
     while rows < min(0.75 * mean, most):
         rows *= 2

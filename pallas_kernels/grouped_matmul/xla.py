@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.grouped_matmul.routing import sort_pairs
+from pallas_kernels.grouped_matmul.stored import Stack
 from pallas_kernels.grouped_matmul.stream import stream_product
 
 
@@ -34,7 +35,18 @@ class Hidden(NamedTuple):
 
 
 def expert_ffn_forward(
-    x, gate_up, down, expert_ids, weights, first_expert, valid, *, num_experts, hidden_of, blocks, dtype
+    x,
+    gate_up: Stack,
+    down: Stack,
+    expert_ids,
+    weights,
+    first_expert,
+    valid,
+    *,
+    num_experts,
+    hidden_of,
+    blocks,
+    dtype,
 ) -> jax.Array:
     """f32[T, D]; the contract is in `op.expert_ffn`; hidden_of: `Hidden`; dtype: of the products."""
     pairs = sort_pairs(expert_ids, valid, num_experts=num_experts, rows=blocks.rows)
@@ -44,7 +56,7 @@ def expert_ffn_forward(
         index = first_expert + pairs.expert_at(place)
         number = pairs.pairs_at(place, 1)[0]
         token = lax.div(number, top_k)
-        both = stream_product(flat_gate_up, index, x[token].astype(jnp.float32))
+        both = stream_product(gate_up, index, x[token].astype(jnp.float32))
         hidden = hidden_of.before(both, weights[number], x.dtype)
         out = stream_product(down, index, hidden) * hidden_of.after(weights[number])
         return y.at[token].add(out, mode="promise_in_bounds")
@@ -66,15 +78,29 @@ def expert_ffn_forward(
 
     y = jnp.zeros(x.shape, jnp.float32)
     if blocks.streamed:
-        flat_gate_up = gate_up.reshape(gate_up.shape[0], -1, gate_up.shape[-1])
         return lax.fori_loop(0, pairs.total, stream_pair, y)
     return _for_each_expert(pairs, expert_rows, y)
 
 
 def expert_ffn_backward(
-    dy, x, gate_up, down, expert_ids, weights, first_expert, valid, *, num_experts, hidden_of, blocks, dtype
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Gradients of x, gate_up, down and weights; hidden activations are recomputed."""
+    dy,
+    x,
+    gate_up: Stack,
+    down: Stack,
+    expert_ids,
+    weights,
+    first_expert,
+    valid,
+    *,
+    num_experts,
+    hidden_of,
+    blocks,
+    dtype,
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None, jax.Array]:
+    """Gradients of x, gate_up, down and weights; None for quantised matrices.
+
+    Hidden activations are recomputed.
+    """
     pairs = sort_pairs(expert_ids, valid, num_experts=num_experts, rows=blocks.rows)
     top_k, flat_weights = expert_ids.shape[1], weights.reshape(-1)
 
@@ -107,26 +133,34 @@ def expert_ffn_backward(
             d_weights = d_weights.at[numbers].add(d_weight)
             d_both = d_both.astype(dtype)
             # dW2 += (weight * dy)^T h^T,  dW13 += d_both x,  dx += d_both^T W13
-            d_w2 += _dot(dy_rows, (hidden * after).astype(dtype), 0, 1)
-            d_w13 += _dot(d_both, x_rows, 1, 0)
+            if d_w2 is not None:
+                d_w2 += _dot(dy_rows, (hidden * after).astype(dtype), 0, 1)
+            if d_w13 is not None:
+                d_w13 += _dot(d_both, x_rows, 1, 0)
             dx = dx.at[tokens].add(_dot(d_both, w13, 0, 0), mode="promise_in_bounds")
             return dx, d_w13, d_w2, d_weights
 
-        zeros = jnp.zeros(w13.shape, jnp.float32), jnp.zeros(w2.shape, jnp.float32)
+        zeros = (
+            None if total is None else jnp.zeros(w.shape, jnp.float32)
+            for total, w in ((d_gate_up, w13), (d_down, w2))
+        )
         dx, d_w13, d_w2, d_weights = lax.fori_loop(
             0, _num_blocks(start, end, blocks.rows), block, (dx, *zeros, d_weights)
         )
-        d_w13 = d_w13.reshape(gate_up.shape[1:])
-        d_gate_up = lax.dynamic_update_index_in_dim(d_gate_up, d_w13, index, 0)
-        d_down = lax.dynamic_update_index_in_dim(d_down, d_w2, index, 0)
-        return dx, d_gate_up, d_down, d_weights
+
+        def put(total, own):
+            if total is None:
+                return None
+            return lax.dynamic_update_index_in_dim(total, own.reshape(total.shape[1:]), index, 0)
+
+        return dx, put(d_gate_up, d_w13), put(d_down, d_w2), d_weights
 
     # Stacks of gradients stay float32 until the end: a backend without bfloat16 would otherwise convert
     # all of them at every update.
-    sums = tuple(jnp.zeros(a.shape, jnp.float32) for a in (x, gate_up, down, flat_weights))
-    sums = _for_each_expert(pairs, expert_rows, sums)
-    operands = x, gate_up, down, weights
-    return tuple(s.reshape(a.shape).astype(a.dtype) for s, a in zip(sums, operands, strict=True))
+    operands = x, *(w.values if w.format == "plain" else None for w in (gate_up, down)), weights
+    totals = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), (*operands[:3], flat_weights))
+    totals = _for_each_expert(pairs, expert_rows, totals)
+    return jax.tree.map(lambda a, total: total.reshape(a.shape).astype(a.dtype), operands, totals)
 
 
 def _for_each_expert(pairs, step, state):
@@ -164,12 +198,11 @@ def _gated(both, limit):
     return jax.nn.silu(gate) * up
 
 
-def _matrices(gate_up, down, index, compute, dtype):
-    """One expert's [2F, D] and [D, F], rounded to the compute dtype, held in the products' dtype."""
+def _matrices(gate_up: Stack, down: Stack, index, compute, dtype):
+    """One expert's [2F, D] and [D, F], decoded, rounded to the compute dtype, in the products' dtype."""
     # The barrier ties the stacks to the loop: otherwise a backend that computes in float32 converts
     # whole bfloat16 stacks before the loop instead of one expert inside it.
     gate_up, down, index = lax.optimization_barrier((gate_up, down, index))
-    gate_up = lax.dynamic_index_in_dim(gate_up, index, keepdims=False)
-    down = lax.dynamic_index_in_dim(down, index, keepdims=False)
-    gate_up = gate_up.reshape(-1, gate_up.shape[-1])
-    return gate_up.astype(compute).astype(dtype), down.astype(compute).astype(dtype)
+    w13, w2 = gate_up.one(index), down.one(index)
+    w13 = w13.reshape(-1, w13.shape[-1])
+    return w13.astype(compute).astype(dtype), w2.astype(compute).astype(dtype)

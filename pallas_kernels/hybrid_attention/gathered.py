@@ -51,7 +51,7 @@ def gathered_attention(
     Gradients: none, and asking for them raises: training uses `hybrid_attention` with `selected`.
     Cost: 4 T K H Dh FLOP, T K rows copied one by one (in bfloat16 two for one) and 2 T H Dh elements of HBM a
         sequence, whatever S is and however many of a list are -1; K is rounded up to whole chunks.
-        `tuning.gather_pays` says from which S this beats masking. No copy of the entries, if they lie in
+        `tuning.gather_from` says when this beats masking. No copy of the entries, if they lie in
         memory row by row: XLA may store arrays whose S is no multiple of 8 in another layout, and then copies
         them for every call. VMEM: `tuning.GatherGeometry.vmem_bytes`, mostly K rows of 4 Dh bytes.
     Sharding: B, T and H may be split freely (entries are then repeated over T and H). R, K, S and Dh must be

@@ -63,7 +63,7 @@ def csa_attention(
     The window with the sink, and the entries of `index` with lo_t <= s < hi_t, each by its own kernel, then
     merged. Arguments and results are those of `hybrid_attention` and `gathered_attention`. Forward only. In
     bfloat16 both parts are rounded before they are merged, which `hybrid_attention` alone does not do.
-    `tuning.gather_pays` says when this is the faster way.
+    `tuning.gather_from` says when this is the faster way.
     """
     index = jnp.where((index >= lo[..., None]) & (index < hi[..., None]), index, -1)
     near = hybrid_attention(q, line, position, sink, window=window, impl=impl, interpret=interpret)

@@ -239,27 +239,38 @@ MERGE = 6.4e-3
 BYTES_A_CYCLE = 937.0
 """HBM bandwidth of v6e."""
 
+LISTED = 1.0, 1 / 7700
+"""Cycles a listed entry to make a query's list from its mask, and more for each entry of the mask. XLA's
+estimate of `indexer.index_list` for v6e and tpu7x, within a third for S = 8192 .. 262144 and K = 512; with
+K = 1024 this is up to three quarters too much."""
 
-def gather_pays(*, num_entries: int, num_chosen: int, heads: int, width: int, itemsize: int) -> bool:
-    """Whether fetching K chosen entries a query beats masking all S; for many queries, as in prefill.
 
-        gathered:  K max(START, 4 Dh / BYTES_A_CYCLE) + H Dh itemsize MERGE
-        masked:    S H MASKED
+def gather_from(*, size: int, num_chosen: int, heads: int, width: int, itemsize: int) -> int:
+    """The number of visible entries from which on CSA fetches instead of masking; for many queries, as in
+    prefill. More than `size` where it never does.
 
-    in cycles a query. The window costs the same either way. S is the number of visible entries: hi - lo
-    towards the end of the call. An odd number of bfloat16 entries has no pairs: never.
+        gathered:  K max(START, 4 Dh / BYTES_A_CYCLE) + H Dh itemsize MERGE + K (LISTED[0] + S LISTED[1])
+        masked:    visible H MASKED
 
-    At Dh = 512 in bfloat16 the switch lies at S = 9210 for Flash (H = 64, K = 512), and for Pro (H = 128,
-    K = 1024) too, because both sides double: 36,840 tokens with an entry every 4. The figures are a
-    compiler's schedule, in which copies take no time to arrive; where they do, the switch lies higher. For
-    the entries of 2048 tokens of Flash, in millions of cycles of v6e (tpu7x), without `merge`:
+    in cycles a query, with S = `size` entries that there is room for and K = `num_chosen`. The window and
+    the choice itself cost the same either way. An odd number of bfloat16 entries has no pairs: never.
 
-        S           gathered       masked
+    At Dh = 512 in bfloat16, in entries (four tokens each):
+
+        room for S =                              4096     16384     65536     262144
+        Flash (H = 64, K = 512), Pro (128, 1024)  never     12592     19493      47097
+
+    The figures are a compiler's schedule and XLA's estimates, in which copies take no time to arrive; where
+    they do, the switch lies higher. For the entries of 2048 tokens of Flash, in millions of cycles of v6e
+    (tpu7x), without list and `merge`:
+
+        visible     gathered       masked
         16384       8.1 (8.6)      15.8 (13.6)
         262144      8.1 (8.6)      253
     """
-    if num_entries * itemsize % 4:
-        return False
+    if size * itemsize % 4:
+        return size + 1
     fetch = max(START, 4 * width / BYTES_A_CYCLE)  # a row of words, be it one row or a pair
-    gathered = num_chosen * fetch + heads * width * itemsize * MERGE
-    return gathered < num_entries * heads * MASKED
+    listed = LISTED[0] + size * LISTED[1]
+    gathered = num_chosen * (fetch + listed) + heads * width * itemsize * MERGE
+    return math.ceil(gathered / (heads * MASKED))

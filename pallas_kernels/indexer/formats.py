@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, UInt8
 
-GROUP = 32  # numbers that share one mxfp4 scale
+from pallas_kernels.low_precision import GROUP, e2m1_codes, e2m1_value
 
 
 class Fp8Keys(NamedTuple):
@@ -46,9 +46,6 @@ def decoded(keys: Keys) -> Array:
     if isinstance(keys, Fp8Keys):
         return keys.values.astype(jnp.float32) * keys.scales
     if isinstance(keys, Mxfp4Keys):
-        codes = jnp.stack([keys.values & 15, keys.values >> 4], axis=-1).reshape(shape_of(keys))
-        magnitudes = jnp.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], jnp.float32)[codes & 7]
-        numbers = jnp.where(codes >= 8, -magnitudes, magnitudes)
         scales = jax.lax.bitcast_convert_type(keys.scales, jnp.float8_e8m0fnu).astype(jnp.float32)
-        return numbers * jnp.repeat(scales, GROUP, axis=-1)
+        return e2m1_value(e2m1_codes(keys.values)) * jnp.repeat(scales, GROUP, axis=-1)
     return keys

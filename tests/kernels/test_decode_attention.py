@@ -1,6 +1,7 @@
 """`decode_attention`: reference against torch, both kernels against reference, mutations, compilers."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -35,18 +36,31 @@ REPEATS, REPEAT = 3, 1
 
 
 def fp8_entries(rng, *shape, width):
-    """Random entries of width - 16 channels in fp8 and 16 rotated ones."""
+    """Random entries of width - 16 channels in fp8 and 16 rotated ones; padding of scales is anything."""
     still = width - 16
     values = rng.standard_normal((*shape, still)).astype(np.float32)
+    scales = rng.integers(124, 130, (*shape, 8)).astype(np.uint8)
+    scales[..., still // 64 :] = 255
     return Fp8Entries(
         np.array(jnp.asarray(values, jnp.float8_e4m3fn)),
-        rng.integers(124, 130, (*shape, 8)).astype(np.uint8),
+        scales,
         np.array(jnp.asarray(rng.standard_normal((*shape, 16)), jnp.bfloat16)),
     )
 
 
 def operands(
-    *, last, length=1, heads=2, window=5, spare=0, entries=0, seen=None, chosen=0, width=16, fp8=False
+    *,
+    last,
+    length=1,
+    heads=2,
+    window=5,
+    spare=0,
+    entries=0,
+    seen=None,
+    chosen=0,
+    width=16,
+    fp8=False,
+    fp8_ring=False,
 ):
     """Random operands of one call; `last` are the positions of the newest tokens, -1 for padding rows.
 
@@ -61,8 +75,11 @@ def operands(
     position = np.array(last)[:, None] - np.arange(length)[::-1]
     position[np.array(last) < 0] = -1
     ring = normal(REPEATS, batch, slots, width)
+    if fp8_ring:
+        ring = fp8_entries(rng, REPEATS, batch, slots, width=width)
     for b, newest in enumerate(last):
-        ring[:, b, max(newest + 1, 0) :] = 1e3
+        for part in ring if fp8_ring else [ring]:
+            part[:, b, max(newest + 1, 0) :] = 150 if part.dtype == np.uint8 else 1e2
     o = {
         "q": 4 * normal(batch, length, heads, width),
         "ring": ring,
@@ -71,7 +88,7 @@ def operands(
         "repeat": np.int32(REPEAT),
     }
     if not entries:
-        return {name: jnp.asarray(x) for name, x in o.items()}
+        return jax.tree.map(jnp.asarray, o)
     shape = (REPEATS, batch, entries)
     o["entries"] = fp8_entries(rng, *shape, width=width) if fp8 else normal(*shape, width)
     if seen is not None:
@@ -105,8 +122,16 @@ CASES = {
     "one chosen": dict(last=[50], entries=2, chosen=1),
     "fp8": dict(last=[50, 7, 90], length=2, entries=300, seen=[300, 0, 129], width=144, fp8=True),
     "chosen of fp8": dict(last=[50, 7], length=2, entries=200, chosen=21, width=80, fp8=True),
+    "fp8 ring": dict(last=[0, 3, 4, 5, 70, -1], length=2, spare=3, width=144, fp8_ring=True),
+    "long fp8 ring": dict(last=[200, 141, 90], window=140, spare=7, width=208, fp8_ring=True),
+    "all in fp8": dict(
+        last=[50, 7, 90], length=2, entries=300, seen=[300, 0, 129], width=144, fp8=True, fp8_ring=True
+    ),
+    "chosen beside an fp8 ring": dict(
+        last=[50, 7], length=3, entries=200, chosen=21, width=80, fp8_ring=True
+    ),
 }
-GATHERED = ["chosen", "chosen by drafts", "one chosen"]
+GATHERED = ["chosen", "chosen by drafts", "one chosen", "chosen beside an fp8 ring"]
 
 
 def call(o, window, **options):
@@ -146,13 +171,16 @@ def assert_close(got, want, bound):
 
 def torch_results(o, window):
     """The same from lists of rows by position, one query at a time, in float64."""
-    entries = o.get("entries")
-    if isinstance(entries, Fp8Entries):
-        values, scales, rotary = (np.asarray(x, np.float64) for x in entries)
+
+    def decoded(x):
+        if not isinstance(x, Fp8Entries):
+            return x
+        values, scales, rotary = (np.asarray(part, np.float64) for part in x)
         groups = np.split(values, values.shape[-1] // 64, axis=-1)
         still = [group * 2 ** (scales[..., [g]] - 127) for g, group in enumerate(groups)]
-        entries = np.concatenate([*still, rotary], axis=-1)
-    floats = {n: o[n] for n in ("q", "ring", "sink")} | ({} if entries is None else {"entries": entries})
+        return np.concatenate([*still, rotary], axis=-1)
+
+    floats = {n: decoded(o[n]) for n in ("q", "ring", "sink", "entries") if n in o}
     t = {n: torch.tensor(np.asarray(x, np.float64)) for n, x in floats.items()}
     batch, length, heads, width = t["q"].shape
     slots = t["ring"].shape[2]
@@ -197,12 +225,12 @@ def test_published_widths_with_chosen_blocks():
 @pytest.mark.parametrize(
     ("name", "blocks"),
     [("drafts complete entries", SMALL), ("chosen by drafts", SMALL), ("chosen by drafts", GATHER)]
-    + [("fp8", SMALL)],
+    + [("all in fp8", SMALL), ("chosen beside an fp8 ring", GATHER)],
 )
 def test_bfloat16_stays_close_to_exact(name, blocks):
     o, window = operands(**CASES[name]), CASES[name].get("window", 5)
-    rounded = ("q", "ring") if CASES[name].get("fp8") else ("q", "ring", "entries")
-    low = {n: o[n].astype(jnp.bfloat16) for n in rounded if n in o}
+    rounded = [n for n in ("q", "ring", "entries") if n in o and not isinstance(o[n], Fp8Entries)]
+    low = {n: o[n].astype(jnp.bfloat16) for n in rounded}
     got = call(o | low, window, blocks=blocks, interpret=True)
     assert got["o"].dtype == jnp.bfloat16 and got["lse"].dtype == jnp.float32
     exact = {n: x.astype(jnp.float32) for n, x in low.items()}
@@ -212,8 +240,16 @@ def test_bfloat16_stays_close_to_exact(name, blocks):
 STRICT_CASES = {
     "streaming": (dict(last=[50, 7, 9], length=2, entries=200, seen=[200, 0, 3]), jnp.float32, SMALL),
     "masked": (dict(last=[50, 7], length=2, entries=200, chosen=20), jnp.bfloat16, SMALL),
-    "fp8": (dict(last=[50, 7], length=2, entries=200, seen=[200, 3], width=80, fp8=True), jnp.float32, SMALL),
-    "gathering": (dict(last=[50, 7], length=2, entries=40, chosen=20), jnp.float32, GATHER),
+    "fp8": (
+        dict(last=[50, 7], length=2, entries=200, seen=[200, 3], width=80, fp8=True, fp8_ring=True),
+        jnp.float32,
+        SMALL,
+    ),
+    "gathering": (
+        dict(last=[50, 7], length=2, entries=40, chosen=20, width=80, fp8_ring=True),
+        jnp.float32,
+        GATHER,
+    ),
 }
 
 
@@ -312,7 +348,7 @@ def test_differentiation_is_refused():
 
 def test_bad_arguments_are_named():
     o = operands(**CASES["chosen"])
-    with pytest.raises(ValueError, match=r"ring is bfloat16.*sink \(3,\) must be \(2,\)"):
+    with pytest.raises(ValueError, match=r"sink \(3,\) must be \(2,\).*ring is bfloat16"):
         call(o | {"ring": o["ring"].astype(jnp.bfloat16), "sink": jnp.zeros(3)}, 5)
     with pytest.raises(ValueError, match="ring has 5 slots, needs window - 1 \\+ T = 6"):
         call(o, 6)
@@ -331,6 +367,10 @@ def test_bad_arguments_are_named():
     wrong = fp8["entries"]._replace(scales=fp8["entries"].scales[..., :0])
     with pytest.raises(ValueError, match=r"entries.scales .* must be \(3, 2, 200, 8\)"):
         call(fp8 | {"entries": wrong}, 5)
+    ring = operands(**CASES["all in fp8"])
+    wrong = ring["ring"]._replace(rotary=ring["ring"].rotary.astype(jnp.float32))
+    with pytest.raises(ValueError, match="ring.rotary is float32, must be bfloat16"):
+        call(ring | {"ring": wrong}, 5)
     with pytest.raises(ValueError, match="sequences=0 .*entries=100"):
         DecodeBlocks(sequences=0, entries=100)
 
@@ -342,8 +382,13 @@ TOP_K = {"flash": 512, "pro": 1024}
 ENTRIES = {"window": (0, 0), "hca": (512, 8192), "csa": (16384, 262144)}  # at 64K and at 1M tokens
 
 
+FP8_PARTS = dict(
+    zip(Fp8Entries._fields, ((448, jnp.float8_e4m3fn), (8, jnp.uint8), (64, jnp.bfloat16)), strict=True)
+)
+
+
 def full_size(path, model="flash", *, length=1, batch=64, long=False, slots=136, fp8=False):
-    """Shapes of a decode step of 64 sequences; the stack holds two repeats."""
+    """Shapes of a decode step of 64 sequences; the stack holds two repeats. With `fp8` parts are by name."""
     heads, width = HEADS[model], 512
     num_entries = ENTRIES[path][long]
     shapes = {
@@ -354,12 +399,11 @@ def full_size(path, model="flash", *, length=1, batch=64, long=False, slots=136,
         "repeat": ((), jnp.int32),
     }
     if num_entries:
-        stack = (2, batch, num_entries)
-        shapes["entries"] = ((*stack, width), jnp.bfloat16)
+        shapes["entries"] = ((2, batch, num_entries, width), jnp.bfloat16)
     if fp8:
-        parts = (448, jnp.float8_e4m3fn), (8, jnp.uint8), (64, jnp.bfloat16)
-        del shapes["entries"]
-        shapes |= {n: ((*stack, c), d) for n, (c, d) in zip(Fp8Entries._fields, parts, strict=True)}
+        for name in {"ring", "entries"} & shapes.keys():
+            (*rows, _), _ = shapes.pop(name)
+            shapes |= {f"{name}.{part}": ((*rows, c), d) for part, (c, d) in FP8_PARTS.items()}
     if path == "hca":
         shapes["hi"] = ((batch, length), jnp.int32)
     if path == "csa":
@@ -369,16 +413,18 @@ def full_size(path, model="flash", *, length=1, batch=64, long=False, slots=136,
 
 def step(names, blocks, *arrays):
     o = dict(zip(names, arrays, strict=True))
-    if "values" in o:
-        o["entries"] = Fp8Entries(*(o.pop(part) for part in Fp8Entries._fields))
+    for name in ("ring", "entries"):
+        if f"{name}.values" in o:
+            o[name] = Fp8Entries(*(o.pop(f"{name}.{part}") for part in Fp8Entries._fields))
     return decode_attention(**o, window=128, blocks=blocks)
 
 
 def compile_full_size(chip, shapes, blocks=None):
     """Compiles, and holds the program to its promise: temporaries are small, so no cache is copied."""
     program = compile_for(chip, functools.partial(step, tuple(shapes), blocks), *shapes.values())
-    cache = sum(np.prod(shapes[n].shape) for n in ("ring", "entries", "values") if n in shapes)
-    assert program.memory_analysis().temp_size_in_bytes < cache / 2
+    cache = [shape for name, shape in shapes.items() if name.startswith(("ring", "entries"))]
+    smallest = min(math.prod(shape.shape) * shape.dtype.itemsize for shape in cache)
+    assert program.memory_analysis().temp_size_in_bytes < max(smallest, 2**20)
 
 
 @pytest.mark.parametrize("path", ENTRIES)
@@ -394,6 +440,7 @@ COMPILED = {
     "hca": (full_size("hca"), None),
     "csa masked": (full_size("csa"), DecodeBlocks(sequences=4, entries=1024)),
     "csa gathered": (full_size("csa"), None),
+    "window in fp8": (full_size("window", fp8=True), None),
     "hca in fp8": (full_size("hca", fp8=True), None),
 }
 
@@ -416,7 +463,7 @@ def test_compiles_ahead_of_time_everywhere(chip, model, path, length, long):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("long", [False, True])
-@pytest.mark.parametrize("path", ["hca", "csa"])
+@pytest.mark.parametrize("path", ENTRIES)
 @pytest.mark.parametrize("chip", CHIPS)
 def test_fp8_compiles_ahead_of_time_everywhere(chip, path, long):
     compile_full_size(chip, full_size(path, batch=4 if long else 64, long=long, fp8=True))
@@ -428,7 +475,8 @@ def test_chosen_blocks_fit(heads, length):
     sizes = dict(queries=length, heads=heads, width=512, slots=136, itemsize=4)
     for num_entries, num_chosen in ((0, None), (8192, None), (4000, 1024)):
         blocks = choose_blocks(**sizes, num_entries=num_entries, num_chosen=num_chosen)
-        g = Geometry(64, length, heads, 512, 136, num_entries, 4, num_chosen is not None, False, blocks)
+        masked = num_chosen is not None
+        g = Geometry(64, length, heads, 512, 136, num_entries, 4, masked, False, False, blocks)
         assert g.vmem_bytes() <= VMEM_LIMIT
     with pytest.raises(ValueError, match="no legal block fits"):
         choose_blocks(**sizes | {"slots": 2**16}, num_entries=0, num_chosen=None)

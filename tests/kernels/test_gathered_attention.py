@@ -22,7 +22,7 @@ from pallas_kernels.hybrid_attention.tuning import (
     GatherBlocks,
     GatherGeometry,
     choose_gather_blocks,
-    gather_pays,
+    gather_from,
 )
 from tests.kernels.ahead_of_time import CHIPS, compile_for
 
@@ -329,8 +329,9 @@ def test_chosen_blocks_fit(model, itemsize):
         choose_gather_blocks(**sizes | {"num_chosen": 2**16})
 
 
-@pytest.mark.parametrize(("model", "switch"), [("flash", 9210), ("pro", 9210)])
-def test_gathering_pays_for_long_contexts(model, switch):
+@pytest.mark.parametrize("model", HEADS)
+def test_gathering_pays_for_long_contexts(model):
     sizes = dict(heads=HEADS[model], num_chosen=TOP_K[model], width=512, itemsize=2)
-    assert gather_pays(num_entries=switch, **sizes) and not gather_pays(num_entries=switch - 2, **sizes)
-    assert not gather_pays(num_entries=switch + 1, **sizes)  # no pairs
+    switches = {size: gather_from(size=size, **sizes) for size in (2**12, 2**14, 2**16, 2**18)}
+    assert switches == {2**12: 10867, 2**14: 12592, 2**16: 19493, 2**18: 47097}
+    assert gather_from(size=2**16 + 1, **sizes) > 2**16 + 1  # no pairs

@@ -13,7 +13,15 @@ from jax import export
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.indexer import Fp8Keys, Mxfp4Keys, index_list, index_scores, index_select, key_tiles
+from pallas_kernels.indexer import (
+    Fp8Keys,
+    Mxfp4Keys,
+    index_list,
+    index_scores,
+    index_select,
+    kernel_tpu_select,
+    key_tiles,
+)
 from pallas_kernels.indexer.formats import decoded
 from pallas_kernels.indexer.reference import index_select_reference
 from pallas_kernels.indexer.tuning import IndexerBlocks, choose_blocks
@@ -120,6 +128,13 @@ def test_choice_among_close_scores():
     assert len(np.unique(upper)) < len(np.unique(scores)) / 4
     got = index_select(*operands, 30, blocks=case.blocks, interpret=True)
     np.testing.assert_array_equal(got, index_select_reference(jnp.asarray(scores), 30))
+
+
+def test_integers_have_the_order_of_scores():
+    """And -0 is 0: a chip may sum nothing but -0, where the interpreter starts at 0."""
+    scores = jnp.asarray([-np.inf, -3e38, -1.0, -1e-30, -0.0, 0.0, 1e-30, 1.0, 3e38, np.inf], jnp.float32)
+    steps = np.diff(np.asarray(kernel_tpu_select.ordered(scores), np.int64))
+    assert steps[4] == 0 and (np.delete(steps, 4) > 0).all()
 
 
 def test_reference_choice_by_hand():

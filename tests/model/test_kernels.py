@@ -1,5 +1,6 @@
 """The model through interpreted Pallas kernels is the model on XLA: values, gradients, training."""
 
+import dataclasses
 import functools
 
 import jax
@@ -14,6 +15,8 @@ from dsv4_jax.numerics.policy import KERNEL_FAMILIES, Policy
 from dsv4_jax.training.data import Batch
 from dsv4_jax.training.optimizer import AdamW
 from dsv4_jax.training.step import forward_losses, initial_state, train_step
+from pallas_kernels import hybrid_attention, hyper_connection
+from pallas_kernels.hybrid_attention import tuning as attention_tuning
 from pallas_kernels.hyper_connection import tuning as hyper_connection_tuning
 from pallas_kernels.hyper_connection.tuning import HyperConnectionBlocks
 from tests.model.telling_weights import telling_model
@@ -28,6 +31,7 @@ CONFIG = tiny(
     index_n_heads=4,
     attention_kinds=("window", "csa", "hca"),
     router_kinds=("hash", "learned", "learned"),
+    qk_rope_head_dim=64,
     sliding_window=8,
     hca_ratio=16,
     index_topk=4,
@@ -36,13 +40,32 @@ XLA, KERNELS = Policy.of("float32"), Policy.of("float32", kernels="pallas-interp
 LENGTH = 44
 
 
+GATHER_FROM = 7
+"""Visible entries from which on CSA gathers here: calls with a cache go both ways."""
+
+
 @pytest.fixture(scope="module", autouse=True)
-def small_blocks():
+def small_sizes():
     """A block is straight-line code in the interpreter's program: small ones compile five times faster."""
     with pytest.MonkeyPatch.context() as patch:
         small = HyperConnectionBlocks(16, 128)
         patch.setattr(hyper_connection_tuning, "choose_blocks", lambda *_, **__: small)
+        patch.setattr(attention_tuning, "gather_from", lambda **_: GATHER_FROM)
+        jax.config.update("jax_disable_most_optimizations", True)  # most of the time is the compiler's
         yield
+        jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def plain_hyper_connections(monkeypatch):
+    """Hyper-connections by their references: two thirds of a program, and nothing to do with a cache."""
+    for name in ("pre", "post", "post_pre", "collapse"):
+        plain = functools.partial(getattr(hyper_connection, name), impl="reference")
+        monkeypatch.setattr(hyper_connection, name, plain)
+    jax.clear_caches()  # programs are kept by model and shapes, which say nothing of this
+    yield
+    monkeypatch.undo()
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="module")
@@ -81,14 +104,18 @@ def test_kernels_are_what_runs(models):
     assert calls[1] == 3 * 4 + 1 + 2 + 1 + 1
 
 
-def test_whole_sequences(models):
+def test_packed_sequences(models):
+    xla, kernels = models
+    tokens = tokens_of(1)
+    got, want = (model.logits(tokens, segment_ids=SEGMENTS) for model in (kernels, xla))
+    close(got[SEGMENTS > 0], want[SEGMENTS > 0])
+
+
+@pytest.mark.slow
+def test_whole_sequences_and_mtp(models):
     xla, kernels = models
     tokens = tokens_of(1)
     close(kernels.logits(tokens), xla.logits(tokens))
-    close(
-        kernels.logits(tokens, segment_ids=SEGMENTS)[SEGMENTS > 0],
-        xla.logits(tokens, segment_ids=SEGMENTS)[SEGMENTS > 0],
-    )
     close(kernels.mtp_logits(tokens), xla.mtp_logits(tokens))
 
 
@@ -102,22 +129,73 @@ def test_taps(models):
             close(got[name].astype(jnp.float32), want[name].astype(jnp.float32))
 
 
+def appended(model: LanguageModel, tokens: np.ndarray, plan) -> list[np.ndarray]:
+    """The logits of each row's tokens, appended in pieces of plan[i][b] tokens."""
+    cache = model.new_cache(2, LENGTH)
+    done, parts = np.zeros(2, int), ([], [])
+    for counts in plan:
+        piece = np.zeros((2, max(counts)), np.int32)
+        for b, count in enumerate(counts):
+            piece[b, :count] = tokens[b, done[b] : done[b] + count]
+        logits, cache = model.extend(cache, piece, np.array(counts))
+        for b, count in enumerate(counts):
+            parts[b].append(np.asarray(logits[b, :count]))
+        done += counts
+    return [np.concatenate(part) for part in parts]
+
+
+# Two programs: pieces longer than a ring, which mask at first and gather later, and a few tokens over the
+# cache where it lies, at each end of the list of entries.
+FEW = ([2, 1], [1, 2])
+PIECES = ([19, 11], *FEW, [19, 19], *FEW[:1])
+
+
+EVERY_KIND = CONFIG.attention_kinds
+
+
+@pytest.mark.parametrize(
+    ("cache", "kinds"),
+    [
+        ("plain", EVERY_KIND),
+        ("fp8+mxfp4", ("csa",)),  # a ring, entries and keys in it
+        pytest.param("fp8+mxfp4", EVERY_KIND, marks=pytest.mark.slow),
+        pytest.param("fp8+fp8", EVERY_KIND, marks=pytest.mark.slow),
+    ],
+)
+def test_appending_in_pieces(monkeypatch, plain_hyper_connections, cache, kinds):
+    """In every format of a cache the kernels read what XLA attends to without one."""
+    config = dataclasses.replace(
+        CONFIG, attention_kinds=kinds, router_kinds=CONFIG.router_kinds[: len(kinds)]
+    )
+    parameters, tokens = telling_model(config).parameters, tokens_of(3)
+    xla, kernels = (
+        LanguageModel(config, Policy.of("float32", kernels=k, cache=cache), parameters)
+        for k in ("xla", "pallas-interpret")
+    )
+    made, gathered = [], hybrid_attention.csa_attention
+    record = lambda *arguments, **how: made.append(1) or gathered(*arguments, **how)  # noqa: E731
+    monkeypatch.setattr(hybrid_attention, "csa_attention", record)
+    got, want = appended(kernels, tokens, PIECES), np.asarray(xla.logits(tokens))
+    assert len(made) == 1  # traced once: by the CSA layer for pieces longer than a ring
+    for b in range(2):
+        difference, scale = np.abs(got[b] - want[b, : len(got[b])]), np.abs(want).max()
+        if cache == "plain":
+            assert difference.max() < 1e-5 * scale
+        else:
+            # A last bit can move a value across a rounding boundary of the grid: most agree, all are close.
+            assert np.median(difference) < 1e-5 * scale
+            assert difference.max() < 1e-2 * scale
+
+
+@pytest.mark.slow
 def test_appending_in_any_pieces_is_the_full_forward(models):
     xla, kernels = models
     tokens = tokens_of(3)
     want = np.asarray(xla.logits(tokens))
-    cache = kernels.new_cache(2, LENGTH)
-    done = np.zeros(2, int)
-    for counts in ([19, 11], [1, 0], [1, 1], [3, 2], [1, 1], [19, 19]):
-        width = max(counts)
-        piece = np.zeros((2, width), np.int32)
-        for b, count in enumerate(counts):
-            piece[b, :count] = tokens[b, done[b] : done[b] + count]
-        logits, cache = kernels.extend(cache, piece, np.array(counts))
-        for b in np.flatnonzero(counts):
-            close(logits[b, : counts[b]], want[b, done[b] : done[b] + counts[b]])
-        done += counts
-    assert done.tolist() == [LENGTH, LENGTH - 10]
+    got = appended(kernels, tokens, ([19, 11], [1, 0], [1, 1], [3, 2], [1, 1], [19, 19]))
+    assert [len(row) for row in got] == [LENGTH, LENGTH - 10]
+    for b in range(2):
+        close(got[b], want[b, : len(got[b])])
 
 
 @functools.partial(jax.jit, static_argnums=0)
