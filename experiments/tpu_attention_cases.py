@@ -3,6 +3,7 @@
 import functools
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -96,9 +97,34 @@ def hybrid_attention_cases(c: ModelConfig) -> list[Case]:
         case("window", *prefill, backward=True),
         case("HCA", *prefill, target=us(550, 420), peer=us(859.1, 848.0)),
         case("HCA", *prefill, backward=True),
-        # The peer gathers 512 entries a query; this kernel masks all 2048.
+        # The peer gathers 512 entries a query; these mask all 2048, and all 16384.
         case("CSA", "prefill 2048 at 8K, masked", 1, 2048, 2**13, peer=us(1881.6, 835.2)),
+        case("CSA", "prefill 2048 at 64K, masked", 1, 2048, 2**16),
     ]
+
+
+def gathered_attention_cases(c: ModelConfig) -> list[Case]:
+    """The chosen entries of CSA alone: the window, the list and the merge are rows or estimates of others."""
+    length, size, chosen = 2048, 2**16 // c.csa_ratio, c.index_topk
+    heads, width = c.num_attention_heads, c.head_dim
+
+    def build() -> Program:
+        from pallas_kernels.hybrid_attention import gathered_attention
+
+        shapes = dict(
+            q=array(1, length, heads, width), entries=array(1, size, width), index=i32(1, length, chosen)
+        )
+        # The first step also fetches its own query's rows.
+        kernel = Kernel(
+            when=lambda grid: (1 / grid[0],),
+            prefetch=(np.zeros(1, np.int32),),
+            copied_bytes=length * chosen * 2 * width * 2,  # bfloat16 rows come in pairs
+        )
+        return Program(gathered_attention, shapes, {"gathered_attention_forward": kernel})
+
+    flops = 4 * length * chosen * heads * width
+    moved = 2 * length * width * (2 * chosen + 2 * heads)
+    return [Case(f"gathered_attention CSA prefill {length} at 64K", build, lambda: (flops, moved))]
 
 
 # --- decode attention ----------------------------------------------------------------------------------
@@ -106,23 +132,37 @@ def hybrid_attention_cases(c: ModelConfig) -> list[Case]:
 
 def decode_attention_cases(c: ModelConfig) -> list[Case]:
     batch, context, repeats = 64, 2**16, 1
-    heads, width, slots = c.num_attention_heads, c.head_dim, c.sliding_window
+    heads, width = c.num_attention_heads, c.head_dim
+    slots = {False: c.sliding_window, True: c.sliding_window + 8}
     num_entries = {"window": 0, "HCA": context // c.hca_ratio, "CSA": context // c.csa_ratio}
     chosen = c.index_topk
 
-    def build(kind: str) -> Program:
-        from pallas_kernels.decode_attention import decode_attention
+    def in_fp8(*rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """The three arrays of `Fp8Entries`."""
+        still = width - c.qk_rope_head_dim
+        return {
+            "values": array(*rows, still, dtype=jnp.float8_e4m3fn),
+            "scales": array(*rows, 8, dtype=jnp.uint8),
+            "rotary": array(*rows, c.qk_rope_head_dim),
+        }
+
+    def build(kind: str, fp8: bool) -> Program:
+        from pallas_kernels.decode_attention import Fp8Entries, decode_attention
 
         size = num_entries[kind]
-        shapes = dict(
-            q=array(batch, 1, heads, width), ring=array(repeats, batch, slots, width),
-            position=i32(batch, 1), sink=f32(heads), repeat=i32(),
-        )  # fmt: skip
+        shapes = dict(q=array(batch, 1, heads, width), position=i32(batch, 1), sink=f32(heads), repeat=i32())
+        stored = {"ring": (repeats, batch, slots[fp8])}
         if size:
-            shapes["entries"] = array(repeats, batch, size, width)
+            stored["entries"] = (repeats, batch, size)
+        for name, rows in stored.items():
+            parts = {f"{name}_{part}": x for part, x in in_fp8(*rows).items()}
+            shapes |= parts if fp8 else {name: array(*rows, width)}
         first_repeat = np.zeros(1, np.int32)
         if kind == "CSA":
             shapes["index"] = i32(batch, 1, chosen)
+        elif size:
+            shapes["hi"] = i32(batch, 1)
+        if kind == "CSA" and not fp8:
             # The first step also fetches its own query's rows; all but the last fetch the next one's.
             kernel = Kernel(
                 when=lambda grid: (1 / grid[0], 1 - 1 / grid[0]),
@@ -131,24 +171,39 @@ def decode_attention_cases(c: ModelConfig) -> list[Case]:
             )
             name = "decode_attention_gather"
         else:
-            if size:
-                shapes["hi"] = i32(batch, 1)
+            prefetch = (first_repeat, np.full(batch, size, np.int32))
             # Every block is full: the loops that clear rows behind the last entry have nothing to do.
-            kernel = Kernel(
-                when=lambda grid: (), trips=0, prefetch=(first_repeat, np.full(batch, size, np.int32))
-            )
+            kernel = Kernel(when=lambda grid: (), trips=0, prefetch=prefetch)
+            if size > 1024:  # several blocks: the first also attends to the ring, the last one finishes
+                kernel = Kernel(when=several_blocks, trips=0, prefetch=prefetch)
             name = "decode_attention_stream"
-        return Program(functools.partial(decode_attention, window=c.sliding_window), shapes, {name: kernel})
 
-    def case(kind: str, **figures) -> Case:
-        keys = slots + (chosen if kind == "CSA" else num_entries[kind])
-        flops, moved = 4 * batch * heads * keys * width, 2 * batch * width * (keys + 2 * heads)
-        label = f"decode_attention {kind} decode {batch} at 64K"
-        return Case(label, lambda: build(kind), lambda: (flops, moved), **figures)
+        def step(**arrays):
+            for name in stored if fp8 else ():
+                arrays[name] = Fp8Entries(*(arrays.pop(f"{name}_{part}") for part in Fp8Entries._fields))
+            return decode_attention(**arrays, window=c.sliding_window)
+
+        return Program(step, shapes, {name: kernel})
+
+    def several_blocks(grid: Grid) -> tuple[float, ...]:
+        """The first block, each sequence's others, the last block."""
+        steps = grid[1]
+        return (1 / steps, *[1 - 1 / steps] * 4, 1 / steps)
+
+    def case(kind: str, *, fp8: bool = False, **figures) -> Case:
+        keys = slots[fp8] + (chosen if kind == "CSA" and not fp8 else num_entries[kind])
+        flops = 4 * batch * heads * keys * width
+        moved = batch * (keys * (width + c.qk_rope_head_dim + 8 if fp8 else 2 * width) + 4 * heads * width)
+        label = f"decode_attention {kind} decode {batch} at 64K" + (", FP8" if fp8 else "")
+        return Case(label, lambda: build(kind, fp8), lambda: (flops, moved), **figures)
 
     return [
         case("window", target=us(15, 8), peer=us(29.0, 25.8)),
         case("HCA", target=us(45, 25), peer=us(120.8, 105.3)),
         # The peer's figure leaves out its gather, which runs on the sparse core.
         case("CSA", target=us(40, 18), peer=us(58.8, 26.1)),
+        # Ring, as long as the cache's, and entries in FP8. CSA masks: rows of FP8 are not fetched one by one.
+        case("window", fp8=True),
+        case("HCA", fp8=True),
+        case("CSA", fp8=True),
     ]

@@ -11,7 +11,12 @@ from collections.abc import Callable
 import numpy as np
 
 from dsv4_jax.config import ModelConfig
-from experiments.tpu_attention_cases import decode_attention_cases, hybrid_attention_cases
+from experiments.tpu_attention_cases import (
+    decode_attention_cases,
+    gathered_attention_cases,
+    hybrid_attention_cases,
+)
+from experiments.tpu_block_matmul_cases import block_matmul_cases
 from experiments.tpu_case import Case, Kernel, Program, array, f32, gradients, i32, once, once_a_row, us
 from pallas_kernels.arithmetic import cdiv
 
@@ -25,6 +30,7 @@ def hyper_connection_cases(c: ModelConfig) -> list[Case]:
         "pre": ("streams", "fn", "base", "scale", "norm_weight"),
         "post": ("streams", "update", "maps"),
         "post_pre": ("streams", "update", "maps", "fn", "base", "scale", "norm_weight"),
+        "collapse": ("streams", "fn", "base", "scale"),
     }
 
     def build(name: str, tokens: int, backward: bool) -> Program:
@@ -34,14 +40,17 @@ def hyper_connection_cases(c: ModelConfig) -> list[Case]:
             streams=array(tokens, n, d), update=array(tokens, d), maps=f32(tokens, rows),
             fn=f32(rows, n, d), base=f32(rows), scale=f32(3), norm_weight=f32(d),
         )  # fmt: skip
+        if name == "collapse":
+            every |= dict(fn=f32(n, n, d), base=f32(n), scale=f32(1))
         shapes = {key: every[key] for key in arguments[name]}
-        op = functools.partial(getattr(hyper_connection, name), **({} if name == "post" else settings))
+        wanted = {"post": (), "collapse": ("hc_eps", "norm_eps")}.get(name, settings)
+        op = functools.partial(getattr(hyper_connection, name), **{key: settings[key] for key in wanted})
         function = gradients(op, shapes, tuple(shapes)) if backward else op
         kernel = f"hyper_connection_{name}" + ("_backward" if backward else "")
         return Program(function, shapes, {kernel: Kernel(when=once)})  # `fn` is laid out on the first step
 
     def case(name: str, tokens: int, flops: int, streams: int, *, backward=False, **figures) -> Case:
-        weights = 0 if name == "post" else 4 * rows * n * d * (2 if backward else 1)
+        weights = {"post": 0, "collapse": n}.get(name, rows) * 4 * n * d * (2 if backward else 1)
         label = f"hyper_connection {name} {tokens}" + (" backward" if backward else "")
         moved = 2 * tokens * streams * d + weights
         return Case(label, lambda: build(name, tokens, backward), lambda: (tokens * flops, moved), **figures)
@@ -56,6 +65,8 @@ def hyper_connection_cases(c: ModelConfig) -> list[Case]:
         case("post_pre", 64, post + pre, 2 * n + 2, target=us(3.5, 2.3), peer=us(5.1, 3.4)),
         case("post_pre", 2048, post + pre, 2 * n + 2, target=us(110, 70), peer=us(154.8, 103.0)),
         case("post_pre", 2048, both_backward, 3 * n + 3, backward=True),
+        case("collapse", 64, 2 * n * d * (n + 2), n + 1),
+        case("collapse", 2048, 2 * n * d * (n + 2), n + 1),
     ]
 
 
@@ -220,8 +231,10 @@ FAMILIES: list[Callable[[ModelConfig], list[Case]]] = [
     compressor_cases,
     indexer_cases,
     hybrid_attention_cases,
+    gathered_attention_cases,
     decode_attention_cases,
     linear_cross_entropy_cases,
+    block_matmul_cases,
 ]
 
 

@@ -90,12 +90,12 @@ class Attention(nnx.Module):
         batch, length = x.shape[:2]
         by_head = Rotation(rotation.cos[:, :, None], rotation.sin[:, :, None])
         seen_x = self._matmul_input(x)
-        latent = rms_norm(project(seen_x, self.wq_a[...]), self.q_norm[...], self.eps)
+        latent = rms_norm(project(seen_x, self.wq_a[...], self.policy), self.q_norm[...], self.eps)
         latent = self._matmul_input(latent)
-        q = project(latent, self.wq_b[...])
+        q = project(latent, self.wq_b[...], self.policy)
         groups, per_group, head_dim = q.shape[2:]
         q = rotate(rms_norm(q.reshape(batch, length, -1, head_dim), None, self.eps), by_head)
-        kv = rms_norm(project(seen_x, self.wkv[...]), self.kv_norm[...], self.eps)
+        kv = rms_norm(project(seen_x, self.wkv[...], self.policy), self.kv_norm[...], self.eps)
         kv = rotate(kv, rotation)
         num_rotary = 2 * rotation.cos.shape[-1]
         if self.policy.cache_format != "plain":
@@ -157,7 +157,8 @@ class Attention(nnx.Module):
         # The values were rotated at their own positions; turning back by the query's leaves the offset.
         o = rotate(o, by_head.inverse).reshape(batch, length, groups, per_group, head_dim)
         a = project_groups(flat(o), flat(self.wo_a[...]))
-        return project(self._matmul_input(flat(a)), flat(self.wo_b[...])), new_cache, taps
+        y = project(self._matmul_input(flat(a)), flat(self.wo_b[...]), self.policy)
+        return y, new_cache, taps
 
     def _matmul_input(self, x):
         return qat.fake_activation(x) if self.policy.simulates("act_fp8") else x

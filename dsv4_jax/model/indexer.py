@@ -49,7 +49,7 @@ class Indexer(nnx.Module):
         rotation: Rotation,
     ) -> tuple[Float[Array, "B T Hi Di"], Float32[Array, "B T Hi"]]:
         """Rotated head queries (not normalised) and the scaled head weights."""
-        q = project(latent, self.wq_b[...])
+        q = project(latent, self.wq_b[...], self.policy)
         q = rotate(q, Rotation(rotation.cos[:, :, None], rotation.sin[:, :, None]))
         if self.policy.fp4_index:
             q = qat.fake_index_vector(q)

@@ -6,10 +6,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
-from dsv4_jax.numerics.weights import Weight, plain
+from dsv4_jax.numerics.formats import Fp8Blocks
+from dsv4_jax.numerics.policy import Policy
+from dsv4_jax.numerics.weights import QuantizedWeight, Weight, plain
+from pallas_kernels.block_matmul import block_matmul
 
 
-def project(x: Float[Array, "*tokens D"], weight: Weight) -> Float[Array, "..."]:
+def project(
+    x: Float[Array, "*tokens D"], weight: Weight, policy: Policy | None = None
+) -> Float[Array, "..."]:
     """x weight^T over the last axis of both, [*tokens, *out]: float32 accumulation, one cast at the end.
 
     `preferred_element_type` is stated because a bf16 x bf16 -> bf16 dot runs at float32 speed on CPUs.
@@ -17,7 +22,11 @@ def project(x: Float[Array, "*tokens D"], weight: Weight) -> Float[Array, "..."]
     Args:
         x: [*tokens, D].
         weight: [*out, D]; a quantised one is decoded to the dtype of `x`, exactly.
+        policy: with kernels, FP8 weights are decoded tile by tile inside `block_matmul`; without, whole.
     """
+    if policy is not None and policy.kernels != "xla" and isinstance(weight, QuantizedWeight):
+        if isinstance(weight.blocks, Fp8Blocks):
+            return _project_fp8(x, weight, weight.blocks, policy.interpret)
     return _product(x, plain(weight, x.dtype), None).astype(x.dtype)
 
 
@@ -37,6 +46,15 @@ def project_groups(x: Float[Array, "*tokens G D"], weight: Weight) -> Float[Arra
 def flat(x: Weight) -> Weight:
     """The last two axes as one, for a product that sums over both."""
     return x.reshape(*x.shape[:-2], -1)
+
+
+def _project_fp8(x, weight, blocks, interpret):
+    rows = x.reshape(-1, x.shape[-1])
+    outputs, inputs = blocks.elements.shape[-2:]
+    elements = blocks.elements.reshape(-1, outputs, inputs)  # gate and up are two matrices
+    scales = blocks.scale.reshape(-1, *blocks.scale.shape[-2:])
+    y = [block_matmul(rows, e, s, interpret=interpret) for e, s in zip(elements, scales, strict=True)]
+    return jnp.concatenate(y, axis=1).reshape(*x.shape[:-1], *weight.shape[:-1])
 
 
 def _product(x, weight, precision):

@@ -47,11 +47,12 @@ class SharedExpert(nnx.Module):
     def __call__(self, x: Float[Array, "tokens D"]) -> Float[Array, "tokens D"]:
         """(silu(min(x w1, c)) * clip(x w3, -c, c)) w2; clamp, SiLU and product in float32."""
         to_grid = qat.fake_activation if self.policy.simulates("act_fp8") else lambda x: x
-        both = project(to_grid(x), self.gate_up[...]).astype(jnp.float32)
+        both = project(to_grid(x), self.gate_up[...], self.policy).astype(jnp.float32)
         gate, up = both[:, 0], both[:, 1]
         if self.limit:
             gate, up = jnp.minimum(gate, self.limit), jnp.clip(up, -self.limit, self.limit)
-        return project(to_grid((jax.nn.silu(gate) * up).astype(x.dtype)), self.down[...])
+        hidden = to_grid((jax.nn.silu(gate) * up).astype(x.dtype))
+        return project(hidden, self.down[...], self.policy)
 
 
 class MixtureOfExperts(nnx.Module):

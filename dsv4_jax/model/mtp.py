@@ -50,8 +50,9 @@ class MultiTokenPrediction(nnx.Module):
             collect: taps to return (`transformer.TAPS`).
         """
         to_grid = qat.fake_activation if self.policy.simulates("act_fp8") else lambda x: x
-        e = project(to_grid(rms_norm(next_embedding, self.enorm[...], self.eps)), self.e_proj[...])
-        h = project(to_grid(rms_norm(streams, self.hnorm[...], self.eps)), self.h_proj[...])
+        e = to_grid(rms_norm(next_embedding, self.enorm[...], self.eps))
+        h = to_grid(rms_norm(streams, self.hnorm[...], self.eps))
+        e, h = project(e, self.e_proj[...], self.policy), project(h, self.h_proj[...], self.policy)
         graph, state = nnx.split(self.block)
         block = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[0], state))
         x = (e[:, :, None] + h).astype(streams.dtype)

@@ -27,6 +27,7 @@ KERNEL_FAMILIES = (
     "hybrid_attention",
     "decode_attention",
     "linear_cross_entropy",
+    "block_matmul",  # with native FP8 weights
 )
 """Operations that have a Pallas kernel; all others run on XLA whatever the choice."""
 

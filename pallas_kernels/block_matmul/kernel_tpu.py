@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Float32, UInt8
 
 from pallas_kernels.arithmetic import cdiv
 from pallas_kernels.block_matmul.reference import BLOCK, E4M3_MAX, SMALLEST, scale_values
@@ -49,6 +49,73 @@ def _matmul_body(x_ref, weight_ref, scale_ref, y_ref, decoded_ref, sums_ref, *, 
         y_ref[...] = sums_ref[...].astype(y_ref.dtype)
 
 
+def _spread(scale: UInt8[Array, "m n"]) -> Float32[Array, "m 1 n128"]:
+    """Every scale in 128 lanes."""
+    m, n = scale.shape
+    lanes = jnp.broadcast_to(scale[:, None, :, None], (m, 1, n, BLOCK)).reshape(m, 1, n * BLOCK)
+    return scale_values(lanes)
+
+
+def _few_rows_body(x_ref, weight_ref, scale_ref, y_ref, sums_ref) -> None:
+    step = pl.program_id(2)
+
+    @pl.when(step == 0)
+    def _start() -> None:
+        sums_ref[...] = jnp.zeros_like(sums_ref)
+
+    sums = sums_ref[...]
+    for group in range(x_ref.shape[1] // BLOCK):
+        columns = pl.ds(group * BLOCK, BLOCK)
+        product = lax.dot_general(
+            x_ref[:, columns],
+            weight_ref[:, columns],
+            (((1,), (1,)), ((), ())),
+            preferred_element_type=jnp.float32,
+        )
+        sums += product * scale_ref[group]
+    sums_ref[...] = sums
+
+    @pl.when(step == pl.num_programs(2) - 1)
+    def _finish() -> None:
+        y_ref[...] = sums_ref[...].astype(y_ref.dtype)
+
+
+def block_matmul_few_rows(
+    x: Float[Array, "T I"],
+    weight: Float[Array, "O I"],
+    scale: UInt8[Array, "O_blocks I_blocks"],
+    *,
+    blocks: MatmulBlocks,
+    interpret,
+) -> Float[Array, "T O"]:
+    """As `block_matmul_forward` of axis "output" for bfloat16 rows: scales meet the sums, not the weight."""
+    outer, summed = weight.shape
+    rows_of_o = _spread(scale.T)  # f32[I / 128, 1, O]
+    grid = (cdiv(x.shape[0], blocks.rows), outer // blocks.outer, summed // blocks.summed)
+    return pl.pallas_call(
+        _few_rows_body,
+        grid=grid,
+        in_specs=[
+            pl.BlockSpec((blocks.rows, blocks.summed), lambda t, n, k: (t, k)),
+            pl.BlockSpec((blocks.outer, blocks.summed), lambda t, n, k: (n, k)),
+            pl.BlockSpec((blocks.summed // BLOCK, 1, blocks.outer), lambda t, n, k: (k, 0, n)),
+        ],
+        out_specs=pl.BlockSpec((blocks.rows, blocks.outer), lambda t, n, k: (t, n)),
+        out_shape=jax.ShapeDtypeStruct((x.shape[0], outer), x.dtype),
+        scratch_shapes=[pltpu.VMEM((blocks.rows, blocks.outer), jnp.float32)],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * x.shape[0] * weight.size,
+            transcendentals=0,
+            bytes_accessed=grid[0] * (weight.nbytes + rows_of_o.nbytes) + x.nbytes * grid[1],
+        ),
+        interpret=interpret,
+        name="block_matmul_few_rows",
+    )(x, weight, rows_of_o)
+
+
 def block_matmul_forward(
     x: Float[Array, "T K"],
     weight: Float[Array, "O I"],
@@ -60,7 +127,7 @@ def block_matmul_forward(
 ) -> Float[Array, "T N"]:
     """x times the weight; N is the weight's `axis`, K the other one; both are multiples of 128."""
     outer, summed = weight.shape if axis == "output" else weight.shape[::-1]
-    rows_of_i = jnp.repeat(scale_values(scale), BLOCK, axis=1)[:, None, :]  # f32[O / 128, 1, I]
+    rows_of_i = _spread(scale)  # f32[O / 128, 1, I]
     grid = (cdiv(x.shape[0], blocks.rows), outer // blocks.outer, summed // blocks.summed)
     if axis == "output":
         weight_block = (blocks.outer, blocks.summed)

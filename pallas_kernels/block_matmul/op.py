@@ -46,7 +46,9 @@ def block_matmul(
         FP8 weights are not trained; train a float master weight through `numerics.qat` instead.
     Cost: 2 T O I FLOP. HBM bytes, with (bt, bn, bk) the blocks and b bytes a number of x:
         O I (1 + 1/32) ceil(T / bt)  +  T I b ceil(O / bn) (once if bk = I)  +  T O b
-        (1/32: scales, spread to float32 rows of I). VMEM: `tuning.MatmulBlocks.vmem_bytes`. Sizes that are
+        (1/32: scales, spread to float32 rows). Up to `tuning.FEW_ROWS` bf16 rows the matrix unit takes FP8 as
+        it is, 128 inputs at a time, and T O ceil(I / 128) sums are scaled; beyond, and for f32, the vector
+        unit decodes O I numbers for each block of rows. VMEM: `tuning.MatmulBlocks.vmem_bytes`. Sizes that are
         no multiple of 128 cost a padded copy of the weight; released models have none.
     Sharding: T may be split freely. O may be split at multiples of 128. I may be split at multiples of 128
         if the results are summed. Wrap in `shard_map`.
@@ -148,4 +150,6 @@ def _run(axis: kernel_tpu.Axis, static, x, weight, scale):
     if blocks is None:
         outer, summed = weight.shape if axis == "output" else weight.shape[::-1]
         blocks = tuning.choose_blocks(round_up(x.shape[0], 8), outer, summed, x.dtype.itemsize)
+    if axis == "output" and x.dtype == jnp.bfloat16 and x.shape[0] <= tuning.FEW_ROWS:
+        return kernel_tpu.block_matmul_few_rows(x, weight, scale, blocks=blocks, interpret=interpret)
     return kernel_tpu.block_matmul_forward(x, weight, scale, axis=axis, blocks=blocks, interpret=interpret)

@@ -14,6 +14,8 @@ VMEM_BUDGET = 32 * 2**20
 """Bytes for the buffers named below."""
 VMEM_LIMIT = 56 * 2**20
 """Bytes the compiler may use in all; the smallest VMEM of any chip in `chips.py` is 64 MiB."""
+FEW_ROWS = 128
+"""Rows of x up to which scaling the sums is less work than scaling the weight."""
 DECODED_ROWS = 128
 """Weight rows decoded at a time: the rows of one scale."""
 

@@ -17,13 +17,14 @@ from pallas_kernels.block_matmul import (
     block_matmul,
     block_matmul_reference,
 )
-from pallas_kernels.block_matmul.tuning import VMEM_BUDGET, MatmulBlocks, choose_blocks
+from pallas_kernels.block_matmul.tuning import FEW_ROWS, VMEM_BUDGET, MatmulBlocks, choose_blocks
 from pallas_kernels.chips import CHIPS
 from tests.kernels.ahead_of_time import compile_for
 
 SMALL = MatmulBlocks(rows=8, outer=128, summed=128)
 STRICT = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", dma_execution_mode="on_wait")
-SIZES = [(1, 1, 1), (3, 130, 100), (17, 256, 384), (24, 300, 129)]  # T, O, I
+# T, O, I; bfloat16 rows beyond FEW_ROWS take another kernel.
+SIZES = [(1, 1, 1), (3, 130, 100), (17, 256, 384), (24, 300, 129), (FEW_ROWS + 3, 256, 384)]
 BOUND = {"float32": 1e-5, "bfloat16": 2.0**-8}  # the order of sums; one rounding of the result
 
 # O, I of the FP8 layers: wq_a, wq_b, wo_b, indexer wq_b, shared gate and up, shared down.

@@ -6,9 +6,12 @@ import pytest
 
 import dsv4_jax
 from dsv4_jax.checkpoint import storage
+from dsv4_jax.config import tiny
 from dsv4_jax.language_model import LanguageModel
+from dsv4_jax.model import linear
 from dsv4_jax.numerics.policy import Policy
 from dsv4_jax.numerics.weights import is_quantized, plain
+from pallas_kernels.block_matmul import block_matmul
 from tests.checkpoint import synthetic
 from tests.checkpoint.test_save import file_contents, stored_contents
 
@@ -51,6 +54,37 @@ def test_logits_are_bit_equal_to_those_on_dequantised_weights(tmp_path, release,
     tokens = tokens_of(config, 37)
     np.testing.assert_array_equal(native.mtp_logits(tokens), full.mtp_logits(tokens))
     np.testing.assert_array_equal(native.logits(tokens), full.logits(tokens))
+
+
+def test_kernels_multiply_with_fp8_weights_as_they_are(tmp_path, monkeypatch):
+    config = tiny(
+        4,
+        vocab_size=24,
+        hidden_size=128,
+        head_dim=128,
+        index_head_dim=128,
+        moe_intermediate_size=160,
+        n_routed_experts=3,
+        num_experts_per_tok=2,
+        attention_kinds=("csa", "hca"),
+        router_kinds=("hash", "learned"),
+        sliding_window=8,
+        hca_ratio=16,
+        index_topk=4,
+        num_nextn_predict_layers=0,
+    )
+    synthetic.write_checkpoint(tmp_path, config, storage.BASE)
+    calls = []
+    monkeypatch.setattr(
+        linear, "block_matmul", lambda *a, **k: calls.append(a[1].shape) or block_matmul(*a, **k)
+    )
+    model = dsv4_jax.load(tmp_path, dtype="float32", kernels="pallas-interpret")
+    tokens = tokens_of(config, 24)
+    got = np.asarray(model.logits(tokens))
+    want = np.asarray(dsv4_jax.load(tmp_path, dtype="float32").logits(tokens))
+    # wq_a, wq_b, wkv, wo_b, three of the shared expert a layer; the CSA layer's indexer query.
+    assert len(calls) == 7 * config.num_hidden_layers + 1
+    np.testing.assert_allclose(got, want, atol=1e-4 * np.abs(want).max())
 
 
 def test_saving_writes_the_bytes_that_were_read(checkpoint, tmp_path):
