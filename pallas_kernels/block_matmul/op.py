@@ -48,8 +48,8 @@ def block_matmul(
         O I (1 + 1/32) ceil(T / bt)  +  T I b ceil(O / bn) (once if bk = I)  +  T O b
         (1/32: scales, spread to float32 rows). Up to `tuning.FEW_ROWS` bf16 rows the matrix unit takes FP8 as
         it is, 128 inputs at a time, and T O ceil(I / 128) sums are scaled; beyond, and for f32, the vector
-        unit decodes O I numbers for each block of rows. VMEM: `tuning.MatmulBlocks.vmem_bytes`. Sizes that are
-        no multiple of 128 cost a padded copy of the weight; released models have none.
+        unit decodes O I numbers for each block of rows. VMEM: `tuning.MatmulBlocks.vmem_bytes`. Sizes that
+        are no multiple of 128 cost a padded copy of the weight; released models have none.
     Sharding: T may be split freely. O may be split at multiples of 128. I may be split at multiples of 128
         if the results are summed. Wrap in `shard_map`.
     Raises:
