@@ -76,16 +76,30 @@ class Rounding:
         """Elements (bytes) and scales (bytes) of the nearest numbers in a format, 'fp8' or 'fp4'.
 
         Raises:
-            CheckpointError: if the tensor holds NaN or infinity.
+            CheckpointError: if the tensor holds NaN or infinity, or FP4 that FP8 does not hold exactly.
         """
         if self._pair is None or self._name != spec.name:
-            plain = plain_part(leaf, spec, np.dtype(np.float32))
-            if not np.isfinite(plain).all():
-                raise CheckpointError("cannot quantise", [f"{spec.name}: holds NaN or infinity"])
-            blocks = (_to_fp8 if how == "fp8" else _to_fp4)(plain)
+            blocks = (
+                _as_fp8(leaf, spec) if (format_of(leaf), how) == ("fp4", "fp8") else _nearest(leaf, spec, how)
+            )
             data = blocks.elements if isinstance(blocks, formats.Fp8Blocks) else blocks.packed
             self._name, self._pair = spec.name, (np.asarray(data).view(np.uint8), np.asarray(blocks.scale))
         return self._pair
+
+
+def _nearest(leaf: object, spec: TensorSpec, how: Format) -> formats.Fp8Blocks | formats.Mxfp4:
+    plain = plain_part(leaf, spec, np.dtype(np.float32))
+    if not np.isfinite(plain).all():
+        raise CheckpointError("cannot quantise", [f"{spec.name}: holds NaN or infinity"])
+    return (_to_fp8 if how == "fp8" else _to_fp4)(plain)
+
+
+def _as_fp8(leaf: QuantizedWeight, spec: TensorSpec) -> formats.Fp8Blocks:
+    packed, codes = kept(leaf, spec)
+    try:
+        return formats.fp4_as_fp8(formats.Mxfp4(packed, codes))
+    except ValueError as refused:
+        raise CheckpointError("cannot store FP4 as FP8", [f"{spec.name}: {refused}"]) from refused
 
 
 _to_fp8 = jax.jit(formats.quantize_fp8_blocks)

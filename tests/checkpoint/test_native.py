@@ -201,6 +201,23 @@ def test_quantising_a_plain_checkpoint(tmp_path, to):
         assert np.array_equal(leaf, flattened(again.parameters)[path]), path
 
 
+def test_fp4_becomes_fp8_exactly_or_not_at_all(tmp_path):
+    config = CONFIGS["smallest"]
+    tensors = synthetic.write_checkpoint(tmp_path / "fp4", config, storage.PREVIEW)
+    convert_checkpoint(tmp_path / "fp4", tmp_path / "fp8", to="fp8")
+    before, after = (flattened(load(tmp_path / n, "dequantized").parameters) for n in ("fp4", "fp8"))
+    for path in before:
+        assert np.array_equal(before[path], after[path]), path
+
+    name = next(name for name in tensors if name.endswith(".experts.0.w1.scale"))
+    tensors[name].view(np.uint8)[0] = 90  # 2^-37 beside scales of at least 2^-7 in the same block
+    synthetic.write_directory(tmp_path / "wide", synthetic.config_dict(config, storage.PREVIEW), tensors)
+    with pytest.raises(CheckpointError) as refused:
+        convert_checkpoint(tmp_path / "wide", tmp_path / "out", to="fp8")
+    assert name.removesuffix(".scale") in str(refused.value) and "too small" in str(refused.value)
+    assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
+
+
 def test_impossible_quantisations_are_refused_together(tmp_path):
     config = synthetic.small_config(moe_intermediate_size=48)
     synthetic.write_checkpoint(tmp_path / "plain", config)
