@@ -17,8 +17,9 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Float32, UInt8
 
 from pallas_kernels.arithmetic import cdiv
-from pallas_kernels.block_matmul.reference import BLOCK, E4M3_MAX, SMALLEST, scale_values
+from pallas_kernels.block_matmul.reference import E4M3_MAX, SMALLEST
 from pallas_kernels.block_matmul.tuning import VMEM_LIMIT, MatmulBlocks
+from pallas_kernels.low_precision import BLOCK, e8m0_value
 
 Axis = Literal["output", "input"]
 
@@ -53,7 +54,7 @@ def _spread(scale: UInt8[Array, "m n"]) -> Float32[Array, "m 1 n128"]:
     """Every scale in 128 lanes."""
     m, n = scale.shape
     lanes = jnp.broadcast_to(scale[:, None, :, None], (m, 1, n, BLOCK)).reshape(m, 1, n * BLOCK)
-    return scale_values(lanes)
+    return e8m0_value(lanes)
 
 
 def _few_rows_body(x_ref, weight_ref, scale_ref, y_ref, sums_ref) -> None:

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, UInt8
 
 from pallas_kernels.arithmetic import cdiv, round_up
 from pallas_kernels.block_matmul import kernel_tpu, reference, tuning
-from pallas_kernels.block_matmul.reference import BLOCK
+from pallas_kernels.low_precision import BLOCK
 
 Implementation = Literal["pallas", "reference"]
 

@@ -2,22 +2,17 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, UInt8
 
-BLOCK = 128
+from pallas_kernels.low_precision import BLOCK, e8m0_value
+
 E4M3_MAX = 448.0
 SMALLEST = 1e-4
-
-
-def scale_values(codes: UInt8[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """2^(code - 127) in float32, for codes 1 .. 254."""
-    return jax.lax.bitcast_convert_type(codes.astype(jnp.int32) << 23, jnp.float32)
 
 
 def decoded(weight: jax.Array, scale: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     """W[o, i] = weight[o, i] * 2^(scale[o div 128, i div 128] - 127), exact in bfloat16."""
     rows, columns = weight.shape
-    factor = jnp.repeat(jnp.repeat(scale_values(scale), BLOCK, axis=0), BLOCK, axis=1)[:rows, :columns]
+    factor = jnp.repeat(jnp.repeat(e8m0_value(scale), BLOCK, axis=0), BLOCK, axis=1)[:rows, :columns]
     return (weight.astype(jnp.float32) * factor).astype(dtype)
 
 
@@ -39,5 +34,5 @@ def block_cast_reference(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     ratio = jnp.maximum(jnp.abs(groups).max(axis=-1), SMALLEST) / E4M3_MAX
     bits = jax.lax.bitcast_convert_type(ratio, jnp.int32)
     codes = ((bits >> 23) + ((bits & 0x7FFFFF) != 0)).astype(jnp.uint8)
-    values = jnp.clip(groups / scale_values(codes)[..., None], -E4M3_MAX, E4M3_MAX)
+    values = jnp.clip(groups / e8m0_value(codes)[..., None], -E4M3_MAX, E4M3_MAX)
     return values.astype(jnp.float8_e4m3fn).reshape(x.shape), codes
