@@ -70,6 +70,24 @@ def draw_stack(o: Options, dtype: str) -> tuple[jax.Array, jax.Array]:
     )
 
 
+def draw_quantised_stack(o: Options, form: str) -> tuple[tuple[jax.Array, jax.Array], dict[str, jax.Array]]:
+    """The same matrices in "fp8" or "mxfp4", with any bits, and their scales."""
+    rng, stack = np.random.default_rng(0), LAYERS * o.experts
+    shapes = (stack, 2, o.width, o.hidden), (stack, o.hidden, o.width)
+
+    def draw(low: int, high: int, *shape: int) -> jax.Array:
+        return jnp.asarray(rng.integers(low, high, shape, np.uint8))
+
+    if form == "mxfp4":
+        values = tuple(draw(0, 255, *shape[:-1], shape[-1] // 2) for shape in shapes)
+        scales = [draw(118, 122, *shape[:-1], shape[-1] // 32) for shape in shapes]
+    else:
+        bits = (draw(0, 126, *shape) for shape in shapes)
+        values = tuple(jax.lax.bitcast_convert_type(b, jnp.float8_e4m3fn) for b in bits)
+        scales = [draw(110, 114, *shape[:-2], -(-shape[-2] // 128), -(-shape[-1] // 128)) for shape in shapes]
+    return values, dict(zip(("gate_up_scale", "down_scale"), scales, strict=True))
+
+
 def draw_calls(o: Options, num_tokens: int, dtype: str) -> list[Operands]:
     """Two calls a layer, with uniformly random distinct experts a token."""
     rng = np.random.default_rng(0)
@@ -124,6 +142,11 @@ def jax_candidates(o: Options, num_tokens: int, dtype: str, stack) -> dict[str, 
     plans |= {describe(b): {"blocks": b} for b in nearby if b != default}
     if dtype == "bfloat16":
         plans["default, bfloat16 products"] = {"native_bfloat16": True}
+    weights = {}
+    if dtype == "bfloat16":
+        for form in ("fp8", "mxfp4"):
+            plans[f"{form} weights"] = {}
+            weights[f"{form} weights"] = draw_quantised_stack(o, form)
     options = dict(swiglu_limit=LIMIT, num_experts=o.experts)
     found = {name: functools.partial(expert_ffn, **options, **plan) for name, plan in plans.items()}
     if num_tokens <= 8:
@@ -132,20 +155,20 @@ def jax_candidates(o: Options, num_tokens: int, dtype: str, stack) -> dict[str, 
         found["all experts on all tokens"] = functools.partial(expert_ffn, impl="reference", **options)
         found["lax.ragged_dot"] = functools.partial(ragged_dot, num_experts=o.experts)
 
-    def call(function):
+    def call(function, matrices, scales):
         takes_first = "first_expert" if isinstance(function, functools.partial) else "first"
         if function is gathered_weights or getattr(function, "func", None) is ragged_dot:
             takes_first = "first"
 
         @jax.jit
-        def compiled(x, gate_up, down, ids, weights, first):
-            return function(x, gate_up, down, ids, weights, **{takes_first: first})
+        def compiled(x, gate_up, down, ids, weights, first, scales):
+            return function(x, gate_up, down, ids, weights, **{takes_first: first}, **scales)
 
         return lambda c: jax.block_until_ready(
-            compiled(c.x, *stack, c.expert_ids, c.weights, jnp.int32(c.layer * o.experts))
+            compiled(c.x, *matrices, c.expert_ids, c.weights, jnp.int32(c.layer * o.experts), scales)
         )
 
-    return {name: call(function) for name, function in found.items()}
+    return {name: call(function, *weights.get(name, (stack, {}))) for name, function in found.items()}
 
 
 def backward_candidates(o: Options, num_tokens: int, stack) -> dict[str, Callable]:

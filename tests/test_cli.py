@@ -310,7 +310,7 @@ def test_convert_passes_its_arguments_on(capsys, monkeypatch):
         return ["the MTP block is not saved"]
 
     monkeypatch.setattr(convert, "convert_checkpoint", convert_checkpoint)
-    flags = "--layout transformers --dtype float32 --ignore-draft-head --overwrite"
+    flags = "--layout transformers --to float32 --ignore-draft-head --overwrite"
     code, out, err = run(capsys, "convert", "from", "to", *flags.split())
     assert (code, out, err) == (0, "", "warning: the MTP block is not saved\n")
     del seen["reading"], seen["writing"]
@@ -318,7 +318,7 @@ def test_convert_passes_its_arguments_on(capsys, monkeypatch):
         "source": pathlib.Path("from"),
         "destination": pathlib.Path("to"),
         "layout": "transformers",
-        "dtype": "float32",
+        "to": "float32",
         "draft_head": "ignore",
         "overwrite": True,
     }

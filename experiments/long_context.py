@@ -1,0 +1,297 @@
+"""A million tokens of context on one machine: bytes, step time by context, and which term grows.
+
+    python -m experiments.long_context               # about 5 minutes on 2 cores, 6 GB
+    python -m experiments.long_context --capacity 16384 --contexts 4096 16000 --runs 3
+
+The model is tiny in everything but what the cache keeps: the released entry geometry (Dh = 512 with 64 rotary
+channels, Di = 128), ratios 4 and 128, window 128, top-k 512, one layer of each kind, few heads. So the entry
+and key of a CSA layer are exactly 584 + 68 bytes in fp8+mxfp4, and bytes a token follow a release's formula
+with n_CSA = n_HCA = 1. Step times are of this tiny model on a CPU: only their growth means something.
+
+A prefill of 2^20 tokens would take hours here, so the cache is filled synthetically: random entries and keys
+of unit variance (what RMSNorm gives), stored on each format's own grid, random rows in the rings, then the
+length is set. `tests/experiments/test_long_context.py` compares such a cache with a real prefill at a small
+length: the same tree, shapes, dtypes and bytes, and the same rows written. Steps then decode as always.
+"""
+
+import dataclasses
+import functools
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import tyro
+from rich.console import Console
+
+from dsv4_jax.config import ModelConfig, v4_flash
+from dsv4_jax.language_model import LanguageModel
+from dsv4_jax.model import span as spans
+from dsv4_jax.model.cache import Cache, CompressorCache, LayerCache, num_slots
+from dsv4_jax.model.initial import Network
+from dsv4_jax.numerics import cache_formats
+from dsv4_jax.numerics.cache_formats import CACHE_FORMATS, CacheFormat, Stored
+from dsv4_jax.numerics.policy import Policy
+from experiments import study_record
+
+KINDS = ("window", "csa", "hca")
+ENTRY_BYTES = {"plain": 512 * 4, "fp8+fp8": 584, "fp8+mxfp4": 584}
+KEY_BYTES = {"plain": 128 * 4, "fp8+fp8": 132, "fp8+mxfp4": 68}
+"""By hand (plain: float32), so that the arrays are held against something they do not decide."""
+
+
+@dataclasses.dataclass
+class Options:
+    """What to measure."""
+
+    capacity: int = 2**20
+    contexts: tuple[int, ...] = (4096, 65536, 2**20)
+    formats: tuple[CacheFormat, ...] = ("fp8+mxfp4", "plain", "fp8+fp8")
+    steps: int = 2
+    """Decoded tokens a run; a run ends at its context."""
+    runs: int = 7
+    by_kind: bool = True
+    """Also models with one layer of one kind, in the first format: which one grows."""
+    out: Path = Path("experiments/results/long_context.json")
+    """Also names the table (`.md`)."""
+
+
+def tiny_model(kinds: tuple[str, ...] = KINDS) -> ModelConfig:
+    """One layer of each kind; the cache's widths and ratios are the released ones."""
+    return dataclasses.replace(
+        v4_flash(),
+        vocab_size=512,
+        hidden_size=64,
+        num_attention_heads=4,
+        q_lora_rank=32,
+        o_groups=2,
+        o_lora_rank=16,
+        attention_kinds=kinds,
+        router_kinds=("learned",) * len(kinds),
+        index_n_heads=4,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        num_nextn_predict_layers=0,
+    )
+
+
+def bytes_by_formula(config: ModelConfig, format: CacheFormat) -> float:
+    """n_CSA (entry + key) / 4 + n_HCA entry / 128, a token."""
+    num_csa, num_hca = config.attention_kinds.count("csa"), config.attention_kinds.count("hca")
+    entry, key = ENTRY_BYTES[format], KEY_BYTES[format]
+    return num_csa * (entry + key) / config.csa_ratio + num_hca * entry / config.hca_ratio
+
+
+def num_bytes(tree: Any) -> int:
+    """Of all arrays, as allocated."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def entries_of(cache: Cache) -> list[Stored]:
+    """What grows with the context: the entries and keys of every layer."""
+    layers = [layer for stack in cache.layers for layer in stack]
+    return [part.entries for layer in layers for part in (layer.compressor, layer.indexer) if part]
+
+
+# ---- synthetic fill --------------------------------------------------------------------------------------
+
+
+def filled(cache: Cache, config: ModelConfig, format: CacheFormat, length: int, seed: int = 0) -> Cache:
+    """The cache as after `length` tokens, with random values in place of computed ones; `cache` is consumed.
+
+    Raises:
+        ValueError: if the cache has more than one row, or does not hold so many tokens.
+    """
+    if len(cache.length) != 1 or not 0 < length <= cache.max_length:
+        raise ValueError(
+            f"length={length}, {len(cache.length)} rows: one row of 1..{cache.max_length} tokens"
+        )
+    keys = iter(jax.random.split(jax.random.key(seed), 1024))
+    store_entries = functools.partial(
+        cache_formats.store_entries, format=format, num_rotary=config.qk_rope_head_dim
+    )
+    store_keys = functools.partial(cache_formats.store_keys, format=format)
+
+    def compressor(part: CompressorCache | None, ratio: int, width: int, store) -> CompressorCache | None:
+        if part is None:
+            return None
+        entries = _with_random_rows(part.entries, next(keys), length // ratio, width, store)
+        kv, gate = (_with_random_rows(ring, next(keys), length, None, None) for ring in (part.kv, part.gate))
+        return CompressorCache(kv, gate, entries)
+
+    def layer(part: LayerCache, kind: str) -> LayerCache:
+        return LayerCache(
+            _with_random_rows(part.window, next(keys), length, config.head_dim, store_entries),
+            compressor(part.compressor, config.ratio(kind), config.head_dim, store_entries),
+            compressor(part.indexer, config.ratio(kind), config.index_head_dim, store_keys),
+        )
+
+    kinds = iter(config.attention_kinds)
+    layers = tuple(tuple(layer(part, next(kinds)) for part in stack) for stack in cache.layers)
+    after = jnp.full_like(cache.length, length)
+    return dataclasses.replace(cache, length=after, written=jnp.copy(after), layers=layers)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4), donate_argnums=0)
+def _with_random_rows(stored: Stored, key: jax.Array, count: int, width: int | None, store) -> Stored:
+    """The first `count` rows (all of a shorter ring) drawn from N(0, 1) and stored; the others stay."""
+    slots = num_slots(stored)
+    first = jax.tree.leaves(stored)[0]
+    shape = (*first.shape[:2], min(count, slots), *((width,) if width else first.shape[3:]))
+    rows = jax.random.normal(key, shape)
+    new = rows if store is None else store(rows)
+    return jax.tree.map(lambda leaf, new: leaf.at[:, :, : shape[2]].set(new.astype(leaf.dtype)), stored, new)
+
+
+# ---- one step --------------------------------------------------------------------------------------------
+
+
+def decode_step(network: Network, parameters, cache: Cache, token: jax.Array) -> tuple[jax.Array, Cache]:
+    """Appends i32[1, 1] and scores the next token; greedy decoding without the choice."""
+    model = network.holding(parameters)
+    after = model(spans.appended(token, cache.length, jnp.ones_like(cache.length)), cache)
+    return model.logits(model.hidden(after.streams))[:, 0], after.cache
+
+
+class Decoder:
+    """A compiled step and a full cache, replayed at any context: only the length moves."""
+
+    def __init__(self, kinds: tuple[str, ...], format: CacheFormat, capacity: int) -> None:
+        self.config = tiny_model(kinds)
+        model = LanguageModel.random(self.config, Policy.of("float32", cache=format))
+        self.parameters = model.parameters
+        self.cache = filled(model.new_cache(1, capacity), self.config, format, capacity)
+        self.token = jnp.zeros((1, 1), jnp.int32)
+        step = jax.jit(decode_step, static_argnums=0, donate_argnums=2)
+        network = Network(self.config, model.policy)
+        self.step = step.lower(network, self.parameters, self.cache, self.token).compile()
+
+    @property
+    def temporary_bytes(self) -> int:
+        """What a step allocates beside the cache it updates in place."""
+        return self.step.memory_analysis().temp_size_in_bytes
+
+    def run(self, context: int, steps: int) -> float:
+        """Seconds of one step, mean over `steps`; the last one makes the context full."""
+        # Donated buffers must not alias: each length is an array of its own.
+        length = jnp.full((1,), context - steps - 1, jnp.int32)
+        cache = dataclasses.replace(self.cache, length=length, written=jnp.copy(length))
+        # Not timed: the step after another decoder's finds cold caches and returned memory.
+        logits, cache = self.step(self.parameters, cache, self.token)
+        jax.block_until_ready(logits)
+        start = time.perf_counter()
+        for _ in range(steps):
+            logits, cache = self.step(self.parameters, cache, self.token)
+        jax.block_until_ready(logits)
+        taken = time.perf_counter() - start
+        if not bool(jnp.isfinite(logits).all()):
+            raise FloatingPointError(f"logits at context {context} are not finite")
+        self.cache = cache
+        return taken / steps
+
+
+def step_times(decoders: dict[str, Decoder], options: Options) -> dict[str, dict[int, float]]:
+    """Median milliseconds of a step by decoder and context; every run visits all of them in turn."""
+    taken: dict[str, dict[int, list[float]]] = {
+        name: {context: [] for context in options.contexts} for name in decoders
+    }
+    for run in range(options.runs + 1):
+        for name, decoder in decoders.items():
+            for context in options.contexts:
+                seconds = decoder.run(context, options.steps)
+                if run:  # the first touches memory for the first time
+                    taken[name][context].append(1000 * seconds)
+    return {name: {c: statistics.median(t) for c, t in by.items()} for name, by in taken.items()}
+
+
+# ---- record ----------------------------------------------------------------------------------------------
+
+
+def measured_bytes(decoder: Decoder, format: CacheFormat, capacity: int) -> dict[str, Any]:
+    """Bytes of the arrays of a cache, beside the formula."""
+    grows = num_bytes(entries_of(decoder.cache))
+    return {
+        "format": format,
+        "cache_bytes": num_bytes(decoder.cache),
+        "entry_bytes": grows,
+        "bytes_per_token": grows / capacity,
+        "formula": bytes_by_formula(decoder.config, format),
+        "state_bytes": num_bytes(decoder.cache) - grows,
+        "step_temporary_bytes": decoder.temporary_bytes,
+    }
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """Both tables so far."""
+    bytes_rows = [
+        [
+            row["format"] + (" (float32)" if row["format"] == "plain" else ""),
+            f"{row['bytes_per_token']:.2f}",
+            f"{row['formula']:.2f}",
+            f"{row['entry_bytes'] / 2**20:.1f}",
+            f"{row['state_bytes'] / 2**20:.2f}",
+            f"{row['step_temporary_bytes'] / 2**20:.1f}",
+        ]
+        for row in record["bytes"]
+    ]
+    contexts = [str(context) for context in record["options"]["contexts"]]
+    times = [
+        [name, *(f"{by[context]:.2f}" for context in contexts)]
+        for name, by in record["step_milliseconds"].items()
+    ]
+    capacity = record["options"]["capacity"]
+    return (
+        "# A long context on one machine\n\n"
+        f"{record['date']}, {record['machine']}, jax {record['jax']}, `{record['command']}`\n\n"
+        f"One layer of each kind, released entry geometry and ratios, everything else tiny; capacity "
+        f"{capacity:,} tokens, float32 compute. **Synthetic fill**: random entries on each format's grid, "
+        "then the length is set; the decoded steps are real.\n\n"
+        + study_record.table(
+            [
+                "cache",
+                "bytes a token",
+                "formula",
+                "entries and keys MiB",
+                "state MiB",
+                "step temporaries MiB",
+            ],
+            bytes_rows,
+        )
+        + f"\nMilliseconds of one decode step by context, medians of {record['options']['runs']} alternating "
+        f"runs of {record['options']['steps']} steps. One layer of each kind unless named alone.\n\n"
+        + study_record.table(["model", *(f"{int(c):,} tokens" for c in contexts)], times)
+    )
+
+
+def main(options: Options) -> None:
+    """Measures everything; written after every group."""
+    console = Console()
+    record = study_record.stamp("python -m experiments.long_context")
+    shown = {name: value for name, value in dataclasses.asdict(options).items() if name != "out"}
+    record |= {"options": shown, "bytes": [], "step_milliseconds": {}}
+
+    def measure(groups: dict[str, tuple[tuple[str, ...], CacheFormat]], count_bytes: bool) -> None:
+        decoders = {name: Decoder(*chosen, options.capacity) for name, chosen in groups.items()}
+        if count_bytes:
+            record["bytes"] += [
+                measured_bytes(decoders[name], format, options.capacity)
+                for name, (_, format) in groups.items()
+            ]
+        for name, by in step_times(decoders, options).items():
+            record["step_milliseconds"][name] = {str(context): value for context, value in by.items()}
+        study_record.write(options.out, record, markdown(record))
+        console.print(markdown(record))
+
+    measure({format: (KINDS, format) for format in options.formats}, True)
+    if options.by_kind:
+        format = options.formats[0]
+        measure({f"{kind} alone, {format}": ((kind,), format) for kind in KINDS}, False)
+    console.print(f"written: {options.out} and .md")
+
+
+if __name__ == "__main__":
+    assert set(ENTRY_BYTES) == set(CACHE_FORMATS)
+    main(tyro.cli(Options, description=__doc__))
