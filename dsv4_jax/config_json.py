@@ -1,13 +1,14 @@
 """JSON files read strictly: duplicate keys and non-finite literals are problems, not guesses."""
 
 import dataclasses
-import json
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from dsv4_jax import errors
+from dsv4_jax.strict_json import JsonError, parse_json, repeated_keys
 
 MAX_JSON_BYTES = 64 * 2**20
+MAX_DEPTH, MAX_ITEMS = 32, 2**20  # released configs: depth 3, some hundred items
 GIT_LFS_MARKER = b"version https://git-lfs.github.com/spec"
 
 
@@ -28,12 +29,12 @@ def read_object(
         error: class of the exception for a file that holds no JSON object at all.
 
     Returns:
-        (object, problems): a duplicate key keeps its first value, a non-finite number becomes a
+        (object, problems): a duplicate key keeps its last value, a non-finite number becomes a
         `NonFinite`; each such place gives a problem.
 
     Raises:
         error: the file is unreadable, too large, a git-LFS pointer, not UTF-8, not JSON, nested
-            beyond the parser's depth, or not an object.
+            deeper than MAX_DEPTH, longer than MAX_ITEMS, or not an object.
     """
 
     def refuse(problem: str) -> errors.ProblemsError:
@@ -53,33 +54,23 @@ def read_object(
 
     problems: list[str] = []
 
-    def pairs(items: list[tuple[str, object]]) -> dict[str, object]:
-        kept: dict[str, object] = {}
-        for key, value in items:
-            if key in kept:
-                problems.append(f"the JSON key {key!r} appears twice in one object")
-            else:
-                kept[key] = value
-        return kept
-
-    def constant(literal: str) -> NonFinite:
-        problems.append(f"the JSON literal {literal} is not a number")
-        return NonFinite(literal)
-
-    def real(text: str) -> float | NonFinite:
-        value = float(text)
-        return value if abs(value) != float("inf") else constant(text[:40])
+    def not_a_number(literal: str) -> NonFinite:
+        problems.append(f"the JSON literal {literal[:40]} is not a number")
+        return NonFinite(literal[:40])
 
     try:
-        parsed = json.loads(
-            data.decode("utf-8"), object_pairs_hook=pairs, parse_constant=constant, parse_float=real
-        )
-    except RecursionError as failure:
-        raise refuse("its JSON is nested too deeply") from failure
-    except UnicodeDecodeError as failure:
-        raise refuse(f"it is not UTF-8 text (byte {failure.start})") from failure
-    except ValueError as failure:  # JSONDecodeError, and integers beyond Python's digit limit
-        raise refuse(f"it is not valid JSON: {failure}") from failure
+        parsed = parse_json(data, max_depth=MAX_DEPTH, max_items=MAX_ITEMS, not_a_number=not_a_number)
+    except JsonError as failure:
+        raise refuse(f"it {failure}") from failure
     if not isinstance(parsed, dict):
         raise refuse(f"it holds a JSON {type(parsed).__name__}, not an object")
+    problems += [f"the JSON key {key!r} appears twice in one object" for key in _repeated(parsed)]
     return parsed, problems
+
+
+def _repeated(value: object) -> Iterator[str]:
+    """Repeated keys of an object and of everything below it."""
+    below = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    for inner in below:
+        yield from _repeated(inner)
+    yield from repeated_keys(value)

@@ -421,13 +421,13 @@ def write(directory: pathlib.Path, text: str | bytes) -> pathlib.Path:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "not valid JSON"),
-        ("{", "not valid JSON"),
+        ("", "is not JSON"),
+        ("{", "unbalanced brackets"),
         ("[1]", "a JSON list, not an object"),
         ("null", "a JSON NoneType, not an object"),
-        (b'{"a": "\xff"}', "not UTF-8 text (byte 7)"),
-        ("[" * 200_000, "nested too deeply"),
-        ('{"vocab_size": ' + "9" * 5000 + "}", "not valid JSON"),
+        (b'{"a": "\xff"}', "is not UTF-8 (byte 7"),
+        ("[" * 200_000, "nested deeper than 32"),
+        ('{"vocab_size": ' + "9" * 5000 + "}", "is not JSON"),
         ("version https://git-lfs.github.com/spec/v1\noid sha256:00", "git-LFS pointer"),
     ],
 )
@@ -454,7 +454,7 @@ def test_non_finite_literals(tmp_path, literal):
 
 
 def test_duplicate_keys_at_any_depth(tmp_path):
-    text = json.dumps(OFFICIAL)[:-1] + ', "hidden_size": 64, "hidden_size": 65, "o_groups": 3}'
+    text = json.dumps(OFFICIAL)[:-1] + ', "hidden_size": 64, "hidden_size": 65, "o_groups": 4}'
     text = text.replace('"factor": 16.0', '"factor": 16.0, "factor": 16.0')
     with pytest.raises(errors.ConfigError) as caught:
         config_io.read_config(write(tmp_path, text))

@@ -24,8 +24,8 @@ from dsv4_jax.checkpoint.shard_index import (
 )
 from dsv4_jax.checkpoint.staging import REPLACED_PREFIX
 from dsv4_jax.checkpoint.stored_file import StoredFile, refusal
-from dsv4_jax.checkpoint.strict_json import plain, shown
 from dsv4_jax.errors import CheckpointError
+from dsv4_jax.strict_json import plain, shown
 
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dsv4_jax.checkpoint.safetensors import MAX_TENSORS, is_tensor_name
 from dsv4_jax.checkpoint.stored_file import StoredFile, refusal
-from dsv4_jax.checkpoint.strict_json import JsonError, parse_json, repeated_keys, shown
+from dsv4_jax.strict_json import JsonError, parse_json, repeated_keys, shown
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

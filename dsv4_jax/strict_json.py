@@ -6,9 +6,10 @@ is refused before an object is built.
 """
 
 import json
+import math
 import re
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 # Possessive, with an optional closing quote: never fails, hence never backtracks (linear time).
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
@@ -44,20 +45,28 @@ def repeated_keys(value: object) -> tuple[str, ...]:
     return value.names if isinstance(value, RepeatedKeys) else ()
 
 
-def parse_json(data: bytes, *, max_depth: int, max_items: int) -> object:
+def parse_json(
+    data: bytes,
+    *,
+    max_depth: int,
+    max_items: int,
+    not_a_number: Callable[[str], object] | None = None,
+) -> object:
     """Parses UTF-8 JSON.
 
     Args:
         data: the whole document.
         max_depth: most nested objects and arrays; `{"a": [1]}` has depth 2.
         max_items: most commas, which bounds the number of Python objects made.
+        not_a_number: given the literal of a NaN, an infinity or a number beyond float64, returns what stands
+            in its place; None refuses the document.
 
     Returns:
         The value; an object with repeated keys is a `RepeatedKeys` with the last value of each.
 
     Raises:
-        JsonError: not UTF-8, not JSON, too deep, too many items, NaN or Infinity, or an integer of
-            more digits than Python converts.
+        JsonError: not UTF-8, not JSON, too deep, too many items, a number that is not finite
+            (unless `not_a_number`), or an integer of more digits than Python converts.
     """
     try:
         text = data.decode("utf-8")
@@ -68,8 +77,14 @@ def parse_json(data: bytes, *, max_depth: int, max_items: int) -> object:
         raise JsonError(f"has {skeleton.count(b',')} commas; at most {max_items} are accepted")
     if _deeper_than(skeleton.translate(None, _NOT_BRACKETS), max_depth):
         raise JsonError(f"has unbalanced brackets or is nested deeper than {max_depth}")
+    not_a_number = not_a_number or _refuse_number
+
+    def real(literal: str) -> object:
+        value = float(literal)
+        return value if math.isfinite(value) else not_a_number(literal)
+
     try:
-        return json.loads(text, object_pairs_hook=_object, parse_constant=_refuse_constant)
+        return json.loads(text, object_pairs_hook=_object, parse_constant=not_a_number, parse_float=real)
     except JsonError:
         raise
     except (ValueError, RecursionError) as error:
@@ -101,5 +116,5 @@ def _object(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
     return repeated
 
 
-def _refuse_constant(text: str) -> object:
-    raise JsonError(f"holds {text}, which JSON does not have")
+def _refuse_number(literal: str) -> object:
+    raise JsonError(f"holds {literal[:40]}, which is not a finite number")

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from dsv4_jax.checkpoint.strict_json import JsonError, parse_json, repeated_keys, shown
+from dsv4_jax.strict_json import JsonError, parse_json, repeated_keys, shown
 
 
 def parse(data: bytes, max_depth: int = 3, max_items: int = 1000) -> object:
@@ -27,6 +27,7 @@ def parse(data: bytes, max_depth: int = 3, max_items: int = 1000) -> object:
         (b"7", 7),
         (b'{"a": NaN}', None),
         (b'{"a": -Infinity}', None),
+        (b'{"a": 1e999}', None),
         (b'{"a": 1,}', None),
         (b"{'a': 1}", None),
         (b'{"a": 01}', None),
@@ -42,6 +43,12 @@ def test_accepts_json_and_nothing_else(data: bytes, expected: object) -> None:
             parse(data)
     else:
         assert parse(data) == expected
+
+
+def test_what_stands_for_a_number_that_is_not_finite() -> None:
+    data, found = b'{"a": [NaN, -1e400, 1e-400, 2.5]}', []
+    value = parse_json(data, max_depth=2, max_items=9, not_a_number=found.append)
+    assert value == {"a": [None, None, 0.0, 2.5]} and found == ["NaN", "-1e400"]
 
 
 def test_repeated_keys_are_seen_in_their_own_object_only() -> None:
