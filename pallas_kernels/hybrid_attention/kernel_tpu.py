@@ -2,8 +2,10 @@
 
 Layout: a block of queries with all their heads is one matrix of queries * H rows and Dh columns, because
 the heads share their keys; both matmuls have that many rows. Logits are seen as [queries, H, keys], so that
-a mask of [queries, keys] is broadcast over heads along sublanes. Grid: (batch, query block, key step); step
-0 is the window, step e the e-th visible block of entries, and steps beyond the visible ones do nothing.
+a mask of [queries, keys] is broadcast over heads along sublanes. What there is one of per row (maximum, sum)
+fills all 128 lanes: moving a number between lanes costs more than repeating it. Grid: (batch, query block,
+key step); step 0 is the window, step e the e-th visible block of entries, and steps beyond the visible ones
+do nothing.
 """
 
 from types import SimpleNamespace
@@ -14,8 +16,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.arithmetic import cdiv
 from pallas_kernels.hybrid_attention import visibility
-from pallas_kernels.hybrid_attention.tuning import VMEM_LIMIT, Geometry
+from pallas_kernels.hybrid_attention.tuning import LANES, VMEM_LIMIT, Geometry
 
 ROWS_BY_KEYS = (((1,), (1,)), ((), ()))  # x[rows, Dh] . y[keys, Dh] over Dh
 
@@ -137,7 +140,7 @@ def key_step_specs(g: Geometry) -> dict[str, pl.BlockSpec]:
         "selected": pl.BlockSpec(
             (None, g.queries, g.entries), lambda b, i, k, f, n: (b, i, entry_block(b, i, k, f, n))
         ),
-        "sink": pl.BlockSpec((g.heads, 1), lambda b, i, k, *_: (0, 0)),
+        "sink": pl.BlockSpec((g.heads, LANES), lambda b, i, k, *_: (0, 0)),
     }
 
 
@@ -159,20 +162,47 @@ def when_entries_visible(first_ref, last_ref, refs, g: Geometry):
     return run
 
 
+def on_lanes(column: jax.Array) -> jax.Array:
+    """A column [..., 1] on all lanes of a register, [..., 128]: read back, it need not be spread again."""
+    return jnp.broadcast_to(column, (*column.shape[:-1], LANES))
+
+
+def across(x: jax.Array, width: int) -> jax.Array:
+    """The same for `width` lanes instead of 128."""
+    return jnp.concatenate([x] * cdiv(width, LANES), axis=-1)[..., :width]
+
+
+def heads_on_lanes(x: jax.Array) -> jax.Array:
+    """[queries, H] of [queries, H, 128] with the same number on every lane: the diagonal of each query."""
+    parts = []
+    for start in range(0, x.shape[1], LANES):
+        part = x[:, start : start + LANES]
+        head, lane = (jax.lax.broadcasted_iota(jnp.int32, part.shape[1:], axis) for axis in (0, 1))
+        parts.append(jnp.where(head == lane, part, 0.0).sum(axis=1)[:, : part.shape[1]])
+    return jnp.concatenate(parts, axis=1)
+
+
 def _forward_body(first_ref, last_ref, refs, *, g: Geometry) -> None:
     step = pl.program_id(2)
+
+    def finish(queries, rows, top, total, weighted):
+        refs.o[rows] = (weighted * across(as_rows(1.0 / total), g.width)).astype(refs.o.dtype)
+        refs.lse[queries] = heads_on_lanes(top + jnp.log(total))
 
     @pl.when(step == 0)
     def _window():
         def start(queries, rows, bias):
             keys = refs.line[0]
             logits = logits_tile(refs.q[rows], keys, bias)
-            sink = refs.sink[...][None]  # [1, H, 1]
-            top = jnp.maximum(logits.max(axis=-1, keepdims=True), sink)
-            weight = jnp.exp(logits - top)
-            refs.total[queries] = weight.sum(axis=-1, keepdims=True) + jnp.exp(sink - top)
-            refs.weighted[rows] = dot(as_rows(weight.astype(keys.dtype)), keys)
-            refs.top[queries] = top
+            sink = refs.sink[...][None]  # [1, H, 128]
+            top = jnp.maximum(on_lanes(logits.max(axis=-1, keepdims=True)), sink)
+            weight = jnp.exp(logits - across(top, g.near))
+            total = on_lanes(weight.sum(axis=-1, keepdims=True)) + jnp.exp(sink - top)
+            weighted = dot(as_rows(weight.astype(keys.dtype)), keys)
+            if not g.num_entry_blocks:
+                finish(queries, rows, top, total, weighted)
+                return
+            refs.top[queries], refs.total[queries], refs.weighted[rows] = top, total, weighted
 
         bias = visibility.window_bias(refs.view[...], g.window - 1, g.near)
         each_chunk(g, refs.bias, bias, start)
@@ -182,21 +212,23 @@ def _forward_body(first_ref, last_ref, refs, *, g: Geometry) -> None:
         def add(queries, rows, bias):
             keys = refs.entries[...]
             logits = logits_tile(refs.q[rows], keys, bias)
-            top = jnp.maximum(logits.max(axis=-1, keepdims=True), refs.top[queries])
-            weight = jnp.exp(logits - top)
-            shrink = jnp.exp(refs.top[queries] - top)
-            refs.total[queries] = refs.total[queries] * shrink + weight.sum(axis=-1, keepdims=True)
+            before = refs.top[queries]
+            top = jnp.maximum(on_lanes(logits.max(axis=-1, keepdims=True)), before)
+            weight = jnp.exp(logits - across(top, g.entries))
+            shrink = jnp.exp(before - top)
+            refs.total[queries] = refs.total[queries] * shrink + on_lanes(weight.sum(axis=-1, keepdims=True))
             product = dot(as_rows(weight.astype(keys.dtype)), keys)
-            refs.weighted[rows] = refs.weighted[rows] * as_rows(shrink) + product
+            refs.weighted[rows] = refs.weighted[rows] * across(as_rows(shrink), g.width) + product
             refs.top[queries] = top
 
         each_chunk(g, refs.bias, bias, add)
 
+    if not g.num_entry_blocks:
+        return
+
     @pl.when(step == g.num_entry_blocks)
     def _finish():
-        total = refs.total[...]
-        refs.o[...] = (refs.weighted[...] * as_rows(1.0 / total)).astype(refs.o.dtype)
-        refs.lse[...] = (refs.top[...] + jnp.log(total))[..., 0]
+        finish(slice(None), slice(None), refs.top[...], refs.total[...], refs.weighted[...])
 
 
 def key_operands(keys: Keys, specs) -> dict[str, Any]:
@@ -220,16 +252,14 @@ def hybrid_forward(
     specs = key_step_specs(g)
     operands = Operands(
         q=(q, specs["rows"]),
-        sink=(sink, specs["sink"]),
+        sink=(jnp.broadcast_to(sink, (g.heads, LANES)), specs["sink"]),
         **key_operands(keys, specs),
     )
-    column = pltpu.VMEM((g.queries, g.heads, 1), jnp.float32)
-    scratch = {
-        "top": column,
-        "total": column,
-        "weighted": pltpu.VMEM((g.rows, g.width), jnp.float32),
-        "bias": pltpu.VMEM((g.queries, max(g.near, g.entries)), jnp.float32),
-    }
+    scratch = {"bias": pltpu.VMEM((g.queries, max(g.near, g.entries)), jnp.float32)}
+    if g.num_entry_blocks:  # without entries a chunk is finished where it starts
+        column = pltpu.VMEM((g.queries, g.heads, LANES), jnp.float32)
+        scratch |= {"top": column, "total": column}
+        scratch["weighted"] = pltpu.VMEM((g.rows, g.width), jnp.float32)
     visible = g.window + g.num_entries
     pairs = g.batch * g.length * g.heads * visible
     return pl.pallas_call(

@@ -105,8 +105,11 @@ class Geometry:
         bias = 4 * self.queries * widest
         in_flight = self.chunk * self.heads
         columns = 2 * 4 * self.rows * LANES  # running maximum and sum; a column fills whole lanes
+        sink = 4 * round_up(self.heads, FLOAT32_SUBLANES) * LANES
 
-        forward = 2 * (2 * tile + per_query + view + selected + keys) + accumulator + columns + bias
+        forward = 2 * (2 * tile + per_query + view + selected + keys + sink) + bias
+        if self.num_entries:
+            forward += accumulator + columns
         # Logits and weights in float32, weights rounded, and their product with the values.
         forward += in_flight * (widest * (4 + 4 + item) + 4 * self.width)
         d_query = 2 * (3 * tile + 2 * per_query + view + selected + keys) + accumulator + bias
@@ -229,9 +232,9 @@ def choose_gather_blocks(*, heads: int, width: int, num_chosen: int, itemsize: i
 START = 7.7
 """Scalar cycles to start the copy of one row, the arithmetic between them included (schedule of v6e)."""
 
-MASKED = 7.4e-3
+MASKED = 5.8e-3
 """Cycles a head, query and entry of the masked tiles: both products, mask and softmax (schedule of v6e at
-Dh = 512: 53 % of the matrix units' peak; tpu7x 6.4e-3, 61 %)."""
+Dh = 512: 68 % of the matrix units' peak; tpu7x 4.8e-3, 82 %)."""
 
 MERGE = 6.4e-3
 """Cycles a byte of o to `merge` two parts: XLA's estimate of its fusion on v6e, half of what HBM allows."""
@@ -258,15 +261,15 @@ def gather_from(*, size: int, num_chosen: int, heads: int, width: int, itemsize:
     At Dh = 512 in bfloat16, in entries (four tokens each):
 
         room for S =                              4096     16384     65536     262144
-        Flash (H = 64, K = 512), Pro (128, 1024)  never     12592     19493      47097
+        Flash (H = 64, K = 512), Pro (128, 1024)  never     16065     24870      60089
 
     The figures are a compiler's schedule and XLA's estimates, in which copies take no time to arrive; where
     they do, the switch lies higher. For the entries of 2048 tokens of Flash, in millions of cycles of v6e
     (tpu7x), without list and `merge`:
 
         visible     gathered       masked
-        16384       8.1 (8.6)      15.8 (13.6)
-        262144      8.1 (8.6)      253
+        16384       8.1 (8.6)      12.4 (10.2)
+        262144      8.1 (8.6)      198
     """
     if size * itemsize % 4:
         return size + 1
