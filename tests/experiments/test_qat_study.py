@@ -47,6 +47,7 @@ def test_summary():
     (row,) = qat_study.summary(runs(4.0, 4.2, 4.05, 4.01))
     assert row["gap"] == pytest.approx(0.2) and row["recovered"] == pytest.approx(0.75)
     assert row["training_noise"] == pytest.approx(0.01) and row["seed"] == 3
+    assert row["rounding_cost_with"] == pytest.approx(0.04)
     assert "75% of the mean gap" in qat_study.means([row])
 
 
