@@ -9,7 +9,9 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels.arithmetic import round_up
 from pallas_kernels.decode_attention import (
+    kernel_sparse_core,
     kernel_tpu,
+    kernel_tpu_fetched,
     kernel_tpu_gather,
     reference,
     stored,
@@ -215,17 +217,13 @@ def _run_kernel(q, ring, position, sink, repeat, entries, hi, index, *, window, 
         view = visibility.views(position, None, window, slots).reshape(batch * length, 1, -1)
         padded = round_up(num_chosen, tuning.ROWS_UNROLLED) - num_chosen
         index = jnp.pad(index, ((0, 0), (0, 0), (0, padded)), constant_values=-1)
-        o, lse = kernel_tpu_gather.gather(
-            g,
-            q.reshape(batch * length, heads, width),
-            view,
-            ring,
-            sink,
-            repeat,
-            entries,
-            index.reshape(batch * length, 1, -1),
-            interpret=interpret,
-        )
+        q_rows, lists = q.reshape(batch * length, heads, width), index.reshape(batch * length, 1, -1)
+        if blocks.sparse_core:
+            fetched = _fetch(entries, repeat[0], index, interpret)
+            run, keys = kernel_tpu_fetched.attend_fetched, fetched
+        else:
+            run, keys = kernel_tpu_gather.gather, entries
+        o, lse = run(g, q_rows, view, ring, sink, repeat, keys, lists, interpret=interpret)
         return o.reshape(q.shape), lse.reshape(batch, length, heads)
     chosen = None
     if index is not None:
@@ -238,3 +236,14 @@ def _run_kernel(q, ring, position, sink, repeat, entries, hi, index, *, window, 
         g, rows, view, ring, sink, repeat, entries, extent, chosen, interpret=interpret
     )
     return o.reshape(q.shape), lse
+
+
+def _fetch(entries, repeat, index, interpret):
+    """The words of the entries that the lists i32[B, T, K] name, one list after the other; entry 0 for -1."""
+    repeats, batch, size, width = entries.shape
+    together = kernel_tpu_gather.rows_a_copy(entries.dtype)
+    first = (repeat * batch + jnp.arange(batch, dtype=jnp.int32)) * size
+    row = (first[:, None, None] + jnp.maximum(index, 0)) // together
+    return kernel_sparse_core.gather_rows(
+        entries.reshape(repeats * batch * size, width), row.reshape(-1), interpret=interpret
+    )

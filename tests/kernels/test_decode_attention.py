@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,20 +12,29 @@ import torch
 from jax import export
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.decode_attention import Fp8Entries, decode_attention, kernel_tpu, visibility
+from pallas_kernels.decode_attention import (
+    Fp8Entries,
+    decode_attention,
+    kernel_sparse_core,
+    kernel_tpu,
+    visibility,
+)
 from pallas_kernels.decode_attention.tuning import (
     VMEM_LIMIT,
     DecodeBlocks,
     Geometry,
     choose_blocks,
+    fetched_vmem_bytes,
     gather_pays,
+    sparse_core_blocks,
 )
-from tests.kernels.ahead_of_time import CHIPS, compile_for
+from tests.kernels.ahead_of_time import CHIPS, compile_for, devices
 
 MOSAIC_CALL = export.DisabledSafetyCheck.custom_call("tpu_custom_call")
 # Small blocks on purpose: the cases below span several groups and blocks, and ragged ends of both.
 SMALL = DecodeBlocks(sequences=2, entries=128)
 GATHER = DecodeBlocks(sequences=1, entries=128, gather=True)
+FETCH = DecodeBlocks(sequences=2, entries=128, gather=True, sparse_core=True)
 STRICT = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", dma_execution_mode="on_wait")
 
 # float32: the same terms in another order, relative to the largest value of a result.
@@ -216,6 +226,12 @@ def test_gathering_matches_reference(name):
     assert_close(run(name, blocks=GATHER, interpret=True), expected(name), FLOAT32)
 
 
+@pytest.mark.parametrize("name", GATHERED)
+def test_fetching_ahead_matches_reference(name):
+    """Copies of single rows stand for the SparseCore's indirect ones; all else is what is compiled."""
+    assert_close(run(name, blocks=FETCH, interpret=True), expected(name), FLOAT32)
+
+
 def test_published_widths_with_chosen_blocks():
     case = dict(last=[900, 30, -1], heads=8, window=128, width=512, entries=150, seen=[150, 1, 0])
     o = operands(**case)
@@ -225,7 +241,8 @@ def test_published_widths_with_chosen_blocks():
 @pytest.mark.parametrize(
     ("name", "blocks"),
     [("drafts complete entries", SMALL), ("chosen by drafts", SMALL), ("chosen by drafts", GATHER)]
-    + [("all in fp8", SMALL), ("chosen beside an fp8 ring", GATHER)],
+    + [("all in fp8", SMALL), ("chosen beside an fp8 ring", GATHER)]
+    + [("chosen by drafts", FETCH), ("chosen beside an fp8 ring", FETCH)],
 )
 def test_bfloat16_stays_close_to_exact(name, blocks):
     o, window = operands(**CASES[name]), CASES[name].get("window", 5)
@@ -249,6 +266,11 @@ STRICT_CASES = {
         dict(last=[50, 7], length=2, entries=40, chosen=20, width=80, fp8_ring=True),
         jnp.float32,
         GATHER,
+    ),
+    "fetching ahead": (
+        dict(last=[50, 7], length=2, entries=40, chosen=20, width=80, fp8_ring=True),
+        jnp.float32,
+        FETCH,
     ),
 }
 
@@ -371,8 +393,8 @@ def test_bad_arguments_are_named():
     wrong = ring["ring"]._replace(rotary=ring["ring"].rotary.astype(jnp.float32))
     with pytest.raises(ValueError, match="ring.rotary is float32, must be bfloat16"):
         call(ring | {"ring": wrong}, 5)
-    with pytest.raises(ValueError, match="sequences=0 .*entries=100"):
-        DecodeBlocks(sequences=0, entries=100)
+    with pytest.raises(ValueError, match="sequences=0 .*entries=100.*sparse_core needs gather"):
+        DecodeBlocks(sequences=0, entries=100, sparse_core=True)
 
 
 # ---- compiling for TPUs ------------------------------------------------------------------------------------
@@ -419,12 +441,19 @@ def step(names, blocks, *arrays):
     return decode_attention(**o, window=128, blocks=blocks)
 
 
-def compile_full_size(chip, shapes, blocks=None):
-    """Compiles, and holds the program to its promise: temporaries are small, so no cache is copied."""
-    program = compile_for(chip, functools.partial(step, tuple(shapes), blocks), *shapes.values())
+def compile_full_size(chip, shapes, blocks=None, fetched=0):
+    """Compiles, and holds the program to its promise: temporaries are small, so no cache is copied.
+
+    `fetched` are the bytes of the dense array that the SparseCore writes.
+    """
+    # A SparseCore kernel asks what chip it is for, which is otherwise the first device there is.
+    mesh = jax.sharding.Mesh(np.array(devices(chip)[:1]), ("x",))
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        program = compile_for(chip, functools.partial(step, tuple(shapes), blocks), *shapes.values())
     cache = [shape for name, shape in shapes.items() if name.startswith(("ring", "entries"))]
     smallest = min(math.prod(shape.shape) * shape.dtype.itemsize for shape in cache)
-    assert program.memory_analysis().temp_size_in_bytes < max(smallest, 2**20)
+    assert program.memory_analysis().temp_size_in_bytes < max(smallest, 2**20) + fetched
+    return program
 
 
 @pytest.mark.parametrize("path", ENTRIES)
@@ -469,6 +498,45 @@ def test_fp8_compiles_ahead_of_time_everywhere(chip, path, long):
     compile_full_size(chip, full_size(path, batch=4 if long else 64, long=long, fp8=True))
 
 
+def compile_for_sparse_core(chip, model="flash", **sizes):
+    shapes = full_size("csa", model, **sizes)
+    blocks = sparse_core_blocks(heads=HEADS[model], width=512, slots=136, num_chosen=TOP_K[model], itemsize=2)
+    return compile_full_size(chip, shapes, blocks, fetched=math.prod(shapes["index"].shape) * 512 * 4)
+
+
+def test_fetching_ahead_compiles_ahead_of_time():
+    """The rows are fetched by a kernel of the SparseCore, which reads the cache where it lies."""
+    program = compile_for_sparse_core("v6e").as_text()
+    assert re.search("decode_attention_fetch.*sparsecore", program)
+    with pytest.raises(RuntimeError, match="does not have SparseCores"):
+        compile_for_sparse_core("v5e")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("long", [False, True])
+@pytest.mark.parametrize("length", [1, 3])
+@pytest.mark.parametrize("model", HEADS)
+@pytest.mark.parametrize("chip", sorted(CHIPS.keys() - {"v5e"}))
+def test_fetching_ahead_compiles_ahead_of_time_everywhere(chip, model, length, long):
+    compile_for_sparse_core(chip, model, length=length, batch=4 if long else 64, long=long)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 24, 25, 100])
+def test_fetched_rows_are_those_listed(rows):
+    """Whole chunks for every subcore, a list that ends inside of one, and one that leaves subcores idle."""
+    rng = np.random.default_rng(rows)
+    table = rng.standard_normal((60, 8)).astype(np.float32)
+    row = rng.integers(0, 60, rows).astype(np.int32)
+    fetched = kernel_sparse_core.gather_rows(jnp.asarray(table), jnp.asarray(row), interpret=True)
+    np.testing.assert_array_equal(fetched[:rows], table[row])
+    np.testing.assert_array_equal(fetched[rows:], np.broadcast_to(table[0], fetched[rows:].shape))
+
+
+@pytest.mark.parametrize(("row_bytes", "rows"), [(1024, 64), (2048, 32), (100, 128), (2**20, 8)])
+def test_chunks_fit_a_subcore(row_bytes, rows):
+    assert kernel_sparse_core.chunk_rows(row_bytes) == rows
+
+
 @pytest.mark.parametrize("length", [1, 3, 9])
 @pytest.mark.parametrize("heads", [64, 128])
 def test_chosen_blocks_fit(heads, length):
@@ -480,6 +548,11 @@ def test_chosen_blocks_fit(heads, length):
         assert g.vmem_bytes() <= VMEM_LIMIT
     with pytest.raises(ValueError, match="no legal block fits"):
         choose_blocks(**sizes | {"slots": 2**16}, num_entries=0, num_chosen=None)
+    lists = dict(heads=heads, width=512, slots=136, num_chosen=1024, itemsize=2)
+    blocks = sparse_core_blocks(**lists)
+    assert fetched_vmem_bytes(queries=blocks.sequences, **lists, quantized_ring=False) <= VMEM_LIMIT
+    with pytest.raises(ValueError, match="no query fits"):
+        sparse_core_blocks(**lists | {"num_chosen": 2**15})
 
 
 def test_gathering_pays_for_long_lists_of_entries():
