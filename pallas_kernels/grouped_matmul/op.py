@@ -2,13 +2,13 @@
 
 import functools
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int32, UInt8
 
-from pallas_kernels.grouped_matmul import reference, routing, stream, tuning, xla
+from pallas_kernels.grouped_matmul import reference, routing, stream, tpu, tuning, tuning_tpu, xla
 from pallas_kernels.grouped_matmul.stored import Stack
 
 
@@ -25,10 +25,11 @@ def expert_ffn(
     num_experts: int | None = None,
     first_expert: Int32[Array, ""] | int = 0,
     valid: Bool[Array, "T"] | None = None,
-    impl: Literal["xla", "reference"] = "xla",
+    impl: Literal["xla", "pallas", "reference"] = "xla",
     native_bfloat16: bool = False,
     round_hidden: Callable[[jax.Array], jax.Array] | None = None,
-    blocks: tuning.ExpertBlocks | None = None,
+    blocks: tuning.ExpertBlocks | tuning_tpu.ItemBlocks | None = None,
+    interpret: Any = False,
 ) -> Float32[Array, "T D"]:
     """The routed experts' output for every token, weighted and summed.
 
@@ -56,13 +57,16 @@ def expert_ffn(
             layers this spares the copy of a whole layer that slicing the stack would be.
         valid: bool[T]; False marks padding: such tokens give 0, get no gradient and cost nothing,
             whatever numbers (NaN too) stand in `x`. None means all True.
-        impl: "xla" or "reference". There is no silent fallback.
-        native_bfloat16: for bfloat16 inputs, multiply in bfloat16 (exact products, float32 sums either way).
-            Right for CPUs with AVX512-BF16 or AMX and for accelerators; without such units it is slower.
+        impl: "xla" for any backend, "pallas" for TPUs, or "reference". There is no silent fallback.
+        native_bfloat16: "xla", for bfloat16 inputs: multiply in bfloat16 (exact products, float32 sums either
+            way). Right for CPUs with AVX512-BF16 or AMX; without such units it is slower.
         round_hidden: for quantisation-aware numerics: the routing weight then multiplies the hidden
             activation (in float32, before it is rounded to the dtype of `x`), and this function, over the
             last axis, is applied to the result in front of W2. It brings its own gradient.
-        blocks: rows handled at a time; None lets `tuning.choose_blocks` pick. Speed only.
+        blocks: speed only; None lets the family pick. "xla": rows handled at a time (`tuning`). "pallas":
+            rows of an item and outputs of a tile (`tuning_tpu`; a tile that does not divide a matrix is
+            chosen for it).
+        interpret: passed to `pl.pallas_call`; tests set it, callers leave it alone.
 
     Returns:
         f32[T, D]. Finite for finite inputs; exact zeros for padding.
@@ -92,14 +96,20 @@ def expert_ffn(
         jnp.asarray(first_expert, jnp.int32),
         jnp.ones(x.shape[:1], bool) if valid is None else valid,
     )  # fmt: skip
-    if problems := _problems(operands, num_experts, swiglu_limit, impl):
+    if problems := _problems(operands, num_experts, swiglu_limit, impl, blocks):
         raise ValueError("expert_ffn: " + "; ".join(problems))
     if impl == "reference":
         return reference.expert_ffn_reference(
             *operands, num_experts=num_experts, swiglu_limit=swiglu_limit, round_hidden=round_hidden
         )
-    static = _Static(num_experts, xla.Hidden(float(swiglu_limit), round_hidden), native_bfloat16, blocks)
-    return _expert_ffn(static, *operands)
+    hidden = xla.Hidden(float(swiglu_limit), round_hidden)
+    if impl == "pallas":
+        return _on_kernels(tpu.Options(num_experts, hidden, blocks, interpret), *operands)
+    return _expert_ffn(_Static(num_experts, hidden, native_bfloat16, blocks), *operands)
+
+
+BLOCKS_OF = {"xla": tuning.ExpertBlocks, "pallas": tuning_tpu.ItemBlocks, "reference": object}
+"""Implementations, and the sizes that each takes."""
 
 
 class _Static(NamedTuple):
@@ -119,14 +129,16 @@ class _Operands(NamedTuple):
     valid: jax.Array
 
 
-def _problems(o: _Operands, num_experts: int, limit: float, impl: str) -> list[str]:
+def _problems(o: _Operands, num_experts: int, limit: float, impl: str, blocks) -> list[str]:
     """Every rule the arguments break."""
     gate_up, down = o.gate_up.shape, o.down.shape
     stack, _, width, hidden = gate_up if len(gate_up) == 4 else (0, 0, 0, 0)
     tokens, top_k = o.expert_ids.shape if o.expert_ids.ndim == 2 else (0, 0)
     bits = routing.key_bits(tokens * top_k, num_experts)
     rules = {
-        f"impl={impl!r} must be 'xla' or 'reference'": impl in ("xla", "reference"),
+        f"impl={impl!r} must be 'xla', 'pallas' or 'reference'": impl in BLOCKS_OF,
+        f"blocks={blocks} must be {BLOCKS_OF.get(impl, object).__name__} for impl={impl!r}": blocks is None
+        or isinstance(blocks, BLOCKS_OF.get(impl, object)),
         f"swiglu_limit={limit} must not be negative": limit >= 0,
         f"gate_up {gate_up} must be [S, 2, F, D]": gate_up == (stack, 2, width, hidden),
         f"down {down} must be {[stack, hidden, width]}": down == (stack, hidden, width),
@@ -138,6 +150,8 @@ def _problems(o: _Operands, num_experts: int, limit: float, impl: str) -> list[s
         f"{tokens} x {top_k} pairs of {num_experts} experts need sort keys of {bits} > 31 bits": bits <= 31,
     }
     broken = [rule for rule, holds in rules.items() if not holds]
+    if impl == "pallas":
+        broken += tpu.problems(o.x, o.gate_up, o.down)
     return broken + o.gate_up.problems("gate_up") + o.down.problems("down")
 
 
@@ -182,6 +196,23 @@ def _pull(static, operands, dy):
 
 
 _expert_ffn.defvjp(_save, _pull)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _on_kernels(options: tpu.Options, *operands):
+    return tpu.expert_ffn_forward(options, *operands)
+
+
+def _save_on_kernels(options, *operands):
+    return _on_kernels(options, *operands), operands
+
+
+def _pull_on_kernels(options, operands, dy):
+    dx, d_gate_up, d_down, d_weights = tpu.expert_ffn_backward(options, dy, *operands)
+    return dx, Stack(d_gate_up), Stack(d_down), None, d_weights, None, None
+
+
+_on_kernels.defvjp(_save_on_kernels, _pull_on_kernels)
 
 
 def _dot_dtype(x: jax.Array, native_bfloat16: bool) -> jax.typing.DTypeLike:
