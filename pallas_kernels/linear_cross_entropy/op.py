@@ -49,10 +49,14 @@ def linear_cross_entropy(
     Gradients: w.r.t. hidden and head, through nll and lse, summed in float32 in a fixed order (deterministic)
         and rounded once to the operand's dtype. Saves the operands and lse; each gradient recomputes the
         logits. Within 1e-5 of autodiff of the reference in float32, relative to the largest entry; in
-        bf16 within 1e-2 (one rounding of the result, and at precision "bfloat16" one of each factor).
+        bf16 within 1e-2 (one rounding of the result, and at precision "bfloat16" one of each factor; at
+        "float32" each gradient of a logit is then two bf16 numbers, within 2^-18 of itself).
     Cost: FLOP 2 T V D forward, 8 T V D backward (4 with logits kept: recomputing costs 4 T V D more, and
-        spares 4 T V bytes of HBM, 8.5 GB at T = 16384). The matrix unit makes 1 pass for two bf16
-        factors, 3 for one, 6 for none (the gradient of the logits is float32 at precision "float32").
+        spares 4 T V bytes of HBM, 8.5 GB at T = 16384). The matrix unit multiplies bf16 numbers; a product
+        takes 1 pass for two bf16 factors, 3 for one float32 factor, 6 for two. At precision "float32" the
+        gradient of the logits is a float32 factor; 2 of its passes are enough for a gradient that is rounded
+        to bf16. Passes of 2 T V D, forward and backward: 1 and 6 with bf16 operands, 6 and 24 with float32
+        operands, 1 and 4 at precision "bfloat16".
         HBM bytes, with h and w bytes a number of hidden and head and (bt, bv) the blocks of each kernel:
             forward  T D h + ceil(T / bt) V D w + 12 T
             d_hidden 2 T D h + ceil(T / bt) V D w + 16 T

@@ -15,9 +15,10 @@ LANES = 128
 COLUMNS_AT_ONCE = 1024
 """Channels of a gradient block that one product makes: bounds the product's temporary."""
 
-STREAMING_TOKENS = (512, 256, 128)
-STREAMING_VOCAB = (640, 256, 128)
-"""Best first. 640 divides V4's 129,280: no last block sticks out of the vocabulary and has to be masked."""
+STREAMING = {"forward": (640, 256, 128), "d_hidden": (256, 128), "d_head": (512, 256, 128)}
+"""Rows of the operand that streams, best first. 640 and 256 divide V4's 129,280: no last block sticks out of
+the vocabulary and has to be masked. The gradients sum over these rows: 640 would leave a sixth of a matrix
+unit of 256 rows idle."""
 
 VMEM_BUDGET = 40 * 2**20
 """Bytes for the buffers named below. The smallest VMEM of any chip in `chips.py` is 64 MiB."""
@@ -84,7 +85,7 @@ def choose_blocks(
     """The largest block that stays, then the largest that streams, whose `vmem_bytes` fit the budget."""
     most_tokens, most_vocab = round_up(num_tokens, LANES), round_up(num_vocab, LANES)
     for stays in (1024, 512, 256, 128):
-        for streams in STREAMING_TOKENS if kernel == "d_head" else STREAMING_VOCAB:
+        for streams in STREAMING[kernel]:
             tokens, vocab = (streams, stays) if kernel == "d_head" else (stays, streams)
             blocks = LinearCrossEntropyBlocks(min(tokens, most_tokens), min(vocab, most_vocab))
             if blocks.vmem_bytes(kernel, hidden_size, hidden_bytes, head_bytes, precision) <= vmem_budget:
