@@ -11,7 +11,8 @@ from dsv4_jax.numerics import qat
 from experiments import qat_study
 
 
-def test_every_matrix_of_the_sublayers_is_rounded_and_nothing_else():
+def test_every_matrix_of_the_sublayers_is_rounded_and_nothing_else(monkeypatch):
+    monkeypatch.setattr(qat, "fake_mxfp4", lambda leaf: leaf + 1)  # which leaves; not to what
     before = initial_parameters(*qat_study.PLAIN, seed=0)
     after = jax.tree_util.tree_map_with_path(qat_study._in_fp4, before)
     changed = set()
@@ -21,7 +22,6 @@ def test_every_matrix_of_the_sublayers_is_rounded_and_nothing_else():
         names = "/".join(str(key.key) for key in path)
         if not np.array_equal(old, new):
             changed.add(names.partition("blocks/")[2] or names)
-            np.testing.assert_array_equal(new, qat.fake_mxfp4(old))
     attention = {"wq_a", "wq_b", "wkv", "wo_a", "wo_b"}
     for name in attention:
         assert f"0/attn/{name}" in changed
