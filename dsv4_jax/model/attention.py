@@ -12,7 +12,8 @@ from dsv4_jax.config import AttentionKind, ModelConfig
 from dsv4_jax.model import attention_kernels
 from dsv4_jax.model.cache import LayerCache, fits_in_ring, num_slots, read_ring, write_ring
 from dsv4_jax.model.compressor import Compressor
-from dsv4_jax.model.core_attention import Entries, Queries, hybrid_attention, view
+from dsv4_jax.model.core_attention import Queries, hybrid_attention, view
+from dsv4_jax.model.entries import Entries
 from dsv4_jax.model.indexer import Indexer
 from dsv4_jax.model.linear import flat, project, project_groups
 from dsv4_jax.model.norm import rms_norm

@@ -11,37 +11,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
-from dsv4_jax.model.cache import num_slots
+from dsv4_jax.model.entries import Entries
 from dsv4_jax.model.indexer import index_scores, select
-from dsv4_jax.numerics import cache_formats
-from dsv4_jax.numerics.cache_formats import Stored
 
 SMALLEST_EXTENT = 64
 """Entries are read in power-of-two prefixes from this size on; the smallest one that is long enough runs."""
 
 GATHER_BEYOND = 8
 """Above this many times top-k entries, gathering the chosen ones beats masking all of them on a CPU."""
-
-
-class Entries(NamedTuple):
-    """Compressed entries (or indexer keys) of one layer inside their stack."""
-
-    stack: Stored  # [R, B, S, width] in the cache's format
-    repeat: Int32[Array, ""]
-
-    @property
-    def size(self) -> int:
-        """S, the capacity."""
-        return num_slots(self.stack)
-
-    def prefix(self, size: int, dtype: jax.typing.DTypeLike) -> Float[Array, "B size width"]:
-        """The first `size` entries of every row, read straight from the stack."""
-
-        def first(leaf: jax.Array) -> jax.Array:
-            _, batch, _, width = leaf.shape
-            return jax.lax.dynamic_slice(leaf, (self.repeat, 0, 0, 0), (1, batch, size, width))[0]
-
-        return cache_formats.read(jax.tree.map(first, self.stack), dtype)
 
 
 class Queries(NamedTuple):
@@ -143,12 +120,12 @@ def _attend_block(line, entries, index_keys, sink, start, queries, *, window, to
 
     def attend_prefix(size: int) -> jax.Array:
         visible = _entries_visible(queries, size)
-        values = entries.prefix(size, near.dtype)
         if index_keys is not None and size > top_k:
             scores = _scores(queries, index_keys, size, rounded_scores)
             if size > GATHER_BEYOND * top_k:
-                return _attend_gathered(queries, near, near_visible, values, scores, visible, sink, top_k)
+                return _attend_gathered(queries, near, near_visible, entries, scores, visible, sink, top_k)
             visible = select(scores, visible, top_k)
+        values = entries.prefix(size, near.dtype)
         return softmax_attention(
             queries.q,
             jnp.concatenate([near, values], axis=1),
@@ -178,9 +155,9 @@ def _entries_visible(queries: Queries, size: int) -> Bool[Array, "B c size"]:
 
 
 def _scores(queries: Queries, index_keys: Entries, size: int, rounded: bool) -> Float32[Array, "B c size"]:
-    keys = index_keys.prefix(size, queries.index_q.dtype)
-    scores = index_scores(queries.index_q, queries.index_weights, keys, rounded=rounded)
-    return jax.lax.stop_gradient(scores)
+    # Choosing entries is not differentiable: cut here, no loop over the keys is linearised.
+    q, weights, stack = jax.lax.stop_gradient((queries.index_q, queries.index_weights, index_keys.stack))
+    return index_scores(q, weights, Entries(stack, index_keys.repeat), size, rounded=rounded)
 
 
 def view(
@@ -227,19 +204,17 @@ def prefix_sizes(capacity: int) -> tuple[int, ...]:
     return (*sizes, capacity)
 
 
-def _attend_gathered(queries, near, near_visible, values, scores, visible, sink, top_k):
+def _attend_gathered(queries, near, near_visible, entries, scores, visible, sink, top_k):
     """CSA over a long list: the chosen entries of each query are gathered, not masked."""
     ranked = jnp.where(visible & ~jnp.isnan(scores), scores, -jnp.inf)
     best, index = jax.lax.top_k(ranked, top_k)
-    batch = jnp.arange(values.shape[0])
+    size = scores.shape[-1]
 
     def one_query(xs):
         q, near_seen, chosen, seen = xs  # [B, H, Dh], [B, K], [B, Ki], [B, Ki]
-        picked = values.at[batch[:, None], chosen].get(mode="promise_in_bounds")
-        keys = jnp.concatenate([near, picked], axis=1)
-        return softmax_attention(q[:, None], keys, jnp.concatenate([near_seen, seen], axis=1)[:, None], sink)[
-            :, 0
-        ]
+        keys = jnp.concatenate([near, entries.chosen(chosen, size, near.dtype)], axis=1)
+        visible = jnp.concatenate([near_seen, seen], axis=1)
+        return softmax_attention(q[:, None], keys, visible[:, None], sink)[:, 0]
 
     by_query = [jnp.moveaxis(x, 1, 0) for x in (queries.q, near_visible, index, best > -jnp.inf)]
     return jnp.moveaxis(jax.lax.map(one_query, tuple(by_query)), 0, 1)

@@ -8,16 +8,21 @@ from jaxtyping import Array, Float, Float32, Int32
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.model.cache import CompressorCache
 from dsv4_jax.model.compressor import Compressor
+from dsv4_jax.model.entries import Entries
 from dsv4_jax.model.linear import project
 from dsv4_jax.model.parameters import matrix
 from dsv4_jax.model.rope import Rotation, rotate
 from dsv4_jax.model.span import Blocks, Span
-from dsv4_jax.numerics import qat
+from dsv4_jax.numerics import cache_formats, qat
 from dsv4_jax.numerics.policy import Policy
+from pallas_kernels.arithmetic import cdiv
 from pallas_kernels.topk_mask import topk_mask
 
+KEYS_AT_ONCE = 4096
+"""Keys of a row decoded at once: 2 MiB of float32 at Di = 128, which stay in a core's cache."""
+
 MAX_SCORE_ELEMENTS = 2**24
-"""Per-head products held at once; longer key lists are scored in pieces (64 MiB of float32)."""
+"""Per-head products held at once (64 MiB of float32)."""
 
 
 class Indexer(nnx.Module):
@@ -76,30 +81,36 @@ class Indexer(nnx.Module):
 def index_scores(
     q: Float[Array, "B T Hi Di"],
     weights: Float32[Array, "B T Hi"],
-    keys: Float[Array, "B S Di"],
+    keys: Entries,
+    size: int,
     *,
     rounded: bool = False,
-) -> Float32[Array, "B T S"]:
+) -> Float32[Array, "B T size"]:
     """I[t, s] = sum_h weights[t, h] relu(q[t, h] . k[s]); float32 products and sums.
 
-    With `rounded`, products, weighted products and the sum are each rounded to bfloat16. Long key lists are
-    scored piece by piece, so that [B, T, Hi, S] never exists.
+    With `rounded`, products, weighted products and the sum are each rounded to bfloat16. The first `size`
+    keys are sliced, decoded and scored piece by piece, so that neither their numbers nor [B, T, Hi, size]
+    ever exist as a whole. No gradients.
     """
+    batch, length, heads, width = q.shape
+    by_query = q.reshape(batch, length * heads, width)
     to_grid = qat.to_bfloat16 if rounded else lambda x: x
 
-    def score(piece: Float[Array, "B s Di"]) -> Float32[Array, "B T s"]:
-        dots = to_grid(jnp.einsum("bthd,bsd->bths", q, piece, preferred_element_type=jnp.float32))
+    def score(start: int | Int32[Array, ""], count: int) -> Float32[Array, "B T count"]:
+        dots = cache_formats.products(by_query, keys.piece(start, count))
+        dots = to_grid(dots.reshape(batch, length, heads, count))
         return to_grid(to_grid(jax.nn.relu(dots) * weights[..., None]).sum(axis=2))
 
-    batch, num_keys, width = keys.shape
-    per_key = q.shape[0] * q.shape[1] * q.shape[2]
-    pieces = 1
-    while per_key * num_keys // pieces > MAX_SCORE_ELEMENTS and num_keys % (2 * pieces) == 0:
-        pieces *= 2
-    if pieces == 1:
-        return score(keys)
-    split = jnp.moveaxis(keys.reshape(batch, pieces, num_keys // pieces, width), 1, 0)
-    return jnp.moveaxis(jax.lax.map(score, split), 0, 2).reshape(batch, -1, num_keys)
+    piece = min(KEYS_AT_ONCE, max(64, MAX_SCORE_ELEMENTS // (batch * length * heads)))
+    if size <= piece:
+        return score(0, size)
+
+    def step(i, scores):
+        # The last piece moves back to be whole; what two pieces share they score alike.
+        start = jnp.minimum(i * piece, size - piece)
+        return jax.lax.dynamic_update_slice(scores, score(start, piece), (0, 0, start))
+
+    return jax.lax.fori_loop(0, cdiv(size, piece), step, jnp.zeros((batch, length, size), jnp.float32))
 
 
 def select(

@@ -7,7 +7,11 @@
 
 (bytes at Dh = 512, Dr = 64, Di = 128). What is stored is a grid, and the model rounds to that grid before it
 attends, with a cache or without: prefill sees the values that decode will read. Storing a rounded value and
-reading it back is then exact. Formats are those of the kernel families, which read them as they lie.
+reading it back is then exact. Formats are those of the kernel families.
+
+Arrays of FP8 and bfloat16 numbers are kept as unsigned integers with the same bits: XLA:CPU has no slices and
+no updates of such types, it converts a whole stack to a wider type and back for each of them. `numbers` gives
+the kernels' types.
 """
 
 import functools
@@ -15,7 +19,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float32
 
 from dsv4_jax.numerics import formats, qat
 from pallas_kernels.arithmetic import cdiv, round_up
@@ -26,7 +30,7 @@ CacheFormat = Literal["plain", "fp8+fp8", "fp8+mxfp4"]
 CACHE_FORMATS: tuple[CacheFormat, ...] = ("plain", "fp8+fp8", "fp8+mxfp4")
 
 Stored = Any
-"""An array [..., width], or one of the formats' tuples of arrays, all with the same leading axes."""
+"""An array [..., width], or one of the formats' tuples of arrays of bits, all with the same leading axes."""
 
 SCALE_BYTES = 8
 """An entry's scales are padded to whole multiples of it: 7 and one pad byte at Dh = 512."""
@@ -41,9 +45,9 @@ def store_entries(x: Float[Array, "*rows Dh"], format: CacheFormat, num_rotary: 
     padded = _padded(x[..., :still], groups * qat.ENTRY_GROUP)
     quantised = formats.quantize_fp8_groups(padded, qat.ENTRY_GROUP)
     return Fp8Entries(
-        quantised.elements[..., :still],
+        _bits(quantised.elements[..., :still]),
         _padded(quantised.scale, round_up(groups, SCALE_BYTES)),
-        x[..., still:].astype(jnp.bfloat16),
+        _bits(x[..., still:].astype(jnp.bfloat16)),
     )
 
 
@@ -53,10 +57,26 @@ def store_keys(x: Float[Array, "*rows Di"], format: CacheFormat) -> Stored:
         return x
     if format == "fp8+fp8":
         quantised = formats.quantize_fp8_groups(x, x.shape[-1])
-        return Fp8Keys(quantised.elements, formats.scale_value(quantised.scale))
+        return Fp8Keys(_bits(quantised.elements), formats.scale_value(quantised.scale))
     groups = cdiv(x.shape[-1], formats.FP4_GROUP)
     quantised = formats.quantize_mxfp4(_padded(x, groups * formats.FP4_GROUP))
     return Mxfp4Keys(quantised.packed[..., : cdiv(x.shape[-1], 2)], quantised.scale)
+
+
+def is_plain(stored: Stored) -> bool:
+    """Whether these are numbers of the cache dtype."""
+    return isinstance(stored, jax.Array)
+
+
+def numbers(stored: Stored) -> Stored:
+    """The same with the types that kernels take: float8_e4m3fn and bfloat16 in place of their bits."""
+    as_type = jax.lax.bitcast_convert_type
+    if isinstance(stored, Fp8Entries):
+        values, rotary = as_type(stored.values, jnp.float8_e4m3fn), as_type(stored.rotary, jnp.bfloat16)
+        return Fp8Entries(values, stored.scales, rotary)
+    if isinstance(stored, Fp8Keys):
+        return Fp8Keys(as_type(stored.values, jnp.float8_e4m3fn), stored.scales)
+    return stored
 
 
 def read(stored: Stored, dtype: jax.typing.DTypeLike) -> Float[Array, "*rows width"]:
@@ -65,15 +85,47 @@ def read(stored: Stored, dtype: jax.typing.DTypeLike) -> Float[Array, "*rows wid
         still = stored.values.shape[-1]
         groups = cdiv(still, qat.ENTRY_GROUP)
         padded = _padded(stored.values, groups * qat.ENTRY_GROUP)
-        values = formats.Fp8Groups(padded, stored.scales[..., :groups]).dequantize(dtype)[..., :still]
-        return jnp.concatenate([values, stored.rotary.astype(dtype)], axis=-1)
+        values = _scaled(formats.e4m3_value(padded), stored.scales[..., :groups], dtype)[..., :still]
+        # A bfloat16 number is the upper half of a float32.
+        rotary = jax.lax.bitcast_convert_type(stored.rotary.astype(jnp.uint32) << 16, jnp.float32)
+        return jnp.concatenate([values, rotary.astype(dtype)], axis=-1)
     if isinstance(stored, Fp8Keys):
-        return (stored.values.astype(jnp.float32) * stored.scales).astype(dtype)
+        return (formats.e4m3_value(stored.values) * stored.scales).astype(dtype)
     if isinstance(stored, Mxfp4Keys):
-        width = 2 * stored.values.shape[-1]
-        packed = _padded(stored.values, stored.scales.shape[-1] * formats.FP4_GROUP // 2)
-        return formats.Mxfp4(packed, stored.scales).dequantize(dtype)[..., :width]
+        both = jnp.stack(_mxfp4_halves(stored, dtype), axis=-1)
+        return both.reshape(*both.shape[:-2], -1)
     return stored.astype(dtype)
+
+
+def products(q: Float[Array, "B N Di"], keys: Stored) -> Float32[Array, "B N S"]:
+    """q . k in float32 for keys [B, S, ...] as they are stored."""
+
+    def product(q: jax.Array, k: jax.Array) -> jax.Array:
+        return jnp.einsum("bnd,bsd->bns", q, k, preferred_element_type=jnp.float32)
+
+    if isinstance(keys, Mxfp4Keys):
+        # Interleaving the numbers of a byte costs several times their decoding.
+        even, odd = _mxfp4_halves(keys, q.dtype)
+        return product(q[..., 0::2], even) + product(q[..., 1::2], odd)
+    return product(q, read(keys, q.dtype))
+
+
+def _mxfp4_halves(keys: Mxfp4Keys, dtype: jax.typing.DTypeLike) -> tuple[jax.Array, jax.Array]:
+    """The even and the odd channels of keys, each [..., Di / 2]."""
+    width = keys.values.shape[-1]
+    packed = _padded(keys.values, keys.scales.shape[-1] * formats.FP4_GROUP // 2)
+    even, odd = formats.e2m1_halves(packed)
+    return tuple(_scaled(x, keys.scales, dtype)[..., :width] for x in (even, odd))  # type: ignore[return-value]
+
+
+def _scaled(values: jax.Array, scales: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Values [..., C] times E8M0 scales [..., groups]."""
+    grouped = values.reshape(*scales.shape, -1) * formats.scale_value(scales)[..., None]
+    return grouped.astype(dtype).reshape(values.shape)
+
+
+def _bits(x: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16}[x.dtype.itemsize])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))

@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, UInt8
 
+from pallas_kernels import low_precision
+
 E4M3_MAX = 448.0
 E2M1_MAX = 6.0
 FP8_BLOCK = 128
@@ -96,6 +98,15 @@ def scale_value(code: UInt8[Array, "*shape"]) -> Float32[Array, "*shape"]:
     return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
+# ---- E4M3 ------------------------------------------------------------------------------------------------
+
+
+def e4m3_value(code: UInt8[Array, "*shape"]) -> Float32[Array, "*shape"]:
+    """The number behind each byte, NaN included: in integer arithmetic, several times as fast as a cast."""
+    value = low_precision.e4m3_halves(code).astype(jnp.float32) * low_precision.E4M3_OF_HALF
+    return jnp.where(code & 0x7F == 0x7F, jnp.nan, value)
+
+
 # ---- E2M1 ------------------------------------------------------------------------------------------------
 
 
@@ -117,6 +128,16 @@ def e2m1_value(code: UInt8[Array, "*shape"]) -> Float32[Array, "*shape"]:
     normal = jax.lax.bitcast_convert_type(((exponent + 126) << 23) | (fraction << 22), jnp.float32)
     size = jnp.where(exponent == 0, 0.5 * fraction, normal)
     return jnp.where(bits & 8, -size, size)
+
+
+def e2m1_halves(
+    packed: UInt8[Array, "*rows C/2"],
+) -> tuple[Float32[Array, "*rows C/2"], Float32[Array, "*rows C/2"]]:
+    """The numbers in the low and in the high nibbles: even and odd channels."""
+    even, odd = (
+        half.astype(jnp.float32) * low_precision.E2M1_OF_HALF for half in low_precision.e2m1_halves(packed)
+    )
+    return even, odd
 
 
 def pack_nibbles(codes: UInt8[Array, "*rows C"]) -> UInt8[Array, "*rows C/2"]:

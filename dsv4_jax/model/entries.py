@@ -1,0 +1,53 @@
+"""Compressed entries (or indexer keys) of one layer, read where they lie in their stack.
+
+Whatever the format, the stored bytes are sliced or gathered first and decoded after: the work follows the
+rows asked for, not the capacity.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from dsv4_jax.model.cache import num_slots
+from dsv4_jax.numerics import cache_formats
+from dsv4_jax.numerics.cache_formats import Stored
+
+
+class Entries(NamedTuple):
+    """One layer's entries inside their stack."""
+
+    stack: Stored  # [R, B, S, width] in the cache's format
+    repeat: Int32[Array, ""]
+
+    @property
+    def size(self) -> int:
+        """S, the capacity."""
+        return num_slots(self.stack)
+
+    def piece(self, start: int | Int32[Array, ""], count: int) -> Stored:
+        """Entries start .. start + count - 1 of every row as they are stored, [B, count, ...]."""
+
+        def cut(leaf: jax.Array) -> jax.Array:
+            _, batch, _, width = leaf.shape
+            return jax.lax.dynamic_slice(leaf, (self.repeat, 0, start, 0), (1, batch, count, width))[0]
+
+        return jax.tree.map(cut, self.stack)
+
+    def prefix(self, size: int, dtype: jax.typing.DTypeLike) -> Float[Array, "B size width"]:
+        """The first `size` entries of every row."""
+        return cache_formats.read(self.piece(0, size), dtype)
+
+    def chosen(
+        self, index: Int32[Array, "B K"], size: int, dtype: jax.typing.DTypeLike
+    ) -> Float[Array, "B K width"]:
+        """Entries by index below `size`."""
+        rows = jnp.arange(index.shape[0])[:, None]
+        if cache_formats.is_plain(self.stack):
+            # Out of the prefix: a gradient has the shape of what is gathered from.
+            return self.prefix(size, dtype).at[rows, index].get(mode="promise_in_bounds")
+        picked = jax.tree.map(
+            lambda leaf: leaf.at[self.repeat, rows, index].get(mode="promise_in_bounds"), self.stack
+        )
+        return cache_formats.read(picked, dtype)
