@@ -176,7 +176,8 @@ def compile_program(program: Program, topology: str) -> tuple[str, list[Call]]:
     arrays = {
         name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole) for name, x in program.shapes.items()
     }
-    with recorded_calls() as calls:
+    # A SparseCore kernel asks what chip it is for, which is otherwise the first device there is.
+    with recorded_calls() as calls, jax.sharding.use_abstract_mesh(whole.mesh.abstract_mesh):
         lowered = jax.jit(program.function).lower(**arrays)
     return lowered.compile().as_text(), calls
 

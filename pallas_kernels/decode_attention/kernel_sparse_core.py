@@ -2,12 +2,12 @@
 
 Layout: the list is cut into chunks, and every vector subcore takes a run of them. An indirect copy brings the
 rows of a chunk, in any order, from HBM to the subcore's memory; an ordinary one writes them to their place.
-The next chunk is fetched while the last one is written. Indirect copies move 32-bit numbers only, so rows of
-bfloat16 come in the pairs that share words; whoever reads the result takes the half that was meant.
+The next chunk is on its way meanwhile. Indirect copies move 32-bit numbers only, so rows of bfloat16 come in
+the pairs that share words; the subcore takes the halves that were meant and pairs them anew.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,16 +18,14 @@ from jax.experimental.pallas import tpu_sc as plsc
 from pallas_kernels.arithmetic import cdiv
 
 CHUNK_BYTES = 64 * 2**10
-"""Of one indirect copy. A subcore holds two chunks; the smallest one (v6e) has 256 KiB of memory."""
+"""Of one indirect copy. A subcore holds two chunks and, of pairs, two halves of chunks; the smallest (v6e)
+has 256 KiB of memory."""
 
 LONGEST_CHUNK = 128
 """Rows an indirect copy may list."""
 
-ROWS_ALIGNED = 8
-"""Offsets into a list of 32-bit numbers are multiples of it."""
-
-INTERPRETED_SUBCORES = 3
-"""How many steps of a grid stand for subcores in the interpreter, with chunks of ROWS_ALIGNED rows."""
+ROWS_ALIGNED = 16
+"""A chunk is whole vectors of row numbers: of 8 on v5p and v6e, of 16 on tpu7x."""
 
 
 def chunk_rows(row_bytes: int) -> int:
@@ -35,55 +33,105 @@ def chunk_rows(row_bytes: int) -> int:
     return max(ROWS_ALIGNED, min(LONGEST_CHUNK, CHUNK_BYTES // row_bytes // ROWS_ALIGNED * ROWS_ALIGNED))
 
 
-def indirect_copy(table, rows, into, arrived) -> list[Any]:
-    """The rows of a chunk by one copy: what the SparseCore does."""
-    return [pltpu.make_async_copy(table.at[rows], into, arrived)]
+class Machine(NamedTuple):
+    """What differs between a SparseCore and the interpreter."""
+
+    subcores: int
+    lanes: int  # 32-bit numbers of a vector
+    copies: Callable[..., list[Any]]  # of the rows of a chunk
+    loop: Callable[..., Any]  # of steps that do not depend on each other
 
 
-def row_copies(table, rows, into, arrived) -> list[Any]:
-    """One copy a row: what stands for `indirect_copy` in the interpreter, which has none."""
-    return [
-        pltpu.make_async_copy(table.at[pl.ds(rows[k], 1)], into.at[pl.ds(k, 1)], arrived)
-        for k in range(into.shape[0])
-    ]
+def sparse_core() -> Machine:
+    """Of the chip that is compiled for; RuntimeError if it has none."""
+    info = plsc.get_sparse_core_info()
+
+    def indirect_copy(table, rows, into, arrived) -> list[Any]:
+        return [pltpu.make_async_copy(table.at[rows], into, arrived)]
+
+    def loop(start, stop, step):
+        return plsc.parallel_loop(start, stop, step, unroll=8)
+
+    return Machine(info.num_cores * info.num_subcores, info.num_lanes, indirect_copy, loop)
 
 
-def _body(
-    subcore: jax.Array,
-    copies: Callable[..., list[Any]],
-    num_chunks: int,
-    table_ref,
-    row_ref,
-    out_ref,
-    rows_ref,
-    chunk_ref,
-    arrived,
-    written,
-) -> None:
+def interpreted() -> Machine:
+    """Copies of single rows stand for the indirect one, which no interpreter has; loops keep their order."""
+
+    def row_copies(table, rows, into, arrived) -> list[Any]:
+        return [
+            pltpu.make_async_copy(table.at[pl.ds(rows[k], 1)], into.at[pl.ds(k, 1)], arrived)
+            for k in range(into.shape[0])
+        ]
+
+    return Machine(3, 8, row_copies, lambda start, stop, step: pl.loop(start, stop, step=step))
+
+
+def _pick_halves(m: Machine, words, shifts, picked) -> None:
+    """picked[j] = the half of words[2j] that shifts[2j] brings down, and that of words[2j + 1] above it."""
+    chunk, width = words.shape
+
+    @pl.loop(0, chunk // m.lanes)
+    def _(group):
+        own = shifts[pl.ds(pl.multiple_of(group * m.lanes, m.lanes), m.lanes)]
+        for k in range(0, m.lanes, 2):
+            row = group * m.lanes + k
+            low, high = own[k].astype(jnp.uint32), own[k + 1].astype(jnp.uint32)
+
+            @m.loop(0, width, m.lanes)
+            def _(lane, row=row, low=low, high=high):
+                place = pl.ds(lane, m.lanes)
+                lower = (words[row, place] >> low) & jnp.uint32(0xFFFF)
+                picked[row // 2, place] = lower | (words[row + 1, place] >> high) << 16
+
+
+class _Refs(NamedTuple):
+    """Operand, result and scratch of a subcore; the last two are None where whole rows are copied."""
+
+    table: Any  # [N, W] in HBM, 32-bit numbers or bfloat16
+    row: Any  # i32[n] in HBM
+    out: Any  # [n, W] or u32[n / 2, W] in HBM
+    rows: Any  # i32, the subcore's own share of `row`
+    words: Any  # [2, chunk, W]
+    arrived: Any
+    written: Any
+    shift: Any = None  # i32[n] in HBM, 0 or 16
+    shifts: Any = None
+    picked: Any = None  # u32[2, chunk / 2, W]
+
+
+def _body(m: Machine, subcore: jax.Array, num_chunks: int, r: _Refs) -> None:
     """The share of one subcore: `num_chunks` chunks of the list, from chunk subcore * num_chunks on."""
-    table = table_ref if table_ref.dtype.itemsize == 4 else table_ref.bitcast(jnp.uint32)
-    chunk = chunk_ref.shape[1]
-    first = pl.multiple_of(subcore * num_chunks * chunk, chunk)
-    pltpu.sync_copy(row_ref.at[pl.ds(first, num_chunks * chunk)], rows_ref)
+    table = r.table if r.table.dtype.itemsize == 4 else r.table.bitcast(jnp.uint32)
+    halves, chunk = r.shift is not None, r.words.shape[1]
+    results = r.picked if halves else r.words
+    own = pl.ds(pl.multiple_of(subcore * num_chunks * chunk, chunk), num_chunks * chunk)
+    pltpu.sync_copy(r.row.at[own], r.rows)
+    if halves:
+        pltpu.sync_copy(r.shift.at[own], r.shifts)
 
-    def fetched(c):
-        slot = jax.lax.rem(c, 2)
-        rows = rows_ref.at[pl.ds(pl.multiple_of(c * chunk, chunk), chunk)]
-        return copies(table, rows, chunk_ref.at[slot], arrived.at[slot])
+    def of_chunk(c: jax.Array) -> Any:
+        return pl.ds(pl.multiple_of(c * chunk, chunk), chunk)
 
-    def stored(c):
+    def fetched(c: jax.Array) -> list[Any]:
         slot = jax.lax.rem(c, 2)
-        place = out_ref.at[pl.ds(pl.multiple_of(first + c * chunk, chunk), chunk)]
-        return pltpu.make_async_copy(chunk_ref.at[slot], place, written.at[slot])
+        return m.copies(table, r.rows.at[of_chunk(c)], r.words.at[slot], r.arrived.at[slot])
+
+    def stored(c: jax.Array) -> Any:
+        slot, count = jax.lax.rem(c, 2), results.shape[1]
+        place = pl.ds(pl.multiple_of((subcore * num_chunks + c) * count, count), count)
+        return pltpu.make_async_copy(results.at[slot], r.out.at[place], r.written.at[slot])
 
     for copy in fetched(jnp.int32(0)):
         copy.start()
 
     @pl.loop(0, num_chunks)
     def _(c):
-        @pl.when(c > 0)
-        def _():
-            stored(c - 1).wait()  # the next chunk goes where this one came from
+        if not halves:  # the next chunk goes where the last one came from
+
+            @pl.when(c > 0)
+            def _():
+                stored(c - 1).wait()
 
         @pl.when(c + 1 < num_chunks)
         def _():
@@ -92,76 +140,99 @@ def _body(
 
         for copy in fetched(c):
             copy.wait()
+        if halves:
+
+            @pl.when(c > 1)
+            def _():
+                stored(c - 2).wait()
+
+            slot = jax.lax.rem(c, 2)
+            _pick_halves(m, r.words.at[slot], r.shifts.at[of_chunk(c)], r.picked.at[slot])
         stored(c).start()
 
-    stored(jnp.int32(num_chunks - 1)).wait()
+    for c in range(max(0, num_chunks - 2) if halves else num_chunks - 1, num_chunks):
+        stored(jnp.int32(c)).wait()
 
 
 def gather_rows(table: jax.Array, row: jax.Array, *, interpret: Any) -> jax.Array:
     """The listed rows of a table, one after the other.
 
     Args:
-        table: 32-bit numbers [N, W], or bfloat16 [2 N, W] seen as N rows of words; W a multiple of 128. It is
-            read where it lies.
+        table: 32-bit numbers [N, W]; W a multiple of 128. It is read where it lies.
         row: i32[n] in 0 .. N - 1.
-        interpret: in an interpreter, steps of a grid stand for the subcores and copies of single rows for
-            the indirect ones.
+        interpret: in an interpreter, steps of a grid stand for the subcores; see `interpreted`.
 
     Returns:
-        [n', W] of 32-bit numbers, n' >= n: whole chunks for every subcore. Rows behind the n-th are copies of
-        row 0.
+        [n', W], n' >= n: whole chunks for every subcore. Rows behind the n-th are copies of row 0.
 
     Raises:
         RuntimeError: for a chip without SparseCores (v5e).
     """
-    words = table.dtype if table.dtype.itemsize == 4 else jnp.dtype(jnp.uint32)
-    width = table.shape[1]
-    if interpret:
-        chunk, subcores = ROWS_ALIGNED, INTERPRETED_SUBCORES
-    else:
-        info = plsc.get_sparse_core_info()
-        chunk, subcores = chunk_rows(width * 4), info.num_cores * info.num_subcores
-    num_chunks = cdiv(row.size, chunk * subcores)
-    row = jnp.pad(row, (0, num_chunks * chunk * subcores - row.size))
-    out = jax.ShapeDtypeStruct((row.size, width), words)
-    scratch = [
-        pltpu.VMEM((num_chunks * chunk,), jnp.int32),
-        pltpu.VMEM((2, chunk, width), words),
-        pltpu.SemaphoreType.DMA((2,)),
-        pltpu.SemaphoreType.DMA((2,)),
-    ]
-    cost = pl.CostEstimate(flops=0, transcendentals=0, bytes_accessed=2 * out.size * 4)
-    if interpret:
+    return _gather(table, row, None, interpret=interpret)
 
-        def step(*refs):
-            _body(pl.program_id(0), row_copies, num_chunks, *refs)
 
+def gather_halves(table: jax.Array, row: jax.Array, *, interpret: Any) -> jax.Array:
+    """The same for rows of bfloat16: u32[n' / 2, W], with rows 2j and 2j + 1 in the halves of its row j.
+
+    Args:
+        table: bfloat16 [N, W], N even, read where it lies; or its words u32[N / 2, W].
+        row, interpret: as `gather_rows`.
+    """
+    return _gather(table, row // 2, 16 * (row % 2), interpret=interpret)
+
+
+def _gather(table, row, shift, *, interpret):
+    m = interpreted() if interpret else sparse_core()
+    width, halves = table.shape[1], shift is not None
+    chunk = ROWS_ALIGNED if interpret else chunk_rows(width * 4)
+    num_chunks = cdiv(row.size, chunk * m.subcores)
+    total = num_chunks * chunk * m.subcores
+    lists = [jnp.pad(x, (0, total - x.size)) for x in ([row, shift] if halves else [row])]
+    words = jnp.uint32 if halves else table.dtype
+    out = jax.ShapeDtypeStruct((total // (2 if halves else 1), width), words)
+    share = pltpu.VMEM((num_chunks * chunk,), jnp.int32)
+    scratch = [share, pltpu.VMEM((2, chunk, width), words)]
+    scratch += [pltpu.SemaphoreType.DMA((2,))] * 2
+    if halves:
+        scratch += [share, pltpu.VMEM((2, chunk // 2, width), words)]
+
+    def body(subcore, table, row, *refs):
+        if not halves:
+            return _body(m, subcore, num_chunks, _Refs(table, row, *refs))
+        shift, out, rows, words, arrived, written, shifts, picked = refs
+        _body(
+            m,
+            subcore,
+            num_chunks,
+            _Refs(table, row, out, rows, words, arrived, written, shift, shifts, picked),
+        )
+
+    if interpret:
         anywhere = pl.BlockSpec(memory_space=pl.ANY)
-        return pl.pallas_call(
-            step,
-            grid=(subcores,),
-            in_specs=[anywhere, anywhere],
+        gather = pl.pallas_call(
+            lambda *refs: body(pl.program_id(0), *refs),
+            grid=(m.subcores,),
+            in_specs=[anywhere] * (1 + len(lists)),
             out_specs=anywhere,
             out_shape=out,
             scratch_shapes=scratch,
             interpret=interpret,
             name="decode_attention_fetch",
-        )(table, row)
-
-    def share(*refs):
-        subcore = jax.lax.axis_index("core") * info.num_subcores + jax.lax.axis_index("subcore")
-        _body(subcore, indirect_copy, num_chunks, *refs)
-
+        )
+        return gather(table, *lists)
     mesh = plsc.VectorSubcoreMesh(core_axis_name="core", subcore_axis_name="subcore")
-    fetch = pl.kernel(
-        share,
+
+    def of_subcore(*refs):
+        body(jax.lax.axis_index("core") * mesh.num_subcores + jax.lax.axis_index("subcore"), *refs)
+
+    gather = pl.kernel(
+        of_subcore,
         out_type=out,
         mesh=mesh,
         scratch_types=scratch,
-        cost_estimate=cost,
-        compiler_params=pltpu.CompilerParams(
-            disable_bounds_checks=True
-        ),  # of no use: rows are clamped before
+        cost_estimate=pl.CostEstimate(
+            flops=0, transcendentals=0, bytes_accessed=(total + out.shape[0]) * width * 4
+        ),
         name="decode_attention_fetch",
     )
-    return fetch(table, row)
+    return gather(table, *lists)

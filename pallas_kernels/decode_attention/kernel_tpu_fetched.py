@@ -1,8 +1,8 @@
 """Mosaic TPU kernel of `decode_attention` over lists of entries that were fetched before, and the ring.
 
 Layout: one query with its heads as rows, and several of them a grid step, written side by side. The fetched
-entries of query i are rows i * K to (i + 1) * K - 1 of one array; rows of bfloat16 lie in pairs in 32-bit
-words, and the half that was chosen is taken from them.
+entries of query i are rows i * K to (i + 1) * K - 1 of one array; two rows of bfloat16 that follow each other
+share 32-bit words, which is how registers hold them anyway.
 """
 
 import functools
@@ -16,7 +16,6 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.arithmetic import cdiv
 from pallas_kernels.decode_attention import online_softmax, stored, visibility
-from pallas_kernels.decode_attention.kernel_tpu_gather import chosen_rows
 from pallas_kernels.decode_attention.tuning import VMEM_LIMIT, Geometry
 
 
@@ -26,10 +25,9 @@ def _body(names: list[str], together: int, rings: int, repeat_ref, *refs) -> Non
     together, count, dtype = range(together), r.index.shape[2], r.q.dtype
 
     def fetched(i: int) -> visibility.Visible:
-        keys = r.fetched[i * count : (i + 1) * count]
-        if keys.dtype != dtype:
-            keys = chosen_rows(keys, r.index[i])
-        return visibility.Visible(keys, r.index[i] >= 0)
+        num_rows = count * dtype.itemsize // 4  # of words
+        keys = r.fetched[i * num_rows : (i + 1) * num_rows]
+        return visibility.Visible(pltpu.bitcast(keys, dtype), r.index[i] >= 0)
 
     def ring(i: int) -> visibility.Visible:
         parts = [getattr(r, f"ring{i}_{part}")[...] for part in range(rings)]
@@ -58,8 +56,9 @@ def attend_fetched(
 
     Args:
         q: [B * T, H, Dh]; view: i32[B * T, 1, 4], see `visibility.views`; ring: [R, B, M, Dh] or fp8;
-        sink: f32[H, 1]; repeat: i32[1]; fetched: f32[n, Dh], or u32[n, Dh] of pairs, n >= B * T * K: the
-        entries that the lists name, all finite, those for -1 too; index: i32[B * T, 1, K], K a multiple of 8.
+        sink: f32[H, 1]; repeat: i32[1]; fetched: the entries that the lists name, all finite, those for -1
+        too: f32[n, Dh], n >= B * T * K, or bfloat16 in pairs, u32[n / 2, Dh];
+        index: i32[B * T, 1, K], K a multiple of 16.
     """
     steps, count = index.shape[0], index.shape[2]
     together = min(g.blocks.sequences, steps)
@@ -87,7 +86,7 @@ def attend_fetched(
                 per_query(1, 4),
                 pl.BlockSpec((g.heads, 1), lambda i, _: (0, 0)),
                 per_query(1, count),
-                pl.BlockSpec((together * count, g.width), lambda i, _: (i, 0)),
+                pl.BlockSpec((together * count * g.itemsize // 4, g.width), lambda i, _: (i, 0)),
                 *(own_ring(part, k) for k in range(together) for part in rings),
             ],
             out_specs=[per_query(g.heads, g.width), per_query(1, g.heads)],
@@ -100,8 +99,7 @@ def attend_fetched(
         cost_estimate=pl.CostEstimate(
             flops=4 * g.heads * keys * g.width,
             transcendentals=g.heads * keys,
-            bytes_accessed=(2 * q.size + steps * g.slots * g.width) * g.itemsize
-            + steps * count * g.width * 4,
+            bytes_accessed=(2 * q.size + keys * g.width) * g.itemsize,
         ),
         interpret=interpret,
         name="decode_attention_fetched",

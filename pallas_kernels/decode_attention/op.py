@@ -239,11 +239,11 @@ def _run_kernel(q, ring, position, sink, repeat, entries, hi, index, *, window, 
 
 
 def _fetch(entries, repeat, index, interpret):
-    """The words of the entries that the lists i32[B, T, K] name, one list after the other; entry 0 for -1."""
+    """The entries that the lists i32[B, T, K] name, one list after the other; entry 0 for -1."""
     repeats, batch, size, width = entries.shape
-    together = kernel_tpu_gather.rows_a_copy(entries.dtype)
     first = (repeat * batch + jnp.arange(batch, dtype=jnp.int32)) * size
-    row = (first[:, None, None] + jnp.maximum(index, 0)) // together
-    return kernel_sparse_core.gather_rows(
-        entries.reshape(repeats * batch * size, width), row.reshape(-1), interpret=interpret
-    )
+    row = (first[:, None, None] + jnp.maximum(index, 0)).reshape(-1)
+    table = entries.reshape(repeats * batch * size, width)
+    if entries.dtype == jnp.float32:
+        return kernel_sparse_core.gather_rows(table, row, interpret=interpret)
+    return kernel_sparse_core.gather_halves(table, row, interpret=interpret)

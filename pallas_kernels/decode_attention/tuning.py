@@ -107,12 +107,10 @@ def fetched_vmem_bytes(
     tile = heads * row  # q or o
     small = 4 * 8 * (LANES + round_up(heads, LANES) + round_up(num_chosen, LANES))  # view, lse, index
     ring = round_up(slots, LANES) * (width + 2 * LANES) if quantized_ring else slots * row
-    words = num_chosen * width * 4
-    # Halves of words on their way, and the keys; then as in `Geometry.vmem_bytes`.
-    in_flight = (2 * words + num_chosen * row) if itemsize < 4 else 0
-    in_flight += heads * ((slots + num_chosen) * (8 + itemsize) + 4 * width)
+    # As in `Geometry.vmem_bytes`.
+    in_flight = heads * ((slots + num_chosen) * (8 + itemsize) + 4 * width)
     in_flight += slots * (3 * 4 * width + row) if quantized_ring else 0
-    return queries * (2 * (2 * tile + small + ring + words) + in_flight)
+    return queries * (2 * (2 * tile + small + ring + num_chosen * row) + in_flight)
 
 
 def sparse_core_blocks(
@@ -121,8 +119,8 @@ def sparse_core_blocks(
     """Blocks for entries fetched by the SparseCore: queries by ROWS_A_STEP, as many as fit in VMEM.
 
     Nothing chooses this path by itself: no SparseCore kernel here has run on a chip, and its time is unknown.
-    What is known are the bytes. A fetched row is read, written and read again, 3 K 4 Dh a query, against
-    S Dh itemsize under a mask.
+    What is known are the bytes of HBM. A fetched row is read, in bfloat16 with its neighbour, written and
+    read again: 3 K Dh numbers of 4 bytes a query, or 4 K Dh of 2.
 
     Args:
         heads: H; width: Dh; slots: M; num_chosen: K; itemsize: bytes of a number of q;
