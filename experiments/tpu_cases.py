@@ -18,6 +18,7 @@ from experiments.tpu_attention_cases import (
 )
 from experiments.tpu_block_matmul_cases import block_matmul_cases
 from experiments.tpu_case import Case, Kernel, Program, array, f32, gradients, i32, once, once_a_row, us
+from experiments.tpu_expert_cases import expert_cases
 from pallas_kernels.arithmetic import cdiv
 
 # --- hyper-connections ---------------------------------------------------------------------------------
@@ -235,6 +236,7 @@ FAMILIES: list[Callable[[ModelConfig], list[Case]]] = [
     decode_attention_cases,
     linear_cross_entropy_cases,
     block_matmul_cases,
+    expert_cases,
 ]
 
 

@@ -39,8 +39,11 @@ def spreading(num_groups: int) -> Float[Array, "G L"]:
     return (byte // GROUP_BYTES == jnp.arange(num_groups)[:, None]).astype(jnp.bfloat16)
 
 
-def decode_fp4(values, scale: jax.Array, spread, decoded) -> None:
-    """References: u8[N, L] and bfloat16[G, L] to [N, 2 L], even columns first; scale is bfloat16[N, G]."""
+def decode_fp4(values, scale: jax.Array, spread, decoded, *, across: bool) -> None:
+    """References: u8[N, L] and bfloat16[G, L] to [N, 2 L], even columns first.
+
+    `scale` is bfloat16[N, G], or [G, N] if it lies across.
+    """
     length = values.shape[1]
     chunk = next((n for n in (256, 128) if length % n == 0), length)
 
@@ -50,7 +53,10 @@ def decode_fp4(values, scale: jax.Array, spread, decoded) -> None:
             at = pl.multiple_of(at, chunk)
         bytes_ = pl.ds(at, chunk)
         factor = lax.dot_general(
-            scale, spread[:, bytes_], (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32
+            scale,
+            spread[:, bytes_],
+            (((0 if across else 1,), (0,)), ((), ())),
+            preferred_element_type=jnp.float32,
         ).astype(decoded.dtype)
         for numbers, first in zip(e2m1_as_e5m2(values[:, bytes_]), (0, length), strict=True):
             decoded[:, pl.ds(first + at, chunk)] = numbers.astype(decoded.dtype) * factor

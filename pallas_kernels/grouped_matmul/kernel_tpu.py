@@ -3,7 +3,7 @@
 Layout: weights lie as stored, [S, M, N, K] with M = 2 (gate and up) or 1 (down), and a step of the grid reads
 a tile [M, N block, K] of the item's expert where it lies: its number comes from a list in scalar memory. Rows
 are [items, rows, K]. A step of an item that is not in use reads nothing new, computes nothing and writes to
-an item behind the last one. FP4 tiles have their even columns first, and the rows they meet likewise.
+the last item, which is never in use. FP4 tiles have even columns first, and so have the rows they meet.
 """
 
 import dataclasses
@@ -26,8 +26,8 @@ from pallas_kernels.grouped_matmul.decode_tpu import (
     spreading,
 )
 from pallas_kernels.grouped_matmul.stored import Format, Stack
-from pallas_kernels.grouped_matmul.tuning_tpu import LANES, ROWS_AT_ONCE, VMEM_LIMIT, ItemBlocks
-from pallas_kernels.low_precision import BLOCK, e8m0_value
+from pallas_kernels.grouped_matmul.tuning_tpu import FEW_ROWS, LANES, ROWS_AT_ONCE, VMEM_LIMIT, ItemBlocks
+from pallas_kernels.low_precision import BLOCK, GROUP, e8m0_value
 
 SUBLANES = 8
 
@@ -58,7 +58,7 @@ def formulation_of(stack: Stack, dtype, rows: int, axis: Literal["output", "inpu
     few = dtype == jnp.bfloat16 and axis == "output"
     if stack.format == "fp8" and few and rows <= BLOCK and not any(n % BLOCK for n in stack.shape[-2:]):
         return "scaled sums"
-    if stack.format == "mxfp4" and few and rows <= 16 and stack.shape[-1] % (2 * LANES) == 0:
+    if stack.format == "mxfp4" and few and rows <= FEW_ROWS and stack.shape[-1] % (2 * LANES) == 0:
         return "masked rows"
     return "decoded"
 
@@ -74,12 +74,26 @@ def _dot(lhs, rhs, lhs_dim: int, rhs_dim: int):
     )
 
 
+def scale_lies_across(groups: int) -> bool:
+    """Whether FP4 scales are read as [S, M, groups, N].
+
+    XLA lays out [..., N, groups] with N on the lanes where groups would leave lanes unused. Reading them so
+    spares a copy of all scales.
+    """
+    return groups % LANES != 0
+
+
 class _Tile:
     """The weight tile of a step: references to elements [1, M, N block, K], scales, and where decoded."""
 
     def __init__(self, form: Format, values, scale, spread, decoded, step) -> None:
         self.form, self.values, self.scale = form, values, scale
         self.spread, self.decoded, self.step = spread, decoded, step
+
+    @property
+    def scale_lies_across(self) -> bool:
+        """Whether the FP4 scales of this tile are [groups, N block] rather than [N block, groups]."""
+        return scale_lies_across(2 * self.values.shape[-1] // GROUP)
 
     def fp8_scale(self, m: int, r, g: int):
         """f32[]: of the tile's rows from 128 r and columns from 128 g on."""
@@ -93,7 +107,8 @@ class _Tile:
         if self.form == "fp8":
             decode_fp8(values, functools.partial(self.fp8_scale, m), self.decoded)
         else:
-            decode_fp4(values, fp4_scale(self.scale[0, m]), self.spread, self.decoded)
+            codes = self.scale[0, m]
+            decode_fp4(values, fp4_scale(codes), self.spread, self.decoded, across=self.scale_lies_across)
         return self.decoded[...]
 
     def scaled_sums(self, m: int, rows):
@@ -131,14 +146,17 @@ def _masked_rows(tile: _Tile, wide_ref, sub, sums_ref) -> None:
     the weights would be the vector unit's second pass over all of them.
     """
     for m in range(tile.values.shape[1]):
-        codes = fp4_scale(tile.scale[0, m])
-        groups = codes.shape[1]
-        identity = lax.broadcasted_iota(jnp.int32, (groups, groups), 0) == lax.broadcasted_iota(
-            jnp.int32, (groups, groups), 1
-        )
-        scale = _dot(identity.astype(codes.dtype), codes, 1, 1)  # [groups, N block]: transposed, exact
+        scale = fp4_scale(tile.scale[0, m])
+        if tile.scale_lies_across:
+            scale = scale.astype(jnp.float32)
+        else:  # a product with the identity transposes, exactly
+            square = (scale.shape[1],) * 2
+            diagonal = lax.broadcasted_iota(jnp.int32, square, 0) == lax.broadcasted_iota(
+                jnp.int32, square, 1
+            )
+            scale = _dot(diagonal.astype(scale.dtype), scale, 1, 1)
         totals = [0.0] * ROWS_AT_ONCE
-        for k in range(groups // SUBLANES):
+        for k in range(scale.shape[0] // SUBLANES):
             even, odd = e2m1_as_e5m2(tile.values[0, m, :, pl.ds(k * LANES, LANES)])
             sums = _dot(wide_ref[sub, k], jnp.concatenate([even, odd], axis=1), 1, 1)
             factor = scale[k * SUBLANES : (k + 1) * SUBLANES]
@@ -238,9 +256,9 @@ def grouped_product(
         weight: routing weights to multiply these with.
 
     Returns:
-        "output": f32[items + 1, M, rows, N], or with `swiglu` [items + 1, rows, N] in the dtype of x.
-        "input": f32[items + 1, rows, K], summed over M and N; FP4: even columns first.
-        Items that are not in use, the last one, and unused rows hold anything.
+        "output": f32[items, M, rows, N], or with `swiglu` [items, rows, N] in the dtype of x.
+        "input": f32[items, rows, K], summed over M and N; FP4: even columns first.
+        Items and rows that are not in use hold anything.
     """
     _, num, outer, width = stack.shape
     items, rows = x.shape[0], x.shape[-2]
@@ -255,7 +273,7 @@ def grouped_product(
         return expert[i], 0, jnp.where(i < total[0], j, steps - 1), 0
 
     def out_at(i, j, total):
-        return jnp.where(i < total[0], i, items), jnp.where(i < total[0], j, steps - 1)
+        return jnp.where(i < total[0], i, items - 1), jnp.where(i < total[0], j, steps - 1)
 
     names, arrays, specs = ["values"], [stack.values], []
     specs.append(pl.BlockSpec((1, num, block, stack.values.shape[-1]), tile_at))
@@ -270,8 +288,14 @@ def grouped_product(
     if stack.format == "mxfp4":
         groups = stack.scale.shape[-1]
         names.append("scale")
-        arrays.append(stack.scale)
-        specs.append(pl.BlockSpec((1, num, block, groups), tile_at))
+        if scale_lies_across(groups):
+            arrays.append(stack.scale.swapaxes(-1, -2))
+            specs.append(
+                pl.BlockSpec((1, num, groups, block), lambda *at: (*tile_at(*at)[:2], 0, tile_at(*at)[2]))
+            )
+        else:
+            arrays.append(stack.scale)
+            specs.append(pl.BlockSpec((1, num, block, groups), tile_at))
         if how == "decoded":
             names.append("spread")
             arrays.append(spreading(groups))
@@ -294,17 +318,17 @@ def grouped_product(
         specs.append(pl.BlockSpec((1, rows, 1), lambda i, j, expert, count, total: (used(i, total), 0, 0)))
     if axis == "input":
         body, name = _input_body, "grouped_matmul_input"
-        out_shape = jax.ShapeDtypeStruct((items + 1, rows, width), jnp.float32)
+        out_shape = jax.ShapeDtypeStruct((items, rows, width), jnp.float32)
         out_spec = pl.BlockSpec((1, rows, width), lambda i, j, e, c, total: (out_at(i, j, total)[0], 0, 0))
     elif swiglu is not None:
         body, name = _output_body, "grouped_matmul_swiglu"
-        out_shape = jax.ShapeDtypeStruct((items + 1, rows, outer), x.dtype)
+        out_shape = jax.ShapeDtypeStruct((items, rows, outer), x.dtype)
         out_spec = pl.BlockSpec(
             (1, rows, block), lambda i, j, e, c, total: (out_at(i, j, total)[0], 0, out_at(i, j, total)[1])
         )
     else:
         body, name = _output_body, "grouped_matmul_output"
-        out_shape = jax.ShapeDtypeStruct((items + 1, num, rows, outer), jnp.float32)
+        out_shape = jax.ShapeDtypeStruct((items, num, rows, outer), jnp.float32)
         out_spec = pl.BlockSpec(
             (1, num, rows, block),
             lambda i, j, e, c, total: (out_at(i, j, total)[0], 0, 0, out_at(i, j, total)[1]),

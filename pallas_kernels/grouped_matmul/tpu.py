@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.grouped_matmul import kernel_tpu, tuning_tpu
 from pallas_kernels.grouped_matmul.stored import Stack
-from pallas_kernels.grouped_matmul.work_items import WorkItems, gather_rows, of_pairs, sum_rows, work_items
+from pallas_kernels.grouped_matmul.work_items import WorkItems, of_pairs, sum_rows, token_rows, work_items
 from pallas_kernels.grouped_matmul.xla import Hidden
 
 
@@ -49,16 +49,16 @@ def expert_ffn_forward(
     rounding = options.hidden.round_weighted
     hidden = _product(
         options,
-        gather_rows(_columns_of(gate_up, x), items),
+        token_rows(_columns_of(gate_up, x), items),
         gate_up,
         first_expert,
         items,
         swiglu=options.hidden.limit,
         weight=None if rounding is None else place_weights,
-    )[:-1]
+    )
     if rounding is not None:
         hidden = rounding(hidden)
-    out = _product(options, _columns_of(down, hidden), _one(down), first_expert, items)[:-1, 0]
+    out = _product(options, _columns_of(down, hidden), _one(down), first_expert, items)[:, 0]
     return sum_rows(out, items, weights if rounding is None else None)
 
 
@@ -71,11 +71,13 @@ def expert_ffn_backward(
     # Gradients of weights want every expert among the items, to write its zeros.
     plain = "plain" in (gate_up.format, down.format)
     items = work_items(expert_ids, valid, **choice, every_expert=plain)
-    x_rows = gather_rows(x, items)
-    dy_rows = gather_rows(dy.astype(x.dtype), items)
+    # Rows that are not in use are multiplied with each other there: zeros add nothing to any gradient.
+    used = items.used[..., None]
+    x_rows = jnp.where(used, token_rows(x, items), 0)
+    dy_rows = jnp.where(used, token_rows(dy.astype(x.dtype), items), 0)
     weight = _at_places(weights, items)
 
-    both = _product(options, _columns_of(gate_up, x_rows), gate_up, first_expert, items)[:-1]
+    both = _product(options, _columns_of(gate_up, x_rows), gate_up, first_expert, items)
     hidden, pull = jax.vjp(lambda both, weight: _before(options.hidden, both, weight, x.dtype), both, weight)
     after = options.hidden.after(weight)[..., None]
     # Unweighted, it gives the routing weight's gradient too: dy . (W2 h) = (W2^T dy) . h
@@ -83,10 +85,10 @@ def expert_ffn_backward(
     d_both, d_weight = pull(d_hidden * after)
     if options.hidden.round_weighted is None:
         d_weight = (d_hidden * hidden).sum(axis=-1)
-    d_both = jnp.where(items.used[:, None, :, None], d_both, 0).astype(x.dtype)
+    d_both = jnp.where(used[:, None], d_both, 0).astype(x.dtype)
     d_x = _columns_back(gate_up, _pull(options, d_both, gate_up, first_expert, items))
 
-    weighted = jnp.where(items.used[..., None], hidden * after, 0).astype(x.dtype)
+    weighted = jnp.where(used, hidden * after, 0).astype(x.dtype)
     d_down = _weight_gradient(options, dy_rows[:, None], weighted, _one(down), first_expert, items)
     return (
         sum_rows(d_x, items).astype(x.dtype),
@@ -156,7 +158,7 @@ def _pull(options: Options, rows, stack: Stack, first_expert, items: WorkItems):
     return kernel_tpu.grouped_product(
         rows, stack, items.expert + first_expert, items.count, items.total, axis="input",
         blocks=_blocks(options, "input", rows.shape[-2], stack, rows), interpret=options.interpret,
-    )[:-1]  # fmt: skip
+    )  # fmt: skip
 
 
 def _weight_gradient(options: Options, d, rows, stack: Stack, first_expert, items: WorkItems):

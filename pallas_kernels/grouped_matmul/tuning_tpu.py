@@ -14,7 +14,7 @@ LANES = 128
 ROWS_AT_ONCE = 4
 """Rows that meet FP4 weights in one pass over them ("masked rows")."""
 FEW_ROWS = 16
-"""Of an item, up to which FP4 sums are scaled instead of FP4 weights; also the smallest item."""
+"""Of an item, up to which FP4 sums are scaled instead of FP4 weights."""
 MOST_ROWS = 256
 VMEM_BUDGET = 44 * 2**20
 """Bytes for the buffers named below."""
@@ -65,9 +65,9 @@ class ItemBlocks:
 
 
 def choose_rows(num_pairs: int, num_experts: int) -> int:
-    """The power of two at or above 5/4 of the mean pairs of an expert, in FEW_ROWS .. MOST_ROWS."""
-    rows = FEW_ROWS
-    while rows < min(1.25 * num_pairs / num_experts, MOST_ROWS):
+    """A power of two in 8 .. MOST_ROWS that few experts exceed if routing is even."""
+    rows = 8
+    while rows < min(1.25 * num_pairs / num_experts + 4, MOST_ROWS):
         rows *= 2
     return rows
 

@@ -15,7 +15,7 @@ from pallas_kernels.grouped_matmul.routing import sort_pairs
 
 
 class WorkItems(NamedTuple):
-    """Items of no expert stand behind `total`; they repeat the expert of the last one in use.
+    """Items that are not in use stand behind `total`, the last one always; they repeat the last expert.
 
     Attributes:
         expert: i32[items] 0 .. E-1.
@@ -39,9 +39,9 @@ class WorkItems(NamedTuple):
 
 
 def most_items(num_pairs: int, num_experts: int, rows: int, *, every_expert: bool) -> int:
-    """The length of the list: no routing needs more."""
+    """The length of the list: no routing needs more, and one is left over."""
     partly_filled = num_experts if every_expert else min(num_pairs, num_experts)
-    return max(1, partly_filled + num_pairs // rows)
+    return partly_filled + num_pairs // rows + 1
 
 
 def work_items(
@@ -88,11 +88,9 @@ def work_items(
     return WorkItems(expert, count, total.reshape(1).astype(jnp.int32), pair, place, routed)
 
 
-def gather_rows(x: Array, items: WorkItems) -> Array:
-    """[items, rows, C]: the token's row at every place in use, zeros at the others."""
-    top_k = items.place.shape[1]
-    rows = x.at[lax.div(items.pair, top_k)].get(mode="promise_in_bounds")
-    return jnp.where(items.used[..., None], rows, 0)
+def token_rows(x: Array, items: WorkItems) -> Array:
+    """[items, rows, C]: the token's row at every place in use, any token's at the others."""
+    return x.at[lax.div(items.pair, items.place.shape[1])].get(mode="promise_in_bounds")
 
 
 def sum_rows(rows: Array, items: WorkItems, weights: Array | None = None) -> Array:
