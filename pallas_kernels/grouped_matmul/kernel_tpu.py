@@ -340,8 +340,6 @@ def grouped_product(
         wide = (rows // ROWS_AT_ONCE, width // (2 * LANES), ROWS_AT_ONCE * SUBLANES, 2 * LANES)
         scratch["wide"] = pltpu.VMEM(wide, x.dtype)
         scratch["plain_rows"] = pltpu.VMEM((rows, width), jnp.float32)
-    # Laid-out rows and sums are kept from step to step of an item.
-    keeps = axis == "input" or how == "masked rows"
     matrix_bytes = num * block * (stack.values.shape[-1] * stack.values.dtype.itemsize) * steps
     return pl.pallas_call(
         functools.partial(body, names=[*names, "out", *scratch], product=product),
@@ -354,8 +352,7 @@ def grouped_product(
         ),
         out_shape=out_shape,
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("arbitrary", "arbitrary" if keeps else "parallel"),
-            vmem_limit_bytes=VMEM_LIMIT,
+            dimension_semantics=("arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * items * rows * num * outer * width,
