@@ -107,6 +107,8 @@ class MixtureOfExperts(nnx.Module):
             round_hidden=round_hidden,
             gate_up_scale=scale(gate_up),
             down_scale=scale(down),
+            impl="xla" if self.policy.kernels == "xla" else "pallas",
+            interpret=self.policy.interpret,
         )
         y = routed + self.shared(tokens).astype(jnp.float32)
         return y.astype(x.dtype).reshape(x.shape), routing

@@ -28,6 +28,7 @@ KERNEL_FAMILIES = (
     "decode_attention",
     "linear_cross_entropy",
     "block_matmul",  # with native FP8 weights
+    "grouped_matmul",  # the routed experts, weights in any format
 )
 """Operations that have a Pallas kernel; all others run on XLA whatever the choice."""
 
@@ -70,8 +71,7 @@ class Policy:
 
     def implementations(self) -> dict[str, str]:
         """Operation -> what computes it, for every operation with a choice."""
-        experts = {"grouped_matmul": "xla"}
-        return dict.fromkeys(KERNEL_FAMILIES, self.kernels) | experts
+        return dict.fromkeys(KERNEL_FAMILIES, self.kernels)
 
     @staticmethod
     def of(

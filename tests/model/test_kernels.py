@@ -100,8 +100,9 @@ def test_kernels_are_what_runs(models):
     tokens = tokens_of(0)
     calls = [str(jax.make_jaxpr(model.logits)(tokens)).count("pallas_call[") for model in models]
     assert calls[0] == 0
-    # Each layer: pre, post_pre, post; attention; compressors and selection of HCA and CSA; the collapse.
-    assert calls[1] == 3 * 4 + 1 + 2 + 1 + 1
+    # Each layer: pre, post_pre, post; attention; experts (gate and up, down). Compressors and selection of
+    # HCA and CSA; the collapse.
+    assert calls[1] == 3 * (4 + 2) + 1 + 2 + 1 + 1
 
 
 def test_packed_sequences(models):
