@@ -8,14 +8,17 @@ channels, Di = 128), ratios 4 and 128, window 128, top-k 512, one layer of each 
 and key of a CSA layer are exactly 584 + 68 bytes in fp8+mxfp4, and bytes a token follow a release's formula
 with n_CSA = n_HCA = 1. Step times are of this tiny model on a CPU: only their growth means something.
 
-A prefill of 2^20 tokens would take hours here, so the cache is filled synthetically: random entries and keys
-of unit variance (what RMSNorm gives), stored on each format's own grid, random rows in the rings, then the
+A prefill of 2^20 tokens takes longer than half an hour here (the record estimates it from measured chunks),
+so the cache is filled synthetically: random entries and keys of unit variance (what RMSNorm gives), stored on
+each format's own grid, random rows in the rings, then the
 length is set. `tests/experiments/test_long_context.py` compares such a cache with a real prefill at a small
 length: the same tree, shapes, dtypes and bytes, and the same rows written. Steps then decode as always.
 """
 
 import dataclasses
 import functools
+import itertools
+import os
 import statistics
 import time
 from pathlib import Path
@@ -34,7 +37,7 @@ from dsv4_jax.model.initial import Network
 from dsv4_jax.numerics import cache_formats
 from dsv4_jax.numerics.cache_formats import CACHE_FORMATS, CacheFormat, Stored
 from dsv4_jax.numerics.policy import Policy
-from experiments import study_record
+from experiments import long_context_terms, study_record
 
 KINDS = ("window", "csa", "hca")
 ENTRY_BYTES = {"plain": 512 * 4, "fp8+fp8": 584, "fp8+mxfp4": 584}
@@ -52,6 +55,8 @@ class Options:
     steps: int = 2
     """Decoded tokens a run; a run ends at its context."""
     runs: int = 7
+    prefill_chunk: int = 256
+    """Tokens of a prefill chunk; one is timed at every context, in the first format."""
     by_kind: bool = True
     """Also models with one layer of one kind, in the first format: which one grows."""
     out: Path = Path("experiments/results/long_context.json")
@@ -150,21 +155,22 @@ def _with_random_rows(stored: Stored, key: jax.Array, count: int, width: int | N
 
 
 def decode_step(network: Network, parameters, cache: Cache, token: jax.Array) -> tuple[jax.Array, Cache]:
-    """Appends i32[1, 1] and scores the next token; greedy decoding without the choice."""
+    """Appends i32[1, T] and scores what follows the first; T = 1: greedy decoding without the choice."""
     model = network.holding(parameters)
-    after = model(spans.appended(token, cache.length, jnp.ones_like(cache.length)), cache)
+    num_valid = jnp.full_like(cache.length, token.shape[1])
+    after = model(spans.appended(token, cache.length, num_valid), cache)
     return model.logits(model.hidden(after.streams))[:, 0], after.cache
 
 
 class Decoder:
     """A compiled step and a full cache, replayed at any context: only the length moves."""
 
-    def __init__(self, kinds: tuple[str, ...], format: CacheFormat, capacity: int) -> None:
+    def __init__(self, kinds: tuple[str, ...], format: CacheFormat, capacity: int, chunk: int = 1) -> None:
         self.config = tiny_model(kinds)
         model = LanguageModel.random(self.config, Policy.of("float32", cache=format))
         self.parameters = model.parameters
         self.cache = filled(model.new_cache(1, capacity), self.config, format, capacity)
-        self.token = jnp.zeros((1, 1), jnp.int32)
+        self.token = jnp.zeros((1, chunk), jnp.int32)
         step = jax.jit(decode_step, static_argnums=0, donate_argnums=2)
         network = Network(self.config, model.policy)
         self.step = step.lower(network, self.parameters, self.cache, self.token).compile()
@@ -174,37 +180,57 @@ class Decoder:
         """What a step allocates beside the cache it updates in place."""
         return self.step.memory_analysis().temp_size_in_bytes
 
-    def run(self, context: int, steps: int) -> float:
-        """Seconds of one step, mean over `steps`; the last one makes the context full."""
+    def run(self, context: int, steps: int) -> tuple[float, float]:
+        """Seconds of one step by the clock, and of all cores; means. The last step makes the context full."""
         # Donated buffers must not alias: each length is an array of its own.
-        length = jnp.full((1,), context - steps - 1, jnp.int32)
+        length = jnp.full((1,), context - (steps + 1) * self.token.shape[1], jnp.int32)
         cache = dataclasses.replace(self.cache, length=length, written=jnp.copy(length))
         # Not timed: the step after another decoder's finds cold caches and returned memory.
         logits, cache = self.step(self.parameters, cache, self.token)
         jax.block_until_ready(logits)
-        start = time.perf_counter()
+        start, start_cpu = time.perf_counter(), time.process_time()
         for _ in range(steps):
             logits, cache = self.step(self.parameters, cache, self.token)
         jax.block_until_ready(logits)
-        taken = time.perf_counter() - start
+        taken, cpu = time.perf_counter() - start, time.process_time() - start_cpu
         if not bool(jnp.isfinite(logits).all()):
             raise FloatingPointError(f"logits at context {context} are not finite")
         self.cache = cache
-        return taken / steps
+        return taken / steps, cpu / steps
 
 
-def step_times(decoders: dict[str, Decoder], options: Options) -> dict[str, dict[int, float]]:
-    """Median milliseconds of a step by decoder and context; every run visits all of them in turn."""
-    taken: dict[str, dict[int, list[float]]] = {
-        name: {context: [] for context in options.contexts} for name in decoders
-    }
+def step_times(decoders: dict[str, Decoder], options: Options) -> dict[str, dict[str, dict[str, float]]]:
+    """Milliseconds of a step: "clock" (the fastest run) and "cpu" (the median) -> decoder -> context.
+
+    Every run visits all decoders in turn. On a shared machine the fastest run was disturbed least.
+    """
+    taken = {name: {context: [] for context in options.contexts} for name in decoders}
     for run in range(options.runs + 1):
         for name, decoder in decoders.items():
             for context in options.contexts:
                 seconds = decoder.run(context, options.steps)
                 if run:  # the first touches memory for the first time
-                    taken[name][context].append(1000 * seconds)
-    return {name: {c: statistics.median(t) for c, t in by.items()} for name, by in taken.items()}
+                    taken[name][context].append([1000 * x for x in seconds])
+
+    def summary(choose, which: int) -> dict[str, dict[str, float]]:
+        return {
+            name: {str(c): choose([run[which] for run in runs]) for c, runs in by.items()}
+            for name, by in taken.items()
+        }
+
+    return {"clock": summary(min, 0), "cpu": summary(statistics.median, 1)}
+
+
+def prefill_seconds(chunk_seconds: dict[int, float], chunk: int) -> float:
+    """CPU time of a whole prefill up to the last context, from that of one chunk at each.
+
+    A chunk's time is taken as straight lines between the measured contexts, and as the first one's before it.
+    """
+    contexts = sorted(chunk_seconds)
+    total = chunk_seconds[contexts[0]] * contexts[0]
+    for low, high in itertools.pairwise(contexts):
+        total += (chunk_seconds[low] + chunk_seconds[high]) / 2 * (high - low)
+    return total / chunk
 
 
 # ---- record ----------------------------------------------------------------------------------------------
@@ -239,13 +265,14 @@ def markdown(record: dict[str, Any]) -> str:
     ]
     contexts = [str(context) for context in record["options"]["contexts"]]
     times = [
-        [name, *(f"{by[context]:.2f}" for context in contexts)]
-        for name, by in record["step_milliseconds"].items()
+        [name, *(f"{clock[c]:.2f} / {record['cpu_milliseconds'][name][c]:.2f}" for c in contexts)]
+        for name, clock in record["step_milliseconds"].items()
     ]
     capacity = record["options"]["capacity"]
-    return (
+    text = (
         "# A long context on one machine\n\n"
-        f"{record['date']}, {record['machine']}, jax {record['jax']}, `{record['command']}`\n\n"
+        f"{record['date']}, {record['machine']}, jax {record['jax']}, `{record['command']}`; "
+        f"load average {record['load_average']:.1f} at the start (an idle machine: 0).\n\n"
         f"One layer of each kind, released entry geometry and ratios, everything else tiny; capacity "
         f"{capacity:,} tokens, float32 compute. **Synthetic fill**: random entries on each format's grid, "
         "then the length is set; the decoded steps are real.\n\n"
@@ -260,9 +287,28 @@ def markdown(record: dict[str, Any]) -> str:
             ],
             bytes_rows,
         )
-        + f"\nMilliseconds of one decode step by context, medians of {record['options']['runs']} alternating "
-        f"runs of {record['options']['steps']} steps. One layer of each kind unless named alone.\n\n"
+        + "\nMilliseconds of one decode step by context: by the clock (fastest of "
+        f"{record['options']['runs']} alternating runs of {record['options']['steps']} steps) / CPU time "
+        "(median). One layer of each kind unless named alone.\n\n"
         + study_record.table(["model", *(f"{int(c):,} tokens" for c in contexts)], times)
+    )
+    if growth := record.get("growth"):
+        text += "\n" + long_context_terms.explained(growth, record["cpu_milliseconds"][growth["format"]])
+    if prefill := record.get("prefill"):
+        text += "\n" + prefill_text(prefill)
+    return text
+
+
+def prefill_text(prefill: dict[str, Any]) -> str:
+    """What a real prefill would take."""
+    chunk = prefill["chunk"]
+    rates = ", ".join(
+        f"{chunk / seconds:,.0f} at {int(context):,}" for context, seconds in prefill["chunk_seconds"].items()
+    )
+    return (
+        f"Prefill, {prefill['format']}: a chunk of {chunk} tokens that ends at a context, tokens a second of "
+        f"CPU time: {rates}. **Extrapolated**, with straight lines between these: "
+        f"{prefill['seconds'] / 60:.0f} minutes of CPU time for all {int(prefill['context']):,} tokens.\n"
     )
 
 
@@ -271,7 +317,9 @@ def main(options: Options) -> None:
     console = Console()
     record = study_record.stamp("python -m experiments.long_context")
     shown = {name: value for name, value in dataclasses.asdict(options).items() if name != "out"}
-    record |= {"options": shown, "bytes": [], "step_milliseconds": {}}
+    record |= {"options": shown, "load_average": os.getloadavg()[0], "bytes": []}
+    record |= {"step_milliseconds": {}, "cpu_milliseconds": {}}
+    config, first = tiny_model(), options.formats[0]
 
     def measure(groups: dict[str, tuple[tuple[str, ...], CacheFormat]], count_bytes: bool) -> None:
         decoders = {name: Decoder(*chosen, options.capacity) for name, chosen in groups.items()}
@@ -280,15 +328,44 @@ def main(options: Options) -> None:
                 measured_bytes(decoders[name], format, options.capacity)
                 for name, (_, format) in groups.items()
             ]
-        for name, by in step_times(decoders, options).items():
-            record["step_milliseconds"][name] = {str(context): value for context, value in by.items()}
+        times = step_times(decoders, options)
+        record["step_milliseconds"] |= times["clock"]
+        record["cpu_milliseconds"] |= times["cpu"]
         study_record.write(options.out, record, markdown(record))
         console.print(markdown(record))
+        if count_bytes:
+            explain(decoders[first].cache)
+
+    def explain(cache: Cache) -> None:
+        of_key = {"key": KEY_BYTES[first], "entry": ENTRY_BYTES[first]}
+        read = {c: long_context_terms.bytes_read(config, c, **of_key) for c in options.contexts}
+        record["growth"] = {
+            "format": first,
+            "runs": options.runs,
+            "milliseconds": long_context_terms.term_milliseconds(
+                config, cache, options.contexts, options.runs
+            ),
+            "bytes": {
+                name: {str(c): by[name] for c, by in read.items()} for name in read[options.contexts[0]]
+            },
+        }
+        study_record.write(options.out, record, markdown(record))
 
     measure({format: (KINDS, format) for format in options.formats}, True)
+    chunk = options.prefill_chunk
+    decoder = Decoder(KINDS, first, options.capacity, chunk)
+    by_context = {c: min(decoder.run(c, 1)[1] for _ in range(2)) for c in options.contexts if c >= 2 * chunk}
+    record["prefill"] = {
+        "format": first,
+        "chunk": chunk,
+        "chunk_seconds": {str(c): seconds for c, seconds in by_context.items()},
+        "context": max(by_context),
+        "seconds": prefill_seconds(by_context, chunk),
+    }
+    study_record.write(options.out, record, markdown(record))
+    console.print(prefill_text(record["prefill"]))
     if options.by_kind:
-        format = options.formats[0]
-        measure({f"{kind} alone, {format}": ((kind,), format) for kind in KINDS}, False)
+        measure({f"{kind} alone, {first}": ((kind,), first) for kind in KINDS}, False)
     console.print(f"written: {options.out} and .md")
 
 

@@ -50,8 +50,12 @@ def softmax_attention(
 
 def _sink_softmax(q, keys, visible, sink):
     """Unnormalised weights f32[B, c, H, K] and their sum, the sink included, f32[B, c, H, 1]."""
-    logits = jnp.einsum("bchd,bkd->bchk", q, keys, preferred_element_type=jnp.float32)
-    logits = jnp.where(visible[:, :, None], logits * q.shape[-1] ** -0.5, -jnp.inf)
+    batch, count, heads, width = q.shape
+    # With a head's dimension of its own XLA:CPU multiplies by a transposed copy of the keys.
+    flat = q.reshape(batch, count * heads, width)
+    logits = jnp.einsum("bnd,bkd->bnk", flat, keys, preferred_element_type=jnp.float32)
+    logits = logits.reshape(batch, count, heads, -1)
+    logits = jnp.where(visible[:, :, None], logits * width**-0.5, -jnp.inf)
     top = jax.lax.stop_gradient(jnp.maximum(logits.max(axis=-1), sink))[..., None]
     weight = jnp.exp(logits - top)
     return weight, weight.sum(axis=-1, keepdims=True) + jnp.exp(sink[:, None] - top)

@@ -83,12 +83,14 @@ def read(stored: Stored, dtype: jax.typing.DTypeLike) -> Float[Array, "*rows wid
     """What `store_entries` or `store_keys` stored."""
     if isinstance(stored, Fp8Entries):
         still = stored.values.shape[-1]
-        groups = cdiv(still, qat.ENTRY_GROUP)
-        padded = _padded(stored.values, groups * qat.ENTRY_GROUP)
-        values = _scaled(formats.e4m3_value(padded), stored.scales[..., :groups], dtype)[..., :still]
+        width = still + stored.rotary.shape[-1]
+        scale = jnp.repeat(formats.scale_value(stored.scales), qat.ENTRY_GROUP, axis=-1)[..., :still]
+        values = formats.e4m3_value(_padded(stored.values, width)) * _padded(scale, width)
         # A bfloat16 number is the upper half of a float32.
-        rotary = jax.lax.bitcast_convert_type(stored.rotary.astype(jnp.uint32) << 16, jnp.float32)
-        return jnp.concatenate([values, rotary.astype(dtype)], axis=-1)
+        bits = jnp.pad(stored.rotary, [(0, 0)] * (stored.rotary.ndim - 1) + [(still, 0)])
+        rotary = jax.lax.bitcast_convert_type(bits.astype(jnp.uint32) << 16, jnp.float32)
+        # A choice is one loop over the result; joining the two parts would first make each of them.
+        return jnp.where(jnp.arange(width) < still, values, rotary).astype(dtype)
     if isinstance(stored, Fp8Keys):
         return (formats.e4m3_value(stored.values) * stored.scales).astype(dtype)
     if isinstance(stored, Mxfp4Keys):

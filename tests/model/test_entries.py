@@ -1,0 +1,116 @@
+"""Entries and keys read out of long stacks: the values of whole ones, the work of the rows read."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from dsv4_jax import language_model as compiled
+from dsv4_jax.config import tiny
+from dsv4_jax.model import indexer
+from dsv4_jax.model.cache import new_cache
+from dsv4_jax.model.entries import Entries
+from dsv4_jax.model.initial import Network
+from dsv4_jax.numerics import cache_formats, formats
+from dsv4_jax.numerics.cache_formats import CACHE_FORMATS
+from dsv4_jax.numerics.policy import Policy
+from tests.model.test_compile import abstract_decode
+
+QUANTISED = CACHE_FORMATS[1:]
+
+
+def draw(*shape, seed=1):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+def test_every_byte_is_its_e4m3_number():
+    codes = np.arange(256, dtype=np.uint8)
+    want = codes.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    got = np.asarray(jax.jit(formats.e4m3_value)(codes))
+    np.testing.assert_array_equal(got, want)  # NaN equals NaN
+    np.testing.assert_array_equal(np.signbit(got[128:255]), np.ones(127, bool))  # also of -0
+
+
+def test_halves_are_even_and_odd_numbers():
+    packed = np.arange(256, dtype=np.uint8)
+    both = formats.e2m1_value(formats.unpack_nibbles(packed))
+    for got, want in zip(formats.e2m1_halves(packed), (both[0::2], both[1::2]), strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("cache_format", QUANTISED)
+def test_numbers_are_the_stored_bits(cache_format):
+    """What kernels are given reads as what the model reads."""
+    stored = cache_formats.store_entries(draw(2, 3, 512), cache_format, 64)
+    kernels_own = cache_formats.numbers(stored)
+    assert (kernels_own.values.dtype, kernels_own.rotary.dtype) == (jnp.float8_e4m3fn, jnp.bfloat16)
+    read = np.asarray(cache_formats.read(stored, jnp.float32))
+    scale = np.repeat(np.asarray(formats.scale_value(kernels_own.scales)), 64, axis=-1)[..., :448]
+    np.testing.assert_array_equal(read[..., :448], kernels_own.values.astype(jnp.float32) * scale)
+    np.testing.assert_array_equal(read[..., 448:], kernels_own.rotary.astype(jnp.float32))
+
+
+@pytest.mark.parametrize("cache_format", CACHE_FORMATS)
+def test_chosen_entries_are_those_of_the_prefix(cache_format):
+    stack = cache_formats.store_entries(draw(3, 2, 40, 96), cache_format, 16)
+    entries = Entries(stack, jnp.int32(1))
+    index = jnp.asarray([[0, 31, 7, 7], [30, 1, 0, 31]], jnp.int32)
+    whole = np.asarray(entries.prefix(32, jnp.float32))
+    got = np.asarray(entries.chosen(index, 32, jnp.float32))
+    np.testing.assert_array_equal(got, whole[np.arange(2)[:, None], index])
+    assert len(np.unique(got[0, :3], axis=0)) == 3
+
+
+@pytest.mark.parametrize("cache_format", CACHE_FORMATS)
+@pytest.mark.parametrize("size", [64, 65, 190, 200])
+def test_scores_in_pieces(cache_format, size, monkeypatch):
+    """A piece at a time, the last one moved back, gives the scores of all decoded keys at once."""
+    q, weights = draw(2, 3, 5, 32), draw(2, 3, 5, seed=2)
+    keys = Entries(cache_formats.store_keys(draw(2, 2, 200, 32, seed=3), cache_format), jnp.int32(1))
+    monkeypatch.setattr(indexer, "KEYS_AT_ONCE", 64)
+    got = jax.jit(lambda q, weights, keys: indexer.index_scores(q, weights, keys, size))(q, weights, keys)
+    read = np.asarray(keys.prefix(size, jnp.float32), np.float64)
+    dots = np.maximum(np.einsum("bthd,bsd->bths", np.asarray(q, np.float64), read), 0)
+    np.testing.assert_allclose(got, (dots * np.asarray(weights)[..., None]).sum(2), rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture(scope="module", params=QUANTISED)
+def long_decode(request):
+    """A decode step over 2^16 tokens, compiled: its memory, its text, entries and width of the CSA layer."""
+    config = tiny(
+        4,
+        attention_kinds=("csa", "hca"),
+        router_kinds=("learned", "learned"),
+        max_position_embeddings=2**16,
+        head_dim=96,
+        qk_rope_head_dim=16,
+        index_head_dim=32,
+        index_topk=8,
+        csa_ratio=4,
+        hca_ratio=128,
+        num_nextn_predict_layers=0,
+    )
+    policy = Policy.of("float32", cache=request.param)
+    network = Network(config, policy)
+    _, *others = abstract_decode(config, batch=1)
+    cache = jax.eval_shape(
+        lambda: new_cache(config, 1, 2**16, policy.cache_dtype, format=policy.cache_format)
+    )
+    program = compiled._decode.lower(network, network.shapes(), cache, *others).compile()
+    return program.memory_analysis(), program.as_text(), 2**16 // 4, config.head_dim
+
+
+def test_a_quantised_decode_step_never_holds_its_entries_decoded(long_decode):
+    memory, _, num_entries, width = long_decode
+    assert memory.temp_size_in_bytes < num_entries * width * 4 / 4
+
+
+def test_no_stack_of_bits_becomes_numbers(long_decode):
+    """Not even inside a loop that is fused with its update, which would need no memory."""
+    _, text, num_entries, _ = long_decode
+    assert re.search(rf"\bu8\[1,1,{num_entries},80\]", text)  # the stack is there under this shape
+    shapes = re.findall(rf"\b((?:bf|f)\w+)\[1,1,{num_entries},(\d+)\]", text)
+    assert {(dtype, width) for dtype, width in shapes if width != "1"} == set()  # width 1: float32 scales
