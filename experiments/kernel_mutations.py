@@ -101,7 +101,9 @@ def run_tests(root: Path, family: str, timeout_seconds: float) -> Outcome:
     """The default tests of a family in a copy of the tree, up to the first failure."""
     # The copy comes first on the path, and no byte code outlives the text it was made from.
     environment = os.environ | {"PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "300"}
-    file = f"tests/kernels/test_{family}.py"
+    # A family that also computes without kernels keeps the tests of these in a file of their own.
+    names = (f"tests/kernels/test_{family}_tpu.py", f"tests/kernels/test_{family}.py")
+    file = next((name for name in names if (root / name).exists()), names[-1])
     options = ["-x", "-q", "-p", "no:cacheprovider", "-k", LEFT_OUT]
     start = time.perf_counter()
     try:

@@ -75,20 +75,28 @@ def expert_ffn(
         the hidden activation is rounded to the dtype of `x` in between. A token's experts are added in
         ascending expert order. Within 1e-5 (relative to max |y|) of the reference in float32: only the
         order of sums differs; within 1e-2 in bfloat16: a hidden value may round the other way.
-        Quantised weights give every bit that the numbers they stand for give with the same `blocks`.
+        Quantised weights give every bit that the numbers they stand for give with the same `blocks` ("xla").
+        "pallas" decodes exactly too, tile by tile, but adds in another order: FP4 its even columns first
+        (bfloat16 rows of few: in groups of 32, each sum times its scale), FP8 in groups of 128. There FP4
+        scales must not exceed code 240 (2^113), and gradients of bfloat16 rows are rounded to bfloat16
+        before each product. On a TPU, E5M2 subnormals (+-0.5 and 0 of FP4) must reach the matrix unit.
     Gradients: w.r.t. x, gate_up, down and weights, each in its operand's dtype, summed in float32 in sorted
         order (deterministic). Saves the operands only; hidden activations are recomputed. Weight
         gradients have the shape of the stack: slice a layer yourself where gradients are wanted.
         Quantised matrices have none (zeros); x, weights and the other matrix have theirs all the same.
     Cost: 6 * P * D * F FLOP for P valid pairs, rounded up to whole blocks an expert, and 3 * D * F weights
         (1/2 + 1/32 byte each in FP4, 1 in FP8) read once an expert in use; backward 16 * P * D * F.
-        Memory: `tuning.ExpertBlocks.workspace_bytes`.
+        Memory: `tuning.ExpertBlocks.workspace_bytes`. "pallas": weights are read once for every item, that
+        is an expert's pairs up to `tuning_tpu.choose_rows` of them (in decode: once), from where they lie;
+        beside them about 2 R (D b + F b) + 4 R D bytes move for R places, b bytes a number of x, R = rows *
+        (min(P, E) + P / rows + 1). VMEM: `tuning_tpu.ItemBlocks.vmem_bytes`.
     Sharding: T may be split freely. Experts may be split: give each device its slice of the stack and ids
         relative to it (foreign ids contribute nothing), and sum the results. F may be split likewise.
         D must be whole. Scales are split like what they scale: FP8 in whole blocks of 128, FP4 of 32.
     Raises:
-        ValueError: for shapes, dtypes and scales that do not fit, an unknown impl, or too many pairs for
-            int32 sort keys; all problems at once.
+        ValueError: for shapes, dtypes, scales and blocks that do not fit, an unknown impl, or too many pairs
+            for int32 sort keys; for "pallas" also float16, and FP4 matrices without a multiple of 32 outputs;
+            all problems at once.
     """
     num_experts = gate_up.shape[0] if num_experts is None else num_experts
     operands = _Operands(
