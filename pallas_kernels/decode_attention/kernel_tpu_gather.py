@@ -2,8 +2,12 @@
 
 Layout: one query a grid step, its heads are the rows. A row of 32-bit numbers can be copied on its own; rows
 of bfloat16 are stored as pairs in 32-bit words, so the pair (2i, 2i + 1) comes whole, as one row of words,
-and the half that was chosen is taken from it. The cache stays where and as it is. While a query is worked on,
-the rows of the next one are on their way.
+and the half that was chosen is taken from it. The cache stays where and as it is.
+
+Starting the copies is most of the work, and it is work of the scalar unit alone. So a grid step goes through
+its query's chunks in one piece of straight code: wait for the chunk, compute it, start the same chunk of the
+next query into the same place. The compiler starts copies while it computes, and as every place is known to
+it, a start costs little more than the address of its row.
 """
 
 import functools
@@ -16,6 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.arithmetic import cdiv
 from pallas_kernels.decode_attention import online_softmax, stored, visibility
+from pallas_kernels.decode_attention.online_softmax import Softmax
 from pallas_kernels.decode_attention.tuning import LANES, ROWS_UNROLLED, VMEM_LIMIT, Geometry
 
 
@@ -36,9 +41,8 @@ def chosen_rows(words: jax.Array, index: jax.Array) -> jax.Array:
 
 def _body(
     g: Geometry,
-    count: int,
     repeat_ref,
-    own_ref,
+    first_ref,
     next_ref,
     q_ref,
     view_ref,
@@ -48,41 +52,55 @@ def _body(
     *refs,
 ) -> None:
     *ring_refs, o_ref, lse_ref, fetched_ref, arrived = refs
-    step, num_steps = pl.program_id(0), pl.num_programs(0)
-    slot = jax.lax.rem(step, 2)
+    step, steps = pl.program_id(0), g.batch * g.queries
+    num_chunks, chunk_rows, _ = fetched_ref.shape
     words = entries_ref if entries_ref.dtype == jnp.float32 else entries_ref.bitcast(jnp.uint32)
 
-    def fetch(of_step: jax.Array, row_ref, into: jax.Array) -> None:
+    def start(row_ref, of_step: jax.Array, chunk, first, count: int) -> None:
+        """The copies of some rows of a chunk of a query. All but their number may be traced."""
         source = words.at[repeat_ref[0], jax.lax.div(of_step, g.queries)]
+        for k in range(count):
+            row = row_ref[0, 0, chunk * chunk_rows + first + k]
+            pltpu.make_async_copy(
+                source.at[pl.ds(row, 1)], fetched_ref.at[chunk, pl.ds(first + k, 1)], arrived.at[chunk]
+            ).start()
 
-        @pl.loop(0, count // ROWS_UNROLLED)
-        def _(chunk):
-            for k in range(ROWS_UNROLLED):
-                row = row_ref[0, 0, chunk * ROWS_UNROLLED + k]
-                pltpu.make_async_copy(
-                    source.at[pl.ds(row, 1)], fetched_ref.at[into, chunk, pl.ds(k, 1)], arrived.at[into]
-                ).start()
+    def wait(chunk: int) -> None:
+        """For all rows of a chunk at once: a semaphore counts bytes."""
+        rows = fetched_ref.at[chunk]
+        pltpu.make_async_copy(rows, rows, arrived.at[chunk]).wait()
+
+    def attend(state: Softmax, tile: visibility.Visible) -> Softmax:
+        (state,) = online_softmax.attend([state], [q_ref[0]], [[tile]])
+        return state
 
     @pl.when(step == 0)
     def _():
-        fetch(step, own_ref, slot)
+        @pl.loop(0, num_chunks)
+        def _(chunk):
+            @pl.loop(0, chunk_rows // ROWS_UNROLLED)
+            def _(group):
+                start(first_ref, jnp.int32(0), chunk, group * ROWS_UNROLLED, ROWS_UNROLLED)
 
-    @pl.when(step + 1 < num_steps)
-    def _():
-        fetch(step + 1, next_ref, 1 - slot)
-
-    # One wait for all rows of the query: a semaphore counts bytes.
-    here = fetched_ref.at[slot]
-    pltpu.make_async_copy(here, here, arrived.at[slot]).wait()
-    index = index_ref[0]
-    keys = fetched_ref[slot].reshape(count, g.width)
-    if keys.dtype != q_ref.dtype:
-        keys = chosen_rows(keys, index)
     ring = stored.decoded_ring([ref[0] for ref in ring_refs], q_ref.dtype)
-    tiles = [visibility.ring_tile(ring, view_ref[0]), visibility.Visible(keys, index >= 0)]
-    (state,) = online_softmax.attend([online_softmax.from_sink(sink_ref[...], 1)], [q_ref[0]], [tiles])
+    state = attend(online_softmax.from_sink(sink_ref[...], 1), visibility.ring_tile(ring, view_ref[0]))
+    following = jnp.minimum(step + 1, steps - 1)
+    for chunk in range(num_chunks):
+        wait(chunk)
+        index, keys = index_ref[0, chunk : chunk + 1], fetched_ref[chunk]
+        if keys.dtype != q_ref.dtype:
+            keys = chosen_rows(keys, index)
+        state = attend(state, visibility.Visible(keys, index >= 0))
+        # The last step has no next query and starts its own again, for nobody: a condition here would part
+        # the copies from the arithmetic.
+        start(next_ref, following, chunk, 0, chunk_rows)
     o, lse = online_softmax.results(state)
     o_ref[0], lse_ref[0] = o.astype(o_ref.dtype), lse
+
+    @pl.when(step == steps - 1)
+    def _():
+        for chunk in range(num_chunks):
+            wait(chunk)
 
 
 def gather(
@@ -102,19 +120,18 @@ def gather(
     Args:
         q: [B * T, H, Dh]; view: i32[B * T, 1, 4], see `visibility.views`; ring: [R, B, M, Dh] or fp8;
         sink: f32[H, 1]; repeat: i32[1]; entries: [R, B, S, Dh];
-        index: i32[B * T, 1, K] in -1 .. S - 1, K a multiple of ROWS_UNROLLED.
+        index: i32[B * T, chunks, chunk] in -1 .. S - 1, chunk a multiple of ROWS_UNROLLED.
     """
-    count, together = index.shape[2], rows_a_copy(q.dtype)
-    row = jax.lax.div(jnp.maximum(index, 0), together)
-    steps = g.batch * g.queries
+    (steps, num_chunks, chunk), together = index.shape, rows_a_copy(q.dtype)
+    count = num_chunks * chunk
+    row = jax.lax.div(jnp.maximum(index, 0), together).reshape(steps, 1, count)
     words = jnp.float32 if together == 1 else jnp.uint32
 
-    def per_query(*shape, memory=pltpu.VMEM, ahead=0):
-        return pl.BlockSpec(
-            (1, *shape),
-            lambda i, _: (jnp.minimum(i + ahead, steps - 1), *(0 for _ in shape)),
-            memory_space=memory,
-        )
+    def per_query(*shape):
+        return pl.BlockSpec((1, *shape), lambda i, _: (i, *(0 for _ in shape)))
+
+    def rows(query):
+        return pl.BlockSpec((1, 1, count), lambda i, _: (query(i), 0, 0), memory_space=pltpu.SMEM)
 
     def own_ring(part):
         return pl.BlockSpec(
@@ -124,24 +141,24 @@ def gather(
     rings = stored.ring_parts(ring)
     keys = steps * (g.slots + together * count)
     return pl.pallas_call(
-        functools.partial(_body, g, count),
+        functools.partial(_body, g),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(steps,),
             in_specs=[
-                per_query(1, count, memory=pltpu.SMEM),
-                per_query(1, count, memory=pltpu.SMEM, ahead=1),
+                rows(lambda i: 0),
+                rows(lambda i: jnp.minimum(i + 1, steps - 1)),
                 per_query(g.heads, g.width),
                 per_query(1, 4),
                 pl.BlockSpec((g.heads, 1), lambda i, _: (0, 0)),
-                per_query(1, count),
+                per_query(num_chunks, chunk),
                 pl.BlockSpec(memory_space=pl.ANY),
                 *(own_ring(part) for part in rings),
             ],
             out_specs=[per_query(g.heads, g.width), per_query(1, g.heads)],
             scratch_shapes=[
-                pltpu.VMEM((2, count // ROWS_UNROLLED, ROWS_UNROLLED, g.width), words),
-                pltpu.SemaphoreType.DMA((2,)),
+                pltpu.VMEM((num_chunks, chunk, g.width), words),
+                pltpu.SemaphoreType.DMA((num_chunks,)),
             ],
         ),
         out_shape=[

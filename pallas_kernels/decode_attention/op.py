@@ -215,14 +215,16 @@ def _run_kernel(q, ring, position, sink, repeat, entries, hi, index, *, window, 
     sink, repeat = sink[:, None], jnp.clip(repeat, 0, repeats - 1)[None]
     if blocks.gather:
         view = visibility.views(position, None, window, slots).reshape(batch * length, 1, -1)
-        padded = round_up(num_chosen, tuning.ROWS_UNROLLED) - num_chosen
+        whole = round_up(num_chosen, tuning.ROWS_UNROLLED)
+        chunk = whole if blocks.sparse_core else min(whole, blocks.entries)
+        padded = round_up(num_chosen, chunk) - num_chosen
         index = jnp.pad(index, ((0, 0), (0, 0), (0, padded)), constant_values=-1)
-        q_rows, lists = q.reshape(batch * length, heads, width), index.reshape(batch * length, 1, -1)
         if blocks.sparse_core:
-            fetched = _fetch(entries, repeat[0], index, interpret)
-            run, keys = kernel_tpu_fetched.attend_fetched, fetched
+            keys, run = _fetch(entries, repeat[0], index, interpret), kernel_tpu_fetched.attend_fetched
         else:
-            run, keys = kernel_tpu_gather.gather, entries
+            keys, run = entries, kernel_tpu_gather.gather
+        lists = index.reshape(batch * length, -1, chunk)
+        q_rows = q.reshape(batch * length, heads, width)
         o, lse = run(g, q_rows, view, ring, sink, repeat, keys, lists, interpret=interpret)
         return o.reshape(q.shape), lse.reshape(batch, length, heads)
     chosen = None

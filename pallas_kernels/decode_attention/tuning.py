@@ -10,7 +10,7 @@ from pallas_kernels.arithmetic import cdiv, round_up
 LANES = 128
 SUBLANES = 16  # rows of a bfloat16 tile; whole tiles of every dtype
 ROWS_UNROLLED = 16
-"""Row copies between two branches of the loop that starts them."""
+"""Row copies between two branches of the loop that starts the first query's; lists are padded to it."""
 
 VMEM_LIMIT = 56 * 2**20
 """What a kernel may ask for, in bytes; the smallest VMEM of a supported core is 64 MiB (v5p, tpu7x)."""
@@ -21,7 +21,9 @@ class DecodeBlocks:
     """Tile sizes and path. Changes speed only, never the mathematics."""
 
     sequences: int  # of one grid step; with `sparse_core` queries
-    entries: int  # compressed entries of one grid step, of each sequence
+    entries: (
+        int  # compressed entries of one grid step, of each sequence; with `gather` of one chunk of a list
+    )
     gather: bool = False  # chosen entries are fetched one by one; else all are read and masked
     sparse_core: bool = False  # fetched by the SparseCore, ahead of the attention; chosen only by hand
 

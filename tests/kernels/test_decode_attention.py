@@ -130,6 +130,7 @@ CASES = {
     "chosen": dict(last=[50, 7, 90], entries=300, chosen=21),
     "chosen by drafts": dict(last=[50, 7, 90, -1], length=3, heads=3, entries=258, chosen=40),
     "one chosen": dict(last=[50], entries=2, chosen=1),
+    "chunks of chosen": dict(last=[50, 7, 90], length=2, entries=400, chosen=300),
     "fp8": dict(last=[50, 7, 90], length=2, entries=300, seen=[300, 0, 129], width=144, fp8=True),
     "chosen of fp8": dict(last=[50, 7], length=2, entries=200, chosen=21, width=80, fp8=True),
     "fp8 ring": dict(last=[0, 3, 4, 5, 70, -1], length=2, spare=3, width=144, fp8_ring=True),
@@ -141,7 +142,7 @@ CASES = {
         last=[50, 7], length=3, entries=200, chosen=21, width=80, fp8_ring=True
     ),
 }
-GATHERED = ["chosen", "chosen by drafts", "one chosen", "chosen beside an fp8 ring"]
+GATHERED = ["chosen", "chosen by drafts", "one chosen", "chunks of chosen", "chosen beside an fp8 ring"]
 
 
 def call(o, window, **options):
@@ -267,6 +268,7 @@ STRICT_CASES = {
         jnp.float32,
         GATHER,
     ),
+    "gathering in chunks": (dict(last=[50, 7], entries=200, chosen=150), jnp.float32, GATHER),
     "fetching ahead": (
         dict(last=[50, 7], length=2, entries=40, chosen=20, width=80, fp8_ring=True),
         jnp.float32,
