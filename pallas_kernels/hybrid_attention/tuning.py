@@ -136,7 +136,7 @@ VMEM_LIMIT = 56 * 2**20
 
 CHUNK_ROWS = 1024
 """Rows of logits in flight: enough for the compiler to overlap matmuls and softmax. In the schedules of the
-forward kernel (v6e and tpu7x, window and HCA) half as many take 9 to 24 % more cycles, twice as many 3 to 9 %."""
+forward kernel (v6e, tpu7x; window, HCA) half as many take 9 to 24 % more cycles, twice as many 3 to 9 %."""
 
 
 def choose_blocks(*, heads: int, width: int, window: int, itemsize: int, masked: bool) -> HybridBlocks:
