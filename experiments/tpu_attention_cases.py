@@ -184,7 +184,11 @@ def decode_attention_cases(c: ModelConfig) -> list[Case]:
             # Every block is full: the loops that clear rows behind the last entry have nothing to do.
             kernel = Kernel(when=lambda grid: (), trips=0, prefetch=prefetch)
             if size > 1024:  # several blocks: the first also attends to the ring, the last one finishes
-                kernel = Kernel(when=several_blocks, trips=0, prefetch=prefetch)
+                together = tuning.choose_blocks(
+                    queries=1, heads=heads, width=width, slots=slots[fp8], num_entries=size, itemsize=2,
+                    num_chosen=chosen if kind == "CSA" else None, quantized=fp8, quantized_ring=fp8,
+                ).sequences  # fmt: skip
+                kernel = Kernel(functools.partial(several_blocks, together), trips=0, prefetch=prefetch)
             name = "decode_attention_stream"
 
         def step(**arrays):
@@ -194,10 +198,10 @@ def decode_attention_cases(c: ModelConfig) -> list[Case]:
 
         return Program(step, shapes, {name: kernel})
 
-    def several_blocks(grid: Grid) -> tuple[float, ...]:
+    def several_blocks(together: int, grid: Grid) -> tuple[float, ...]:
         """The first block, each sequence's others, the last block."""
         steps = grid[1]
-        return (1 / steps, *[1 - 1 / steps] * 4, 1 / steps)
+        return (1 / steps, *[1 - 1 / steps] * together, 1 / steps)
 
     def case(kind: str, *, fp8: bool = False, sparse_core: bool = False, **figures) -> Case:
         keys = slots[fp8] + (chosen if kind == "CSA" and not fp8 else num_entries[kind])

@@ -149,7 +149,9 @@ def find_spans(jumps: list[Jump], bundles: Bundles, delay_slots: int) -> list[Sp
         )
         if span.bundles > 0:
             spans.append(span)
-    grid = [s for s in spans if s.kind == "loop" and "iteration index, stage" in bundles.texts[s.first]]
+    # The mark stands in the loop's first bundle, or further down where the index was spilled.
+    marked = [s for s in spans if s.kind == "loop" and _has_mark(bundles.texts[s.first : s.last + 1])]
+    grid = [loop for loop in marked if not any(loop.contains(other) for other in marked)]
     conditionals = [s for s in spans if s.kind == "when"]
     for span in conditionals:
         steps = next((loop.runs for loop in grid if loop.contains(span)), None)
@@ -160,6 +162,11 @@ def find_spans(jumps: list[Jump], bundles: Bundles, delay_slots: int) -> list[Sp
         elif _is_block_copy(bundles.texts[span.first : span.last + 1]):
             span.kind, span.runs = "copy", 1.0
     return sorted(spans, key=lambda s: (s.first, -s.last))
+
+
+def _has_mark(texts: list[str]) -> bool:
+    """Whether a loop counts the steps of a grid."""
+    return any("iteration index, stage" in x for x in texts)
 
 
 def _is_block_copy(texts: list[str]) -> bool:

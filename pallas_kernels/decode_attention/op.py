@@ -62,7 +62,9 @@ def decode_attention(
         index: i32[B, T, K]: query t sees these (CSA); -1 for none, any order, none twice, < S.
         window: W >= 1 (128 in V4).
         impl: "reference" runs dense plain XLA. There is no silent fallback.
-        blocks: tile sizes, and the path for `index`; None lets `tuning.choose_blocks` pick. Speed only.
+        blocks: tile sizes, and the path for `index`; None lets `tuning.choose_blocks` pick. Speed only. Those
+            of `tuning.sparse_core_blocks`, for chips that have one, let the SparseCore fetch the chosen
+            entries first: compiled, never run on a chip, and never picked by itself.
         interpret: passed to `pl.pallas_call`; tests set it, callers leave it alone.
 
     Returns:
@@ -78,17 +80,20 @@ def decode_attention(
     Cost: with N keys read a sequence, 4 T H N Dh FLOP and N Dh + 2 T H Dh elements of HBM. N is M without
         entries; with `hi`, M + max_t hi_t rounded up to a block (blocks beyond are not fetched); with
         `index`, either M + max_t max index_t likewise, under a mask of B T S bytes, or M + T K rows copied
-        one by one, in bfloat16 two for one (`tuning.gather_pays` says which). Decoding an fp8 ring adds
-        about 2 M Dh (Dr + Dh / 64) FLOP. No copy of the cache, if it lies in memory as expected: XLA may
-        store arrays whose M or S is no multiple of 8 (fp8 entries: S no multiple of 128; an fp8 ring: M not
-        just above a multiple of 128) in another layout, and then copies them for every call. VMEM of a grid
-        step: `tuning.Geometry.vmem_bytes`; gathering, it is mostly 2 K rows of 4 Dh bytes.
+        one by one, in bfloat16 two for one (`tuning.gather_pays` says which). Fetched by the SparseCore, the
+        T K rows are also written and read once more, to and from a temporary of B T K Dh elements. Decoding
+        an fp8 ring adds about 2 M Dh (Dr + Dh / 64) FLOP. No copy of the cache, if it lies in memory as
+        expected: XLA may store arrays whose M or S is no multiple of 8 (fetching by the SparseCore: S no
+        multiple of 16; fp8 entries: S no multiple of 128; an fp8 ring: M not just above a multiple of 128) in
+        another layout, and then copies them for every call. VMEM of a grid step:
+        `tuning.Geometry.vmem_bytes`; gathering, it is mostly K rows of 4 Dh bytes.
     Sharding: B and H may be split freely (ring and entries are then repeated over H). R, T, M, S and Dh must
         be whole.
     Raises:
         ValueError: for shapes or dtypes that do not fit, an unknown impl, entries without exactly one of hi
             and index, or a gathering block where rows have no pairs; all problems at once. For shapes whose
             smallest tiles exceed VMEM.
+        RuntimeError: for blocks of the SparseCore on a chip without (v5e).
         TypeError: when differentiated.
     """
     operands = _Operands(q, ring, position, sink, jnp.asarray(repeat), entries, hi, index)

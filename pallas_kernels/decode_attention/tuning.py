@@ -200,8 +200,9 @@ def choose_blocks(
         sequences //= 2
 
 
-START = 8.5
-"""Scalar cycles to start the copy of one row: its address in a tiled array takes most of them."""
+START = 8.4
+"""Scalar cycles to start the copy of one row, its address in a tiled array before all (schedule of v6e at 64
+and 128 heads; 9 on tpu7x). The arithmetic between the copies fits in."""
 
 FETCH = 1.1
 """Cycles in which HBM delivers a bfloat16 row of 512 (v6e; 0.6 on tpu7x)."""
@@ -209,22 +210,19 @@ FETCH = 1.1
 COMPUTE = 0.7 / 64
 """Cycles a row of q and a key: both products and the softmax."""
 
-COMPUTE_ALONE = 2.0 / 64
-"""The same for fetched rows: one query at a time leaves latencies open, and halves of words are selected."""
-
 
 def gather_pays(*, queries: int, rows: int, num_entries: int, num_chosen: int, itemsize: int) -> bool:
     """Whether fetching the chosen entries one by one beats reading and masking all of them.
 
-        gather:  T K (START + H COMPUTE_ALONE)
+        gather:  T K START
         masked:  S max(FETCH itemsize / 2, T H COMPUTE)
 
     in cycles a sequence, with rows = T H. For one query of 64 heads and K = 512 in bfloat16 the switch lies
-    at S = 4888 entries; T queries move it up, because their lists are fetched one by one and their masks
+    at S = 3910 entries; T queries move it up, because their lists are fetched one by one and their masks
     share one stream. An odd number of bfloat16 entries has no pairs: never.
     """
     if num_entries * itemsize % 4:
         return False
-    gather = num_chosen * (queries * START + rows * COMPUTE_ALONE)
+    gather = num_chosen * queries * START
     masked = num_entries * max(FETCH * itemsize / 2, rows * COMPUTE)
     return gather < masked

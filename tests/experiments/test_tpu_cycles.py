@@ -120,6 +120,16 @@ def test_loops_and_conditionals_are_found():
     assert bundles.start[5] == 11 + SMALL and bundles.start[21] == 5
 
 
+def test_the_mark_of_a_grid_loop_may_stand_behind_its_first_bundle():
+    """A compiler that spills the index of a step in the first bundle names it in a later one."""
+    text, _ = schedule()
+    mark = "/* iteration index, stage = 0 */ "
+    moved = text.replace(mark, "").replace("} /* End region 3 */", mark + "} /* End region 3 */")
+    assert moved != text and analysed([0.25], bundles=moved) == analysed([0.25])
+    with pytest.raises(DumpError, match="1 numbers given for 2 `when`s"):
+        analysed([0.25], bundles=text.replace(mark, ""), when_bundles=2 * SMALL)
+
+
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
 def test_cycles_by_hand(share):
     found = analysed([share])
@@ -272,9 +282,11 @@ def test_every_case_can_be_traced(config):
     jax.clear_caches()  # a call that was traced before is not seen again
     every = cases(config)
     assert len({case.name for case in every}) == len(every)
+    chip = jax.sharding.AbstractDevice(device_kind="TPU v6 lite", num_cores=1, platform="tpu")
+    of_chip = jax.sharding.AbstractMesh((), (), abstract_device=chip)  # kernels of the SparseCore ask for it
     for case in every:
         program = case.build()
-        with tpu_cycles.recorded_calls() as calls:
+        with tpu_cycles.recorded_calls() as calls, jax.sharding.use_abstract_mesh(of_chip):
             jax.eval_shape(program.function, **program.shapes)
         grids = {call.name: call.grid for call in calls}
         assert program.kernels.keys() <= grids.keys(), case.name

@@ -578,8 +578,8 @@ def test_chosen_blocks_fit(heads, length):
 
 def test_gathering_pays_for_long_lists_of_entries():
     one = dict(rows=64, num_chosen=512, itemsize=2)
-    assert not gather_pays(queries=1, num_entries=4886, **one)
-    assert gather_pays(queries=1, num_entries=4888, **one)
-    assert not gather_pays(queries=1, num_entries=4889, **one)  # no pairs
-    assert not gather_pays(queries=3, num_entries=7678, **one | {"rows": 192})
-    assert gather_pays(queries=3, num_entries=7682, **one | {"rows": 192})
+    assert not gather_pays(queries=1, num_entries=3908, **one)
+    assert gather_pays(queries=1, num_entries=3910, **one)
+    assert not gather_pays(queries=1, num_entries=3911, **one)  # no pairs
+    assert not gather_pays(queries=3, num_entries=6142, **one | {"rows": 192})
+    assert gather_pays(queries=3, num_entries=6146, **one | {"rows": 192})
