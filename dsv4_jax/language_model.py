@@ -150,7 +150,8 @@ class LanguageModel:
         """An empty cache for `batch` rows of up to `max_length` tokens (see `model.cache.new_cache`)."""
         p = self.policy
         sizes = (self.config, batch, max_length)
-        return _new_cache(*sizes, p.cache_dtype, max_rewind, p.row_dtype, p.cache_format)
+        how = (p.row_dtype, p.cache_format, p.kernels == "xla")
+        return _new_cache(*sizes, p.cache_dtype, max_rewind, *how)
 
     def extend(
         self,
@@ -380,7 +381,7 @@ def load(
 # ---- compiled steps: one jit each over (static network, parameter pytree, ...) ------------------------
 
 
-_new_cache = jax.jit(new_cache, static_argnums=(0, 1, 2, 3, 4, 5, 6))
+_new_cache = jax.jit(new_cache, static_argnums=(0, 1, 2, 3, 4, 5, 6, 7))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -148,7 +148,11 @@ def _with_random_rows(stored: Stored, key: jax.Array, count: int, width: int | N
     shape = (*first.shape[:2], min(count, slots), *((width,) if width else first.shape[3:]))
     rows = jax.random.normal(key, shape)
     new = rows if store is None else store(rows)
-    return jax.tree.map(lambda leaf, new: leaf.at[:, :, : shape[2]].set(new.astype(leaf.dtype)), stored, new)
+
+    def write(leaf: jax.Array, new: jax.Array) -> jax.Array:
+        return leaf.at[:, :, : shape[2]].set(cache_formats.as_stored(new, leaf.dtype))
+
+    return jax.tree.map(write, stored, new)
 
 
 # ---- one step --------------------------------------------------------------------------------------------

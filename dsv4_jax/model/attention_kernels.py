@@ -5,7 +5,6 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from dsv4_jax.model.core_attention import Queries
 from dsv4_jax.model.entries import Entries
-from dsv4_jax.numerics import cache_formats
 from dsv4_jax.numerics.cache_formats import Stored
 from pallas_kernels import decode_attention as decode_family
 from pallas_kernels import hybrid_attention as attention_family
@@ -97,14 +96,14 @@ def decode_attention(
     """
     values = hi = index = None
     if entries is not None and (size := entries.size):
-        values = cache_formats.numbers(entries.stack)
+        values = entries.stack
         if index_keys is None or size <= top_k:
             hi = queries.hi
         else:
             chosen = indexer_family.index_select(
                 queries.index_q,
                 queries.index_weights,
-                cache_formats.numbers(index_keys.stack),
+                index_keys.stack,
                 queries.lo,
                 queries.hi,
                 top_k,
@@ -114,7 +113,7 @@ def decode_attention(
             index = indexer_family.index_list(chosen, top_k)
     o, _ = decode_family.decode_attention(
         queries.q,
-        cache_formats.numbers(ring),
+        ring,
         queries.position,
         sink,
         repeat,

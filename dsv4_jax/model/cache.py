@@ -101,6 +101,7 @@ def new_cache(
     max_rewind: int = 8,
     row_dtype: np.dtype | None = None,
     format: CacheFormat = "plain",
+    as_bits: bool = True,
 ) -> Cache:
     """An empty cache.
 
@@ -113,6 +114,7 @@ def new_cache(
         max_rewind: tokens that can be taken back at any time (drafts), >= 0.
         row_dtype: of the compressors' raw rows; None means `dtype`.
         format: how window rows, entries and keys are kept.
+        as_bits: quantised ones as unsigned integers, for XLA; kernels take the numbers themselves.
 
     Raises:
         ValueError: for sizes below 1, or beyond `max_position_embeddings`.
@@ -129,7 +131,8 @@ def new_cache(
         raise ValueError("; ".join(problems))
 
     def empty(shape: tuple[int, ...], store: Callable[[jax.Array], Stored]) -> Stored:
-        made = jax.eval_shape(store, jax.ShapeDtypeStruct(shape, dtype))
+        kept = lambda x: cache_formats.bits(store(x)) if as_bits else store(x)  # noqa: E731
+        made = jax.eval_shape(kept, jax.ShapeDtypeStruct(shape, dtype))
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), made)
 
     def store_entries(x: jax.Array) -> Stored:
@@ -213,7 +216,7 @@ def write_ring(
     def write(leaf, new):
         if kept < num_new:
             new = new.at[rows, token].get(mode="clip")
-        return leaf.at[repeat, rows, slot].set(new.astype(leaf.dtype), mode="drop")
+        return leaf.at[repeat, rows, slot].set(cache_formats.as_stored(new, leaf.dtype), mode="drop")
 
     return jax.tree.map(write, ring, new)
 
@@ -230,5 +233,8 @@ def write_entries(
     offset = jnp.arange(num_new)
     slot = jnp.where(offset < count[:, None], first[:, None] + offset, num_slots(entries))
     rows = jnp.arange(batch)[:, None]
-    write = lambda leaf, new: leaf.at[repeat, rows, slot].set(new.astype(leaf.dtype), mode="drop")  # noqa: E731
+
+    def write(leaf, new):
+        return leaf.at[repeat, rows, slot].set(cache_formats.as_stored(new, leaf.dtype), mode="drop")
+
     return jax.tree.map(write, entries, new)

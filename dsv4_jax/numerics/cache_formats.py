@@ -9,9 +9,9 @@
 attends, with a cache or without: prefill sees the values that decode will read. Storing a rounded value and
 reading it back is then exact. Formats are those of the kernel families.
 
-Arrays of FP8 and bfloat16 numbers are kept as unsigned integers with the same bits: XLA:CPU has no slices and
-no updates of such types, it converts a whole stack to a wider type and back for each of them. `numbers` gives
-the kernels' types.
+A cache may keep the FP8 and bfloat16 numbers as unsigned integers with the same bits (`bits`). XLA:CPU has no
+slices and no updates of such types: it converts a whole stack to a wider type and back for each of them.
+Kernels take the numbers themselves; on a TPU a change of type would be a pass over the stack.
 """
 
 import functools
@@ -30,7 +30,7 @@ CacheFormat = Literal["plain", "fp8+fp8", "fp8+mxfp4"]
 CACHE_FORMATS: tuple[CacheFormat, ...] = ("plain", "fp8+fp8", "fp8+mxfp4")
 
 Stored = Any
-"""An array [..., width], or one of the formats' tuples of arrays of bits, all with the same leading axes."""
+"""An array [..., width], or one of the formats' tuples of arrays, all with the same leading axes."""
 
 SCALE_BYTES = 8
 """An entry's scales are padded to whole multiples of it: 7 and one pad byte at Dh = 512."""
@@ -45,9 +45,9 @@ def store_entries(x: Float[Array, "*rows Dh"], format: CacheFormat, num_rotary: 
     padded = _padded(x[..., :still], groups * qat.ENTRY_GROUP)
     quantised = formats.quantize_fp8_groups(padded, qat.ENTRY_GROUP)
     return Fp8Entries(
-        _bits(quantised.elements[..., :still]),
+        quantised.elements[..., :still],
         _padded(quantised.scale, round_up(groups, SCALE_BYTES)),
-        _bits(x[..., still:].astype(jnp.bfloat16)),
+        x[..., still:].astype(jnp.bfloat16),
     )
 
 
@@ -57,7 +57,7 @@ def store_keys(x: Float[Array, "*rows Di"], format: CacheFormat) -> Stored:
         return x
     if format == "fp8+fp8":
         quantised = formats.quantize_fp8_groups(x, x.shape[-1])
-        return Fp8Keys(_bits(quantised.elements), formats.scale_value(quantised.scale))
+        return Fp8Keys(quantised.elements, formats.scale_value(quantised.scale))
     groups = cdiv(x.shape[-1], formats.FP4_GROUP)
     quantised = formats.quantize_mxfp4(_padded(x, groups * formats.FP4_GROUP))
     return Mxfp4Keys(quantised.packed[..., : cdiv(x.shape[-1], 2)], quantised.scale)
@@ -65,30 +65,35 @@ def store_keys(x: Float[Array, "*rows Di"], format: CacheFormat) -> Stored:
 
 def is_plain(stored: Stored) -> bool:
     """Whether these are numbers of the cache dtype."""
-    return isinstance(stored, jax.Array)
+    return not isinstance(stored, tuple)
 
 
-def numbers(stored: Stored) -> Stored:
-    """The same with the types that kernels take: float8_e4m3fn and bfloat16 in place of their bits."""
-    as_type = jax.lax.bitcast_convert_type
-    if isinstance(stored, Fp8Entries):
-        values, rotary = as_type(stored.values, jnp.float8_e4m3fn), as_type(stored.rotary, jnp.bfloat16)
-        return Fp8Entries(values, stored.scales, rotary)
-    if isinstance(stored, Fp8Keys):
-        return Fp8Keys(as_type(stored.values, jnp.float8_e4m3fn), stored.scales)
-    return stored
+def bits(stored: Stored) -> Stored:
+    """The same with unsigned integers in place of FP8 and bfloat16 numbers; plain arrays as they are."""
+    if is_plain(stored):
+        return stored
+    widths = {jnp.dtype("float8_e4m3fn"): jnp.uint8, jnp.dtype("bfloat16"): jnp.uint16}
+    return jax.tree.map(lambda leaf: as_stored(leaf, widths.get(leaf.dtype, leaf.dtype)), stored)
+
+
+def as_stored(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """x for an array of the cache: numbers for unsigned integers are their bits."""
+    if jnp.issubdtype(dtype, jnp.unsignedinteger) and jnp.issubdtype(x.dtype, jnp.floating):
+        return jax.lax.bitcast_convert_type(x, dtype)
+    return x.astype(dtype)
 
 
 def read(stored: Stored, dtype: jax.typing.DTypeLike) -> Float[Array, "*rows width"]:
-    """What `store_entries` or `store_keys` stored."""
+    """What `store_entries` or `store_keys` stored, be it numbers or `bits`."""
+    stored = bits(stored)
     if isinstance(stored, Fp8Entries):
         still = stored.values.shape[-1]
         width = still + stored.rotary.shape[-1]
         scale = jnp.repeat(formats.scale_value(stored.scales), qat.ENTRY_GROUP, axis=-1)[..., :still]
         values = formats.e4m3_value(_padded(stored.values, width)) * _padded(scale, width)
         # A bfloat16 number is the upper half of a float32.
-        bits = jnp.pad(stored.rotary, [(0, 0)] * (stored.rotary.ndim - 1) + [(still, 0)])
-        rotary = jax.lax.bitcast_convert_type(bits.astype(jnp.uint32) << 16, jnp.float32)
+        rotary = jnp.pad(stored.rotary, [(0, 0)] * (stored.rotary.ndim - 1) + [(still, 0)])
+        rotary = jax.lax.bitcast_convert_type(rotary.astype(jnp.uint32) << 16, jnp.float32)
         # A choice is one loop over the result; joining the two parts would first make each of them.
         return jnp.where(jnp.arange(width) < still, values, rotary).astype(dtype)
     if isinstance(stored, Fp8Keys):
@@ -124,10 +129,6 @@ def _scaled(values: jax.Array, scales: jax.Array, dtype: jax.typing.DTypeLike) -
     """Values [..., C] times E8M0 scales [..., groups]."""
     grouped = values.reshape(*scales.shape, -1) * formats.scale_value(scales)[..., None]
     return grouped.astype(dtype).reshape(values.shape)
-
-
-def _bits(x: jax.Array) -> jax.Array:
-    return jax.lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16}[x.dtype.itemsize])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))

@@ -10,8 +10,15 @@ from dsv4_jax.language_model import LanguageModel
 from dsv4_jax.numerics import cache_formats
 from dsv4_jax.numerics.cache_formats import CACHE_FORMATS
 from dsv4_jax.numerics.policy import Policy
-from experiments import long_context
-from experiments.long_context import bytes_by_formula, entries_of, filled, num_bytes, tiny_model
+from experiments import long_context, long_context_terms
+from experiments.long_context import (
+    bytes_by_formula,
+    entries_of,
+    filled,
+    num_bytes,
+    prefill_seconds,
+    tiny_model,
+)
 
 LENGTH, CAPACITY = 389, 1024  # not a whole number of blocks: 97 CSA entries, 3 HCA entries
 
@@ -75,6 +82,32 @@ def test_what_cannot_be_filled_is_refused():
             filled(cache, model.config, "plain", length)
 
 
+def test_bytes_of_the_growing_terms():
+    read = long_context_terms.bytes_read(tiny_model(), 4096, key=68, entry=584)
+    assert read == {"index scores": 1024 * 68, "top-k": 1024 * 4, "HCA attention": 32 * 584}
+    # No more keys than top-k: all of them are chosen.
+    assert long_context_terms.bytes_read(tiny_model(), 2048, key=68, entry=584)["top-k"] == 0
+
+
+def test_prefill_seconds_follow_straight_lines():
+    # 10 tokens a chunk: 10 chunks of 2 s up to 100, then 30 of 2 .. 4 s, 3 s in the mean.
+    assert prefill_seconds({100: 2.0, 400: 4.0}, 10) == pytest.approx(20 + 90)
+
+
+def explained(last: float) -> str:
+    times = {"index scores": {"1": 1.0, "2": 3.0}, "HCA attention": {"1": 1.0, "2": 7.0}}
+    read = {name: {"1": 2**20, "2": 2**21} for name in times}
+    growth = {"format": "plain", "runs": 1, "milliseconds": times, "bytes": read}
+    return long_context_terms.explained(growth, {"1": 5.0, "2": last})
+
+
+def test_growth_is_explained_by_what_was_measured():
+    shown = explained(15.0)
+    assert "goes from 5.00 to 15.00 ms (+10.00 ms), that of these terms by +8.00 ms" in shown
+    assert "largest is HCA attention (+6.00 ms)" in shown and "80% of the growth" in shown
+    assert "too noisy to divide" in explained(4.0)
+
+
 @pytest.mark.slow
 def test_the_study_runs(tmp_path):
     out = tmp_path / "results" / "study.json"
@@ -84,3 +117,4 @@ def test_the_study_runs(tmp_path):
     long_context.main(options)
     shown = out.with_suffix(".md").read_text()
     assert "| fp8+mxfp4 | 167.56 | 167.56 |" in shown and "1,024 tokens" in shown
+    assert "| index scores |" in shown and "minutes of CPU time for all 1,024 tokens" in shown

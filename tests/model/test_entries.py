@@ -42,20 +42,21 @@ def test_halves_are_even_and_odd_numbers():
 
 
 @pytest.mark.parametrize("cache_format", QUANTISED)
-def test_numbers_are_the_stored_bits(cache_format):
-    """What kernels are given reads as what the model reads."""
+def test_bits_read_as_the_numbers(cache_format):
     stored = cache_formats.store_entries(draw(2, 3, 512), cache_format, 64)
-    kernels_own = cache_formats.numbers(stored)
-    assert (kernels_own.values.dtype, kernels_own.rotary.dtype) == (jnp.float8_e4m3fn, jnp.bfloat16)
-    read = np.asarray(cache_formats.read(stored, jnp.float32))
-    scale = np.repeat(np.asarray(formats.scale_value(kernels_own.scales)), 64, axis=-1)[..., :448]
-    np.testing.assert_array_equal(read[..., :448], kernels_own.values.astype(jnp.float32) * scale)
-    np.testing.assert_array_equal(read[..., 448:], kernels_own.rotary.astype(jnp.float32))
+    assert (stored.values.dtype, stored.rotary.dtype) == (jnp.float8_e4m3fn, jnp.bfloat16)
+    as_bits = cache_formats.bits(stored)
+    assert (as_bits.values.dtype, as_bits.rotary.dtype) == (jnp.uint8, jnp.uint16)
+    scale = np.repeat(np.asarray(formats.scale_value(stored.scales)), 64, axis=-1)[..., :448]
+    for kept in (stored, as_bits):
+        read = np.asarray(cache_formats.read(kept, jnp.float32))
+        np.testing.assert_array_equal(read[..., :448], stored.values.astype(jnp.float32) * scale)
+        np.testing.assert_array_equal(read[..., 448:], stored.rotary.astype(jnp.float32))
 
 
 @pytest.mark.parametrize("cache_format", CACHE_FORMATS)
 def test_chosen_entries_are_those_of_the_prefix(cache_format):
-    stack = cache_formats.store_entries(draw(3, 2, 40, 96), cache_format, 16)
+    stack = cache_formats.bits(cache_formats.store_entries(draw(3, 2, 40, 96), cache_format, 16))
     entries = Entries(stack, jnp.int32(1))
     index = jnp.asarray([[0, 31, 7, 7], [30, 1, 0, 31]], jnp.int32)
     whole = np.asarray(entries.prefix(32, jnp.float32))
