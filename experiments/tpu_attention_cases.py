@@ -70,7 +70,7 @@ def hybrid_attention_cases(c: ModelConfig) -> list[Case]:
         }
         if ratio:
             kernels["hybrid_attention_d_entries"] = Kernel(entries, prefetch=turned)
-        return Program(gradients(op, shapes, floats), shapes, kernels)
+        return Program(*gradients(op, shapes, floats), kernels)
 
     def case(
         kind: str, name: str, batch: int, length: int, context: int, *, backward=False, **figures

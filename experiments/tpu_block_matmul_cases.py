@@ -23,7 +23,9 @@ def block_matmul_cases(c: ModelConfig) -> list[Case]:
             "weight": jax.ShapeDtypeStruct((outputs, inputs), jnp.float8_e4m3fn),
             "scale": jax.ShapeDtypeStruct((outputs // 128, inputs // 128), jnp.uint8),
         }
-        function = gradients(block_matmul, shapes, ("x",)) if backward else block_matmul
+        function = block_matmul
+        if backward:
+            function, shapes = gradients(function, shapes, ("x",))
         kernel = "block_matmul_input" if backward else "block_matmul_output"
         if tokens <= FEW_ROWS and not backward:
             kernel = "block_matmul_few_rows"

@@ -70,15 +70,21 @@ f32 = functools.partial(array, dtype=jnp.float32)
 i32 = functools.partial(array, dtype=jnp.int32)
 
 
-def gradients(function: Callable, shapes: Shapes, wanted: Sequence[str]) -> Callable:
-    """The program of all results and the gradients of `wanted`, for cotangents of ones."""
+def gradients(function: Callable, shapes: Shapes, wanted: Sequence[str]) -> tuple[Callable, Shapes]:
+    """The program of all results and the gradients of `wanted`, and its arguments: cotangents come last.
+
+    They are arguments, because XLA would write constants of their size for longer than many a kernel runs.
+    """
+    results, structure = jax.tree.flatten(jax.eval_shape(lambda arrays: function(**arrays), shapes))
+    cotangents = {f"cotangent{i}": result for i, result in enumerate(results)}
 
     def both(**arrays):
+        given = jax.tree.unflatten(structure, [arrays.pop(name) for name in cotangents])
         fixed = {name: x for name, x in arrays.items() if name not in wanted}
         results, pull = jax.vjp(lambda x: function(**x, **fixed), {name: arrays[name] for name in wanted})
-        return results, pull(jax.tree.map(jnp.ones_like, results))
+        return results, pull(given)
 
-    return both
+    return both, shapes | cotangents
 
 
 def once(grid: Grid) -> float:

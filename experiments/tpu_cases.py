@@ -46,9 +46,10 @@ def hyper_connection_cases(c: ModelConfig) -> list[Case]:
         shapes = {key: every[key] for key in arguments[name]}
         wanted = {"post": (), "collapse": ("hc_eps", "norm_eps")}.get(name, settings)
         op = functools.partial(getattr(hyper_connection, name), **{key: settings[key] for key in wanted})
-        function = gradients(op, shapes, tuple(shapes)) if backward else op
+        if backward:
+            op, shapes = gradients(op, shapes, tuple(shapes))
         kernel = f"hyper_connection_{name}" + ("_backward" if backward else "")
-        return Program(function, shapes, {kernel: Kernel(when=once)})  # `fn` is laid out on the first step
+        return Program(op, shapes, {kernel: Kernel(when=once)})  # `fn` is laid out on the first step
 
     def case(name: str, tokens: int, flops: int, streams: int, *, backward=False, **figures) -> Case:
         weights = {"post": 0, "collapse": n}.get(name, rows) * 4 * n * d * (2 if backward else 1)
@@ -83,8 +84,8 @@ def compressor_cases(c: ModelConfig) -> list[Case]:
         shapes = dict(kv=rows, gate=rows, ape=ape, norm=norm, cos=angles, sin=angles)
         op = functools.partial(compressor, eps=c.rms_norm_eps)
         if backward:
-            function = gradients(op, shapes, ("kv", "gate", "ape", "norm"))
-            return Program(function, shapes, {"compressor_backward": Kernel(when=once_a_row)})
+            program = gradients(op, shapes, ("kv", "gate", "ape", "norm"))
+            return Program(*program, {"compressor_backward": Kernel(when=once_a_row)})
         return Program(op, shapes, {"compressor_forward": Kernel()})
 
     def cost(tokens: int, ratio: int, branches: int, width: int, backward: bool) -> tuple[float, float]:
@@ -151,7 +152,7 @@ def indexer_cases(c: ModelConfig) -> list[Case]:
         )  # fmt: skip
         if work == "backward":
             kernels = {f"index_scores_bwd_{x}": Kernel(when=once_a_row) for x in ("queries", "keys")}
-            return Program(gradients(index_scores, shapes, ("q", "weights", "keys")), shapes, kernels)
+            return Program(*gradients(index_scores, shapes, ("q", "weights", "keys")), kernels)
         blocks = choose(False, *sizes)
         chunks, blocks_of_rows = blocks.keys // blocks.chunk, cdiv(batch * length, blocks.rows)
         prefetch = (np.zeros(1, np.int32), np.full(blocks_of_rows, size, np.int32))
@@ -197,9 +198,9 @@ def linear_cross_entropy_cases(c: ModelConfig) -> list[Case]:
 
         shapes = dict(hidden=array(tokens, d), head=array(vocab, d), ids=i32(tokens))
         if backward:
-            function = gradients(linear_cross_entropy, shapes, ("hidden", "head"))
+            program = gradients(linear_cross_entropy, shapes, ("hidden", "head"))
             kernels = {f"linear_cross_entropy_{x}": Kernel(when=once_a_row) for x in ("d_hidden", "d_head")}
-            return Program(function, shapes, kernels)
+            return Program(*program, kernels)
         return Program(
             linear_cross_entropy, shapes, {"linear_cross_entropy_forward": Kernel(when=once_a_row)}
         )

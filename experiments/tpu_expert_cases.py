@@ -103,7 +103,7 @@ def expert_cases(c: ModelConfig) -> list[Case]:
             weights=array(tokens, top_k, dtype=jnp.float32), **given,
         )  # fmt: skip
         if backward:
-            function = gradients(function, shapes, ("x", "gate_up", "down", "weights"))
+            function, shapes = gradients(function, shapes, ("x", "gate_up", "down", "weights"))
         return Program(function, shapes, {f"grouped_matmul_{name}": counted(name) for name in kernels})
 
     def cost(form: str, tokens: int, kernels: tuple[str, ...], backward: bool) -> tuple[float, float]:
