@@ -1,6 +1,6 @@
 """A million tokens of context on one machine: bytes, step time by context, and which term grows.
 
-    python -m experiments.long_context               # about 5 minutes on 2 cores, 6 GB
+    python -m experiments.long_context               # minutes on 2 idle cores, 6 GB
     python -m experiments.long_context --capacity 16384 --contexts 4096 16000 --runs 3
 
 The model is tiny in everything but what the cache keeps: the released entry geometry (Dh = 512 with 64 rotary
