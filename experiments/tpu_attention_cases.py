@@ -172,9 +172,9 @@ def decode_attention_cases(c: ModelConfig) -> list[Case]:
             kernel = Kernel(prefetch=(first_repeat,), copied_bytes=3 * rows)
             name = "decode_attention_fetched"
         elif kind == "CSA" and not fp8:
-            # The first step also fetches its own query's rows.
+            # The first step of a part also fetches its own query's rows.
             kernel = Kernel(
-                when=lambda grid: (1 / grid[0],),
+                when=lambda grid: (1 / grid[1],),
                 prefetch=(first_repeat,),
                 copied_bytes=2 * rows,  # bfloat16 rows come in pairs
             )

@@ -8,6 +8,9 @@ Starting the copies is most of the work, and it is work of the scalar unit alone
 its query's chunks in one piece of straight code: wait for the chunk, compute it, start the same chunk of the
 next query into the same place. The compiler starts copies while it computes, and as every place is known to
 it, a start costs little more than the address of its row.
+
+Queries are cut into two parts for the two cores of a v5p. Elsewhere that costs one more list whose copies are
+started with nothing beside them.
 """
 
 import functools
@@ -21,7 +24,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.arithmetic import cdiv
 from pallas_kernels.decode_attention import online_softmax, stored, visibility
 from pallas_kernels.decode_attention.online_softmax import Softmax
-from pallas_kernels.decode_attention.tuning import LANES, ROWS_UNROLLED, VMEM_LIMIT, Geometry
+from pallas_kernels.decode_attention.tuning import LANES, VMEM_LIMIT, Geometry
 
 
 def rows_a_copy(dtype: jnp.dtype) -> int:
@@ -52,17 +55,18 @@ def _body(
     *refs,
 ) -> None:
     *ring_refs, o_ref, lse_ref, fetched_ref, arrived = refs
-    step, steps = pl.program_id(0), g.batch * g.queries
+    step, steps = pl.program_id(1), pl.num_programs(1)
+    first = pl.program_id(0) * steps  # query of this part
     num_chunks, chunk_rows, _ = fetched_ref.shape
     words = entries_ref if entries_ref.dtype == jnp.float32 else entries_ref.bitcast(jnp.uint32)
 
-    def start(row_ref, of_step: jax.Array, chunk, first, count: int) -> None:
-        """The copies of some rows of a chunk of a query. All but their number may be traced."""
-        source = words.at[repeat_ref[0], jax.lax.div(of_step, g.queries)]
-        for k in range(count):
-            row = row_ref[0, 0, chunk * chunk_rows + first + k]
+    def start(row_ref, of_query: jax.Array, chunk) -> None:
+        """The copies of a chunk of a query."""
+        source = words.at[repeat_ref[0], jax.lax.div(of_query, g.queries)]
+        for k in range(chunk_rows):
+            row = row_ref[0, 0, chunk * chunk_rows + k]
             pltpu.make_async_copy(
-                source.at[pl.ds(row, 1)], fetched_ref.at[chunk, pl.ds(first + k, 1)], arrived.at[chunk]
+                source.at[pl.ds(row, 1)], fetched_ref.at[chunk, pl.ds(k, 1)], arrived.at[chunk]
             ).start()
 
     def wait(chunk: int) -> None:
@@ -78,13 +82,11 @@ def _body(
     def _():
         @pl.loop(0, num_chunks)
         def _(chunk):
-            @pl.loop(0, chunk_rows // ROWS_UNROLLED)
-            def _(group):
-                start(first_ref, jnp.int32(0), chunk, group * ROWS_UNROLLED, ROWS_UNROLLED)
+            start(first_ref, first, chunk)
 
     ring = stored.decoded_ring([ref[0] for ref in ring_refs], q_ref.dtype)
     state = attend(online_softmax.from_sink(sink_ref[...], 1), visibility.ring_tile(ring, view_ref[0]))
-    following = jnp.minimum(step + 1, steps - 1)
+    following = first + jnp.minimum(step + 1, steps - 1)
     for chunk in range(num_chunks):
         wait(chunk)
         index, keys = index_ref[0, chunk : chunk + 1], fetched_ref[chunk]
@@ -93,7 +95,7 @@ def _body(
         state = attend(state, visibility.Visible(keys, index >= 0))
         # The last step has no next query and starts its own again, for nobody: a condition here would part
         # the copies from the arithmetic.
-        start(next_ref, following, chunk, 0, chunk_rows)
+        start(next_ref, following, chunk)
     o, lse = online_softmax.results(state)
     o_ref[0], lse_ref[0] = o.astype(o_ref.dtype), lse
 
@@ -120,37 +122,43 @@ def gather(
     Args:
         q: [B * T, H, Dh]; view: i32[B * T, 1, 4], see `visibility.views`; ring: [R, B, M, Dh] or fp8;
         sink: f32[H, 1]; repeat: i32[1]; entries: [R, B, S, Dh];
-        index: i32[B * T, chunks, chunk] in -1 .. S - 1, chunk a multiple of ROWS_UNROLLED.
+        index: i32[B * T, chunks, chunk] in -1 .. S - 1, chunk a multiple of LIST_ROWS.
     """
-    (steps, num_chunks, chunk), together = index.shape, rows_a_copy(q.dtype)
+    (queries, num_chunks, chunk), together = index.shape, rows_a_copy(q.dtype)
     count = num_chunks * chunk
-    row = jax.lax.div(jnp.maximum(index, 0), together).reshape(steps, 1, count)
+    row = jax.lax.div(jnp.maximum(index, 0), together).reshape(queries, 1, count)
     words = jnp.float32 if together == 1 else jnp.uint32
 
+    parts = 2 if queries % 2 == 0 else 1
+    steps = queries // parts
+
     def per_query(*shape):
-        return pl.BlockSpec((1, *shape), lambda i, _: (i, *(0 for _ in shape)))
+        return pl.BlockSpec((1, *shape), lambda p, i, _: (p * steps + i, *(0 for _ in shape)))
 
-    def rows(query):
-        return pl.BlockSpec((1, 1, count), lambda i, _: (query(i), 0, 0), memory_space=pltpu.SMEM)
-
-    def own_ring(part):
+    def rows(step):
         return pl.BlockSpec(
-            (None, 1, *part.shape[2:]), lambda i, repeat: (repeat[0], jax.lax.div(i, g.queries), 0, 0)
+            (1, 1, count), lambda p, i, _: (p * steps + step(i), 0, 0), memory_space=pltpu.SMEM
         )
 
+    def own_ring(part):
+        def at(p, i, repeat):
+            return repeat[0], jax.lax.div(p * steps + i, g.queries), 0, 0
+
+        return pl.BlockSpec((None, 1, *part.shape[2:]), at)
+
     rings = stored.ring_parts(ring)
-    keys = steps * (g.slots + together * count)
+    keys = queries * (g.slots + together * count)
     return pl.pallas_call(
         functools.partial(_body, g),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(steps,),
+            grid=(parts, steps),
             in_specs=[
                 rows(lambda i: 0),
                 rows(lambda i: jnp.minimum(i + 1, steps - 1)),
                 per_query(g.heads, g.width),
                 per_query(1, 4),
-                pl.BlockSpec((g.heads, 1), lambda i, _: (0, 0)),
+                pl.BlockSpec((g.heads, 1), lambda p, i, _: (0, 0)),
                 per_query(num_chunks, chunk),
                 pl.BlockSpec(memory_space=pl.ANY),
                 *(own_ring(part) for part in rings),
@@ -163,10 +171,10 @@ def gather(
         ),
         out_shape=[
             jax.ShapeDtypeStruct(q.shape, q.dtype),
-            jax.ShapeDtypeStruct((steps, 1, g.heads), jnp.float32),
+            jax.ShapeDtypeStruct((queries, 1, g.heads), jnp.float32),
         ],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("arbitrary",),
+            dimension_semantics=("parallel", "arbitrary"),
             vmem_limit_bytes=VMEM_LIMIT,
             disable_bounds_checks=True,  # they cost more than the copies; `index` is clamped before
         ),

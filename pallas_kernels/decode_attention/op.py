@@ -220,7 +220,7 @@ def _run_kernel(q, ring, position, sink, repeat, entries, hi, index, *, window, 
     sink, repeat = sink[:, None], jnp.clip(repeat, 0, repeats - 1)[None]
     if blocks.gather:
         view = visibility.views(position, None, window, slots).reshape(batch * length, 1, -1)
-        whole = round_up(num_chosen, tuning.ROWS_UNROLLED)
+        whole = round_up(num_chosen, tuning.LIST_ROWS)
         chunk = whole if blocks.sparse_core else min(whole, blocks.entries)
         padded = round_up(num_chosen, chunk) - num_chosen
         index = jnp.pad(index, ((0, 0), (0, 0), (0, padded)), constant_values=-1)

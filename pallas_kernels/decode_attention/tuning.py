@@ -9,8 +9,8 @@ from pallas_kernels.arithmetic import cdiv, round_up
 
 LANES = 128
 SUBLANES = 16  # rows of a bfloat16 tile; whole tiles of every dtype
-ROWS_UNROLLED = 16
-"""Row copies between two branches of the loop that starts the first query's; lists are padded to it."""
+LIST_ROWS = 16
+"""Lists of chosen entries are padded to a multiple of it: whole tiles of every dtype."""
 
 VMEM_LIMIT = 56 * 2**20
 """What a kernel may ask for, in bytes; the smallest VMEM of a supported core is 64 MiB (v5p, tpu7x)."""
@@ -131,7 +131,7 @@ def sparse_core_blocks(
     Raises:
         ValueError: if not even one query fits.
     """
-    sizes = dict(heads=heads, width=width, slots=slots, num_chosen=round_up(num_chosen, ROWS_UNROLLED))
+    sizes = dict(heads=heads, width=width, slots=slots, num_chosen=round_up(num_chosen, LIST_ROWS))
     queries = max(1, ROWS_A_STEP // heads)
     while fetched_vmem_bytes(queries=queries, **sizes, itemsize=itemsize, quantized_ring=quantized_ring) > (
         VMEM_LIMIT
