@@ -82,8 +82,8 @@ def hybrid_attention_cases(c: ModelConfig) -> list[Case]:
                 visible(batch, length, context, ratio)[1].sum()
             )  # CSA masks: all of them are computed
         row = batch * length * heads * width
-        # Backward: q, do and dq, and q and do again for one or two key gradients, each at least once.
-        moved = 2 * row * ((3 + 2 * (1 + bool(ratio))) if backward else 2)
+        # Backward: q, do, o and dq, and q and do again for one or two key gradients, each at least once.
+        moved = 2 * row * ((4 + 2 * (1 + bool(ratio))) if backward else 2)
         # The contract's figure leaves out the keys, which are most of a decode step: once each at least.
         moved += 2 * batch * (window - 1 + length + (context // ratio if ratio else 0)) * width
         label = f"hybrid_attention {kind} {name}" + (" backward" if backward else "")

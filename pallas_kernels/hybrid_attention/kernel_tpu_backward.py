@@ -1,8 +1,9 @@
 """Mosaic TPU kernels of `hybrid_attention`: backward, by recomputing the probabilities from log-sum-exp.
 
 Layout as in `kernel_tpu`. Three kernels, each of which owns what it adds up, so that the order of all sums
-is fixed: dq walks over the keys of a query block (the forward's grid); d_line and d_entries walk over the
-query blocks that see one block of keys. A key's gradient has two parts, because it is also the value:
+is fixed: dq walks over the keys of a query block (the forward's grid) and makes delta for all three on its
+way; d_line and d_entries walk over the query blocks that see one block of keys. A key's gradient has two
+parts, because it is also the value:
     d_keys = p^T do + ds^T q,   ds = p (do keys^T - delta) Dh^-1/2,   delta = rowsum(do o) - d_lse
 """
 
@@ -22,9 +23,11 @@ from pallas_kernels.hybrid_attention.kernel_tpu import (
     compiler_params,
     dot,
     each_chunk,
+    heads_on_lanes,
     key_operands,
     key_step_specs,
     logits_tile,
+    on_lanes,
     when_entries_visible,
 )
 from pallas_kernels.hybrid_attention.tuning import Geometry
@@ -40,6 +43,15 @@ def _probabilities(q, do, keys, bias, lse, delta):
     return as_rows(p), as_rows(ds)
 
 
+def _delta(refs, queries, rows) -> jax.Array:
+    """f32[queries, H]. Zero behind the last query, where operands may hold anything: 0 * NaN spoils sums."""
+    product = refs.do[rows].astype(jnp.float32) * refs.o[rows].astype(jnp.float32)
+    d_lse = refs.d_lse[queries]
+    sums = on_lanes(product.sum(axis=-1, keepdims=True)).reshape(*d_lse.shape, -1)
+    real = refs.view[queries, visibility.REACH : visibility.REACH + 1] >= 0
+    return jnp.where(real, heads_on_lanes(sums) - d_lse, 0.0)
+
+
 def _d_query_body(first_ref, last_ref, refs, *, g: Geometry) -> None:
     step = pl.program_id(2)
 
@@ -51,6 +63,7 @@ def _d_query_body(first_ref, last_ref, refs, *, g: Geometry) -> None:
     @pl.when(step == 0)
     def _window():
         def start(queries, rows, bias):
+            refs.delta[queries] = _delta(refs, queries, rows)
             refs.sum[rows] = product(refs.line[0], queries, rows, bias)
 
         bias = visibility.window_bias(refs.view[...], g.window - 1, g.near)
@@ -69,7 +82,7 @@ def _d_query_body(first_ref, last_ref, refs, *, g: Geometry) -> None:
 
 
 class Rows(NamedTuple):
-    """Queries, and what the forward pass and the loss say about them."""
+    """Queries, and what the forward pass, the loss and `hybrid_d_query` say about them."""
 
     q: jax.Array  # [B, T * H, Dh]
     do: jax.Array  # likewise
@@ -77,36 +90,39 @@ class Rows(NamedTuple):
     delta: jax.Array  # likewise
 
 
-def hybrid_d_query(g: Geometry, rows: Rows, keys: Keys, *, interpret: Any) -> jax.Array:
-    """dq[B, T * H, Dh]."""
+def hybrid_d_query(
+    g: Geometry, q, do, o, lse, d_lse, keys: Keys, *, interpret: Any
+) -> tuple[jax.Array, jax.Array]:
+    """dq[B, T * H, Dh] and delta f32[B, padded T, H] of q, do, o like dq and lse, d_lse like delta."""
     specs = key_step_specs(g)
     operands = Operands(
-        q=(rows.q, specs["rows"]),
-        do=(rows.do, specs["rows"]),
-        lse=(rows.lse, specs["per_query"]),
-        delta=(rows.delta, specs["per_query"]),
+        q=(q, specs["rows"]),
+        do=(do, specs["rows"]),
+        o=(o, specs["rows"]),
+        lse=(lse, specs["per_query"]),
+        d_lse=(d_lse, specs["per_query"]),
         **key_operands(keys, specs),
     )
     visible = g.window + g.num_entries
     pairs = g.batch * g.length * g.heads * visible
     return pl.pallas_call(
-        operands.body(_d_query_body, "dq", "sum", "bias", g=g),
+        operands.body(_d_query_body, "dq", "delta", "sum", "bias", g=g),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(g.batch, g.num_query_blocks, 1 + g.num_entry_blocks),
             in_specs=operands.specs,
-            out_specs=specs["rows"],
+            out_specs=[specs["rows"], specs["per_query"]],
             scratch_shapes=[
                 pltpu.VMEM((g.rows, g.width), jnp.float32),
                 pltpu.VMEM((g.queries, max(g.near, g.entries)), jnp.float32),
             ],
         ),
-        out_shape=jax.ShapeDtypeStruct(rows.q.shape, rows.q.dtype),
+        out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct(lse.shape, jnp.float32)],
         compiler_params=compiler_params("parallel", "parallel", "arbitrary"),
         cost_estimate=pl.CostEstimate(
             flops=6 * pairs * g.width,
             transcendentals=pairs,
-            bytes_accessed=3 * rows.q.size * g.itemsize + g.batch * visible * g.width * g.itemsize,
+            bytes_accessed=4 * q.size * g.itemsize + g.batch * visible * g.width * g.itemsize,
         ),
         interpret=interpret,
         name="hybrid_attention_d_query",

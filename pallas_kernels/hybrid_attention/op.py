@@ -61,7 +61,7 @@ def hybrid_attention(
         probabilities and their gradients are rounded before the products. No gradient for the selection.
     Cost: with K = W + (visible entries), 4 K H Dh FLOP a query forward and 14 K H Dh backward, where every
         block of queries pays for whole blocks of keys. HBM: 2 T H Dh elements forward; backward
-        3 T H Dh for dq and, for d_line and d_entries, 2 T H Dh for every key block that a query sees. VMEM
+        4 T H Dh for dq and, for d_line and d_entries, 2 T H Dh for every key block that a query sees. VMEM
         of a grid step: `tuning.Geometry.vmem_bytes`. No T x S array is made but an int8 copy of `selected`.
         Blocks of entries outside lo .. hi are skipped; `selected` masks, but skips nothing.
     Sharding: B and H may be split freely (line and entries are then repeated over H; their gradients are
@@ -156,19 +156,15 @@ def _save(g, interpret, operands):
 def _pull(g, interpret, saved, cotangents):
     operands, o, lse = saved
     do, d_lse = cotangents
-    # A softmax turns dp into p (dp - sum p dp), and that sum is do . o; lse itself has the gradient p.
-    delta = (do.astype(jnp.float32) * o.astype(jnp.float32)).sum(axis=-1) - d_lse
-    d_sink = -(jnp.exp(operands.sink - lse) * delta).sum(axis=(0, 1))
-
     keys = kernel_tpu.whole_blocks(g, *_without_queries(operands))
     more = ((0, 0), (0, keys.view.shape[1] - g.length), (0, 0))
-    rows = kernel_tpu_backward.Rows(
-        operands.q.reshape(g.batch, -1, g.width),
-        do.reshape(g.batch, -1, g.width),
-        jnp.pad(lse, more),
-        jnp.pad(delta, more),
-    )
-    dq = kernel_tpu_backward.hybrid_d_query(g, rows, keys, interpret=interpret)
+    q, do, o = (x.reshape(g.batch, -1, g.width) for x in (operands.q, do, o))
+    padded_lse, d_lse = jnp.pad(lse, more), jnp.pad(d_lse, more)
+    # A softmax turns dp into p (dp - sum p dp), and that sum is do . o; lse itself has the gradient p:
+    # together p (dp - delta) with delta = do . o - d_lse.
+    dq, delta = kernel_tpu_backward.hybrid_d_query(g, q, do, o, padded_lse, d_lse, keys, interpret=interpret)
+    d_sink = -(jnp.exp(operands.sink - lse) * delta[:, : g.length]).sum(axis=(0, 1))
+    rows = kernel_tpu_backward.Rows(q, do, padded_lse, delta)
     d_line = kernel_tpu_backward.hybrid_d_line(g, rows, keys, interpret=interpret)
     d_entries = None
     if keys.entries is not None:

@@ -112,7 +112,7 @@ class Geometry:
             forward += accumulator + columns
         # Logits and weights in float32, weights rounded, and their product with the values.
         forward += in_flight * (widest * (4 + 4 + item) + 4 * self.width)
-        d_query = 2 * (3 * tile + 2 * per_query + view + selected + keys) + accumulator + bias
+        d_query = 2 * (4 * tile + 3 * per_query + view + selected + keys) + accumulator + bias
         # p, dp and ds in float32, ds rounded, and its product with the keys.
         d_query += in_flight * (widest * (3 * 4 + item) + 4 * self.width)
 
