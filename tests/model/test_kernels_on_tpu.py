@@ -56,8 +56,8 @@ def gradients(parameters, tokens):
 @pytest.mark.slow
 def test_forward():
     program = compiled("v6e", streams).as_text()
-    # Each layer: pre, post_pre, post, attention, experts (gate and up, down); the compressors of CSA (two) and
-    # HCA, and the selection.
+    # Each layer: pre, post_pre, post, attention, experts (gate and up, down); the compressors of CSA (two)
+    # and HCA, and the selection.
     assert program.count('custom_call_target="tpu_custom_call"') == (4 + 2) * 3 + 3 + 1
     # The kernels keep streams outermost, the model tokens: inside the program that must cost no copies, but
     # one where the streams start and one where they leave.
