@@ -268,7 +268,7 @@ STRICT_CASES = {
         jnp.float32,
         GATHER,
     ),
-    "gathering in chunks": (dict(last=[50, 7], entries=200, chosen=150), jnp.float32, GATHER),
+    "gathering in chunks": (dict(last=[50, 7, 90], entries=200, chosen=150), jnp.float32, GATHER),
     "fetching ahead": (
         dict(last=[50, 7], length=2, entries=40, chosen=20, width=80, fp8_ring=True),
         jnp.float32,
