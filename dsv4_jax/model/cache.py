@@ -15,7 +15,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Int32
 
 from dsv4_jax.config import AttentionKind, ModelConfig, layer_stacks
 from dsv4_jax.numerics import cache_formats
@@ -31,8 +31,8 @@ ROWS = 8
 class CompressorCache:
     """State of one compressor: raw rows of unfinished blocks and finished entries (inference, section 1)."""
 
-    kv: Float[Array, "R B M w Dc"]  # projected values, ring of M = w m + max_rewind rows
-    gate: Float[Array, "R B M w Dc"]  # gate logits without the positional bias, same ring
+    kv: Stored  # [R, B, M, w, Dc] projected values (or their bits), ring of M = w m + max_rewind rows
+    gate: Stored  # [R, B, M, w, Dc] gate logits without the positional bias, same ring
     entries: Stored  # [R, B, S, Dc] in the cache's format; entry s covers tokens m s .. m s + m - 1
 
 
@@ -114,7 +114,8 @@ def new_cache(
         max_rewind: tokens that can be taken back at any time (drafts), >= 0.
         row_dtype: of the compressors' raw rows; None means `dtype`.
         format: how window rows, entries and keys are kept.
-        as_bits: quantised ones as unsigned integers, for XLA; kernels take the numbers themselves.
+        as_bits: FP8 and bfloat16 numbers as unsigned integers, for XLA (`numerics.cache_formats`); kernels
+            take the numbers themselves.
 
     Raises:
         ValueError: for sizes below 1, or beyond `max_position_embeddings`.
@@ -130,7 +131,7 @@ def new_cache(
     if problems:
         raise ValueError("; ".join(problems))
 
-    def empty(shape: tuple[int, ...], store: Callable[[jax.Array], Stored]) -> Stored:
+    def empty(shape: tuple[int, ...], store: Callable[[jax.Array], Stored], dtype=dtype) -> Stored:
         kept = lambda x: cache_formats.bits(store(x)) if as_bits else store(x)  # noqa: E731
         made = jax.eval_shape(kept, jax.ShapeDtypeStruct(shape, dtype))
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), made)
@@ -145,8 +146,8 @@ def new_cache(
         rows = (repeats, batch, branches * ratio + max_rewind, branches, width)
         num_entries = round_up(max(max_length // ratio, 1), ROWS)
         return CompressorCache(
-            jnp.zeros(rows, row_dtype or dtype),
-            jnp.zeros(rows, row_dtype or dtype),
+            empty(rows, lambda x: x, row_dtype or dtype),
+            empty(rows, lambda x: x, row_dtype or dtype),
             empty((repeats, batch, num_entries, width), store),
         )
 

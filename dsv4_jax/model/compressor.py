@@ -85,11 +85,13 @@ class Compressor(nnx.Module):
             write_ring(ring, repeat, rows, span.start, span.num_valid)
             for ring, rows in ((cache.kv, kv), (cache.gate, gate))
         ]
+        row_dtype = self.policy.row_dtype
+        held = lambda ring: cache_formats.read(ring[repeat], row_dtype)  # noqa: E731
         if fits_in_ring(self.branches * self.ratio - 1, kv.shape[1], cache.kv.shape[2]):
-            sources = lambda: [ring[repeat] for ring in rings]  # noqa: E731
+            sources = lambda: [held(ring) for ring in rings]  # noqa: E731
         else:
             sources = lambda: [  # noqa: E731
-                jnp.concatenate([ring[repeat], rows.astype(ring.dtype)], axis=1)
+                jnp.concatenate([held(ring), rows.astype(row_dtype)], axis=1)
                 for ring, rows in ((cache.kv, kv), (cache.gate, gate))
             ]
         # Only a whole block makes an entry: most single-token steps complete none and skip the pooling.

@@ -44,7 +44,7 @@ class Entries(NamedTuple):
     ) -> Float[Array, "B K width"]:
         """Entries by index below `size`."""
         rows = jnp.arange(index.shape[0])[:, None]
-        if cache_formats.is_plain(self.stack):
+        if cache_formats.is_plain(self.stack) and jnp.issubdtype(self.stack.dtype, jnp.floating):
             # Out of the prefix: a gradient has the shape of what is gathered from.
             return self.prefix(size, dtype).at[rows, index].get(mode="promise_in_bounds")
         picked = jax.tree.map(

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float, Float32, UInt16
 
 from dsv4_jax.numerics import formats, qat
 from pallas_kernels.arithmetic import cdiv, round_up
@@ -68,40 +68,46 @@ def is_plain(stored: Stored) -> bool:
     return not isinstance(stored, tuple)
 
 
+NUMBERS_OF_BITS = {jnp.dtype("uint8"): jnp.float8_e4m3fn, jnp.dtype("uint16"): jnp.bfloat16}
+BITS_OF_NUMBERS = {jnp.dtype(numbers): bits for bits, numbers in NUMBERS_OF_BITS.items()}
+
+
 def bits(stored: Stored) -> Stored:
-    """The same with unsigned integers in place of FP8 and bfloat16 numbers; plain arrays as they are."""
-    if is_plain(stored):
-        return stored
-    widths = {jnp.dtype("float8_e4m3fn"): jnp.uint8, jnp.dtype("bfloat16"): jnp.uint16}
-    return jax.tree.map(lambda leaf: as_stored(leaf, widths.get(leaf.dtype, leaf.dtype)), stored)
+    """The same with unsigned integers in place of FP8 and bfloat16 numbers; float32 arrays as they are."""
+    return jax.tree.map(lambda leaf: as_stored(leaf, BITS_OF_NUMBERS.get(leaf.dtype, leaf.dtype)), stored)
 
 
 def as_stored(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """x for an array of the cache: numbers for unsigned integers are their bits."""
+    """x for an array of the cache: numbers for unsigned integers are rounded to theirs and become bits."""
     if jnp.issubdtype(dtype, jnp.unsignedinteger) and jnp.issubdtype(x.dtype, jnp.floating):
-        return jax.lax.bitcast_convert_type(x, dtype)
+        return jax.lax.bitcast_convert_type(x.astype(NUMBERS_OF_BITS[jnp.dtype(dtype)]), dtype)
     return x.astype(dtype)
 
 
 def read(stored: Stored, dtype: jax.typing.DTypeLike) -> Float[Array, "*rows width"]:
     """What `store_entries` or `store_keys` stored, be it numbers or `bits`."""
+    if is_plain(stored):
+        return (_bfloat16_value(stored) if stored.dtype == jnp.uint16 else stored).astype(dtype)
     stored = bits(stored)
     if isinstance(stored, Fp8Entries):
         still = stored.values.shape[-1]
         width = still + stored.rotary.shape[-1]
         scale = jnp.repeat(formats.scale_value(stored.scales), qat.ENTRY_GROUP, axis=-1)[..., :still]
         values = formats.e4m3_value(_padded(stored.values, width)) * _padded(scale, width)
-        # A bfloat16 number is the upper half of a float32.
         rotary = jnp.pad(stored.rotary, [(0, 0)] * (stored.rotary.ndim - 1) + [(still, 0)])
-        rotary = jax.lax.bitcast_convert_type(rotary.astype(jnp.uint32) << 16, jnp.float32)
+        rotary = _bfloat16_value(rotary)
         # A choice is one loop over the result; joining the two parts would first make each of them.
         return jnp.where(jnp.arange(width) < still, values, rotary).astype(dtype)
     if isinstance(stored, Fp8Keys):
         return (formats.e4m3_value(stored.values) * stored.scales).astype(dtype)
-    if isinstance(stored, Mxfp4Keys):
-        both = jnp.stack(_mxfp4_halves(stored, dtype), axis=-1)
-        return both.reshape(*both.shape[:-2], -1)
-    return stored.astype(dtype)
+    assert isinstance(stored, Mxfp4Keys)
+    both = jnp.stack(_mxfp4_halves(stored, dtype), axis=-1)
+    return both.reshape(*both.shape[:-2], -1)
+
+
+def _bfloat16_value(bits: UInt16[Array, "*s"]) -> Float32[Array, "*s"]:
+    """A bfloat16 number is the upper half of a float32."""
+    return jax.lax.bitcast_convert_type(bits.astype(jnp.uint32) << 16, jnp.float32)
 
 
 def products(q: Float[Array, "B N Di"], keys: Stored) -> Float32[Array, "B N S"]:

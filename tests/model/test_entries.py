@@ -78,9 +78,24 @@ def test_scores_in_pieces(cache_format, size, monkeypatch):
     np.testing.assert_allclose(got, (dots * np.asarray(weights)[..., None]).sum(2), rtol=1e-5, atol=1e-5)
 
 
-@pytest.fixture(scope="module", params=QUANTISED)
+def test_bfloat16_numbers_as_bits():
+    x = jnp.asarray([0.0, -0.0, 1e-40, 3.14, -2e38, jnp.inf, -jnp.inf], jnp.bfloat16)
+    kept = cache_formats.bits(x)
+    assert kept.dtype == jnp.uint16
+    for dtype in (jnp.bfloat16, jnp.float32):
+        read = cache_formats.read(kept, dtype)
+        assert read.dtype == dtype
+        np.testing.assert_array_equal(read.astype(jnp.float32), x.astype(jnp.float32))
+    rounded = cache_formats.as_stored(jnp.float32(1 + 2**-8 + 2**-10), jnp.uint16)  # to nearest
+    assert float(cache_formats.read(rounded, jnp.float32)) == 1 + 2**-7
+
+
+@pytest.fixture(
+    scope="module", params=[("float32", "fp8+fp8"), ("float32", "fp8+mxfp4"), ("bfloat16", "plain")]
+)
 def long_decode(request):
     """A decode step over 2^16 tokens, compiled: its memory, its text, entries and width of the CSA layer."""
+    dtype, cache_format = request.param
     config = tiny(
         4,
         attention_kinds=("csa", "hca"),
@@ -94,7 +109,7 @@ def long_decode(request):
         hca_ratio=128,
         num_nextn_predict_layers=0,
     )
-    policy = Policy.of("float32", cache=request.param)
+    policy = Policy.of(dtype, cache=cache_format)
     network = Network(config, policy)
     _, *others = abstract_decode(config, batch=1)
     cache = jax.eval_shape(
@@ -104,7 +119,7 @@ def long_decode(request):
     return program.memory_analysis(), program.as_text(), 2**16 // 4, config.head_dim
 
 
-def test_a_quantised_decode_step_never_holds_its_entries_decoded(long_decode):
+def test_a_decode_step_never_holds_its_entries_as_numbers(long_decode):
     memory, _, num_entries, width = long_decode
     assert memory.temp_size_in_bytes < num_entries * width * 4 / 4
 
@@ -112,6 +127,7 @@ def test_a_quantised_decode_step_never_holds_its_entries_decoded(long_decode):
 def test_no_stack_of_bits_becomes_numbers(long_decode):
     """Not even inside a loop that is fused with its update, which would need no memory."""
     _, text, num_entries, _ = long_decode
-    assert re.search(rf"\bu8\[1,1,{num_entries},80\]", text)  # the stack is there under this shape
+    # The stack is there under this shape.
+    assert re.search(rf"\bu8\[1,1,{num_entries},80\]|\bu16\[1,1,{num_entries},96\]", text)
     shapes = re.findall(rf"\b((?:bf|f)\w+)\[1,1,{num_entries},(\d+)\]", text)
     assert {(dtype, width) for dtype, width in shapes if width != "1"} == set()  # width 1: float32 scales
