@@ -26,8 +26,8 @@ BITS_A_CHECK = 4  # passes between two looks at whether all rows are done
 
 def ordered(scores):
     """int32 of the same order as the scores; -0 and 0 are one score."""
-    bits = lax.bitcast_convert_type(scores + 0.0, jnp.int32)
-    return bits ^ (lax.shift_right_arithmetic(bits, 31) & 0x7FFFFFFF)
+    bits = lax.bitcast_convert_type(scores, jnp.int32)
+    return jnp.where(bits < 0, jnp.int32(-(2**31)) - bits, bits)  # -magnitude of negative ones
 
 
 def halves(keys):
