@@ -204,7 +204,7 @@ def pulled(x, gate_up, down, ids, weights, dy, valid, options):
         pytest.param("mxfp4", "bfloat16", "even", None, marks=pytest.mark.slow),
         pytest.param("fp8", "bfloat16", "few experts", halved, marks=pytest.mark.slow),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),  # a function's text holds its address
 )
 def test_gradients(form, dtype, kind, rounding):
     """Of the second of three layers; padding gets none, nor do experts without rows."""
