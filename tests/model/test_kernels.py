@@ -157,7 +157,7 @@ EVERY_KIND = CONFIG.attention_kinds
 @pytest.mark.parametrize(
     ("cache", "kinds"),
     [
-        ("plain", EVERY_KIND),
+        pytest.param("plain", EVERY_KIND, marks=pytest.mark.slow),
         ("fp8+mxfp4", ("csa",)),  # a ring, entries and keys in it
         pytest.param("fp8+mxfp4", EVERY_KIND, marks=pytest.mark.slow),
         pytest.param("fp8+fp8", EVERY_KIND, marks=pytest.mark.slow),
