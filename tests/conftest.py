@@ -1,5 +1,6 @@
-"""One compilation cache for all workers of a test run: most of the suite's time is compiling."""
+"""Compiling is most of the time of a test run: one cache for all workers, and quick settings."""
 
+import gc
 import os
 
 import pytest
@@ -7,6 +8,12 @@ import pytest
 # libtpu is there to compile for described chips; asking it for real ones costs seconds and prints errors.
 # Subprocesses of tests inherit this; set the variable yourself to run the suite on another platform.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+def pytest_collection_finish():
+    """Tracing allocates much and keeps it: fewer passes over what torch and transformers left behind."""
+    gc.freeze()
+    gc.set_threshold(20_000, 10, 10)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -19,3 +26,17 @@ def shared_compilation_cache(tmp_path_factory):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     yield
     jax.config.update("jax_compilation_cache_dir", None)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation(request):
+    """LLVM spends little on programs that run once; XLA's own passes, which decide what is copied, all run.
+
+    Modules marked `as_users_compile` hold published numbers and keep the settings that users have.
+    """
+    import jax
+
+    quick = request.node.get_closest_marker("as_users_compile") is None
+    jax.config.update("jax_disable_most_optimizations", quick)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -75,7 +75,9 @@ def test_streamed_text_is_the_text_of_the_record(capsys, checkpoint):
     assert record["text"] + "\n" == text and record["text"]
 
 
-@pytest.mark.parametrize("stored", ["checkpoint", "quantised_checkpoint"])
+@pytest.mark.parametrize(
+    "stored", [pytest.param("checkpoint", marks=pytest.mark.slow), "quantised_checkpoint"]
+)
 @pytest.mark.parametrize(
     "cache", [pytest.param(c, marks=[pytest.mark.slow] if c == "fp8+fp8" else []) for c in CACHE_FORMATS]
 )

@@ -9,7 +9,7 @@ def topk_mask_reference(
 ) -> Bool[Array, "*rows S"]:
     """The definition; the contract is in `op.topk_mask`."""
     eligible = visible & ~jnp.isnan(scores)
-    # A stable sort of (not eligible, -score) leaves ties in index order. + 0.0 makes -0 and 0 tie.
-    order = jnp.lexsort((-(jnp.where(eligible, scores, 0.0) + 0.0), ~eligible), axis=-1)
+    # A stable sort of (not eligible, -score) leaves ties in index order; to it -0 and 0 are one score.
+    order = jnp.lexsort((-jnp.where(eligible, scores, 0.0), ~eligible), axis=-1)
     rank = jnp.argsort(order, axis=-1)
     return eligible & (rank < k)

@@ -55,8 +55,9 @@ def ordered_keys(
     scores: Float32[Array, "*rows S"], eligible: Bool[Array, "*rows S"]
 ) -> Int32[Array, "*rows S"]:
     """Signed keys in the order of the scores; NOT_ELIGIBLE for what cannot be chosen."""
-    bits = lax.bitcast_convert_type(scores + 0.0, jnp.int32)  # + 0.0: -0 and 0 are one score
-    return jnp.where(eligible, jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits), NOT_ELIGIBLE)
+    bits = lax.bitcast_convert_type(scores, jnp.int32)
+    # Minus the magnitude of a negative score: -0 and 0 are one key. (XLA takes `x + 0.0` for `x`, -0 or not.)
+    return jnp.where(eligible, jnp.where(bits < 0, jnp.int32(-(2**31)) - bits, bits), NOT_ELIGIBLE)
 
 
 def count(mask: Bool[Array, "*rows S"]) -> Int32[Array, "*rows 1"]:

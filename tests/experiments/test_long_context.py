@@ -43,7 +43,8 @@ def test_the_formula_gives_the_released_models_bytes():
     assert bytes_by_formula(v4_pro(), "fp8+mxfp4") == 5031.4375
 
 
-@pytest.mark.parametrize("format", ["fp8+mxfp4", pytest.param("plain", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["fp8+mxfp4", "plain"])
 def test_a_filled_cache_looks_like_a_prefilled_one(format):
     model, cache = empty(format)
     synthetic = filled(empty(format)[1], model.config, format, LENGTH)

@@ -26,7 +26,9 @@ def checkpoint(tmp_path_factory):
 # The notebook client still asks for an event loop in a way that newer Pythons discourage.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
-def test_notebook_runs(path, checkpoint, tmp_path):
+def test_notebook_runs(path, checkpoint, tmp_path, monkeypatch):
+    # As in other tests; the notebook's kernel is a process of its own.
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     notebook = nbformat.read(path, as_version=4)
     (parameters,) = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
     parameters.source += f"\nCHECKPOINT = {str(checkpoint)!r}\nNEW_TOKENS = 3\n"

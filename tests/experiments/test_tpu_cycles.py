@@ -275,9 +275,8 @@ def test_index_maps_may_read_prefetched_scalars():
 # ---------------------------------------------------------------- cases and table
 
 
-@pytest.mark.parametrize(
-    "config", [pytest.param(v4_flash(), id="flash"), pytest.param(v4_pro(), id="pro", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [v4_flash(), v4_pro()], ids=["flash", "pro"])
 def test_every_case_can_be_traced(config):
     jax.clear_caches()  # a call that was traced before is not seen again
     every = cases(config)

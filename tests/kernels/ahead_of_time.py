@@ -49,12 +49,19 @@ def compile_on(
         for shape, sharding in zip(shapes, shardings, strict=True)
     ]
     lowered = jax.jit(function).lower(*placed)
-    # A program for a chip that is not here cannot be read back from the cache of compiled programs.
-    enabled = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
+    # A program for a chip that is not here cannot be read back from the cache of compiled programs; and it is
+    # compiled as it would be for its chip, not as quickly as other tests' programs.
+    settings = {"jax_enable_compilation_cache": False, "jax_disable_most_optimizations": False}
+    before = {name: jax.config.values[name] for name in settings}
+    _update(settings)
     compilation_cache.reset_cache()
     try:
         return lowered.compile()
     finally:
-        jax.config.update("jax_enable_compilation_cache", enabled)
+        _update(before)
         compilation_cache.reset_cache()
+
+
+def _update(settings: dict[str, bool]) -> None:
+    for name, value in settings.items():
+        jax.config.update(name, value)

@@ -222,7 +222,11 @@ def test_streaming_matches_reference(name):
     assert_close(run(name, blocks=SMALL, interpret=True), expected(name), FLOAT32)
 
 
-@pytest.mark.parametrize("name", GATHERED)
+# Strict interpretation, below, runs in chunks too.
+LONG = pytest.param("chunks of chosen", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name", [LONG if name == "chunks of chosen" else name for name in GATHERED])
 def test_gathering_matches_reference(name):
     assert_close(run(name, blocks=GATHER, interpret=True), expected(name), FLOAT32)
 
@@ -242,8 +246,11 @@ def test_published_widths_with_chosen_blocks():
 @pytest.mark.parametrize(
     ("name", "blocks"),
     [("drafts complete entries", SMALL), ("chosen by drafts", SMALL), ("chosen by drafts", GATHER)]
-    + [("all in fp8", SMALL), ("chosen beside an fp8 ring", GATHER)]
-    + [("chosen by drafts", FETCH), ("chosen beside an fp8 ring", FETCH)],
+    + [("all in fp8", SMALL), ("chosen beside an fp8 ring", FETCH)]
+    + [
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in [("chosen beside an fp8 ring", GATHER), ("chosen by drafts", FETCH)]
+    ],
 )
 def test_bfloat16_stays_close_to_exact(name, blocks):
     o, window = operands(**CASES[name]), CASES[name].get("window", 5)

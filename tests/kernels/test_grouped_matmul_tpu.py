@@ -63,13 +63,9 @@ def run(x, gate_up, down, ids, weights, **options):
     )  # fmt: skip
 
 
-# Most of the time is the compiler's, which has little to gain on programs that run once.
-QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-
-
 @functools.cache
 def jitted(**options):
-    return jax.jit(functools.partial(run, **options), compiler_options=QUICKLY)
+    return jax.jit(functools.partial(run, **options))
 
 
 def kernel(*arguments, blocks=SMALL, **options):
@@ -179,7 +175,7 @@ def halved(hidden):
     return hidden * jnp.asarray(0.5, hidden.dtype) + hidden.mean(axis=-1, keepdims=True)
 
 
-@functools.partial(jax.jit, static_argnames=("options",), compiler_options=QUICKLY)
+@functools.partial(jax.jit, static_argnames=("options",))
 def pulled(x, gate_up, down, ids, weights, dy, valid, options):
     """(y, gradients of x, weights and of plain matrices)"""
     plain = gate_up.scale is None
@@ -244,7 +240,7 @@ def test_work_items(kind, rows, every_expert):
     """Every pair once, at the place that says so; experts ascend; the list is long enough."""
     ids, valid = routing(kind, 11, 5), jnp.arange(11) != 4
     call = functools.partial(work_items, num_experts=5, rows=rows, every_expert=every_expert)
-    items = jax.tree.map(np.asarray, jax.jit(call, compiler_options=QUICKLY)(ids, valid))
+    items = jax.tree.map(np.asarray, jax.jit(call)(ids, valid))
     total, count = int(items.total[0]), np.asarray(items.count)
     assert len(count) == most_items(ids.size, 5, rows, every_expert=every_expert) > total
     ids = np.asarray(ids)

@@ -66,9 +66,7 @@ def value_and_gradients(name, arrays, **options):
         outputs, pullback = jax.vjp(lambda arrays: op(**arrays), arrays)
         return outputs, pullback(cotangents(outputs))[0]
 
-    # Interpreted kernels are long programs that run once: compile them without optimising.
-    unoptimised = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-    return jax.jit(run, compiler_options=unoptimised)(arrays)
+    return jax.jit(run)(arrays)
 
 
 def close(got, want, bound):

@@ -78,7 +78,14 @@ def test_bytes_of_v4_flash():
         assert (num_bytes(2**20) - num_bytes(2**19)) / 2**19 == per_token
 
 
-@pytest.mark.parametrize(("cache_format", "dtype"), [("fp8+fp8", "float32"), ("fp8+mxfp4", "bfloat16")])
+@pytest.mark.parametrize(
+    ("cache_format", "dtype"),
+    [
+        ("fp8+mxfp4", "float32"),
+        pytest.param("fp8+fp8", "float32", marks=pytest.mark.slow),
+        pytest.param("fp8+mxfp4", "bfloat16", marks=pytest.mark.slow),
+    ],
+)
 def test_prefill_is_decode(cache_format, dtype):
     model = model_of(cache_format, dtype)
     tokens = tokens_of()

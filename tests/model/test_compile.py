@@ -12,6 +12,8 @@ from dsv4_jax.model.cache import new_cache
 from dsv4_jax.model.initial import Network
 from dsv4_jax.numerics.policy import Policy
 
+pytestmark = pytest.mark.as_users_compile
+
 POLICY = Policy.of("float32")
 
 

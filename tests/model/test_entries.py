@@ -91,7 +91,12 @@ def test_bfloat16_numbers_as_bits():
 
 
 @pytest.fixture(
-    scope="module", params=[("float32", "fp8+fp8"), ("float32", "fp8+mxfp4"), ("bfloat16", "plain")]
+    scope="module",
+    params=[
+        pytest.param(("float32", "fp8+fp8"), marks=pytest.mark.slow),
+        ("float32", "fp8+mxfp4"),
+        ("bfloat16", "plain"),
+    ],
 )
 def long_decode(request):
     """A decode step over 2^16 tokens, compiled: its memory, its text, entries and width of the CSA layer."""

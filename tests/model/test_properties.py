@@ -31,6 +31,8 @@ from tests.model.equivalence import (
 )
 from tests.model.telling_weights import telling_model
 
+pytestmark = pytest.mark.as_users_compile
+
 lengths = st.lists(st.integers(1, WIDTH), min_size=BATCH, max_size=BATCH)
 
 

@@ -16,6 +16,8 @@ from tests.parity.oracle import Oracle
 from tests.parity.runs import FLOAT32, run
 from tests.parity.torch_mtp import TorchMtp
 
+pytestmark = pytest.mark.as_users_compile
+
 TOLERANCE = 1e-4
 
 # The block under test has layers of its own; one below it gives it streams that differ.

@@ -11,6 +11,8 @@ from tests.parity import float64_equations
 from tests.parity.cases import CASES, SECTION_16
 from tests.parity.runs import FLOAT32, run
 
+pytestmark = pytest.mark.as_users_compile
+
 LOGIT_TOLERANCE = 1e-4
 
 

@@ -44,13 +44,6 @@ STEPS = 20
 PROMPT = "def main(é"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compile_quickly():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def run(out, **options):
     text = io.StringIO()
     options = {"steps": STEPS, "seed": 5, "prompt": PROMPT, "max_new_tokens": 12} | options
