@@ -43,13 +43,19 @@ def draw(*shape):
     return jnp.asarray(np.random.default_rng(1).standard_normal(shape), jnp.float32)
 
 
+round_entries = jax.jit(cache_formats.round_entries, static_argnums=(1, 2))
+round_keys = jax.jit(cache_formats.round_keys, static_argnums=1)
+
+
 @pytest.mark.parametrize(("width", "num_rotary"), [(512, 64), (96, 16), (23, 6)])
 def test_entries_round_once(width, num_rotary):
     x = draw(3, 5, width)
-    once = cache_formats.round_entries(x, "fp8+fp8", num_rotary)
-    np.testing.assert_array_equal(cache_formats.round_entries(once, "fp8+fp8", num_rotary), once)
+    once = round_entries(x, "fp8+fp8", num_rotary)
+    np.testing.assert_array_equal(round_entries(once, "fp8+fp8", num_rotary), once)
     still = width - num_rotary
-    np.testing.assert_array_equal(once[..., :still], qat.fake_fp8(x[..., :still], 64))
+    np.testing.assert_array_equal(
+        once[..., :still], jax.jit(qat.fake_fp8, static_argnums=1)(x[..., :still], 64)
+    )
     np.testing.assert_array_equal(once[..., still:], x[..., still:].astype(jnp.bfloat16).astype(jnp.float32))
 
 
@@ -57,11 +63,11 @@ def test_entries_round_once(width, num_rotary):
 @pytest.mark.parametrize("width", [128, 48, 8])
 def test_keys_round_once(cache, width):
     x = draw(3, 5, width)
-    once = cache_formats.round_keys(x, cache)
+    once = round_keys(x, cache)
     assert np.abs(once - x).max() > 0
-    np.testing.assert_array_equal(cache_formats.round_keys(once, cache), once)
+    np.testing.assert_array_equal(round_keys(once, cache), once)
     if cache == "fp8+mxfp4":
-        np.testing.assert_array_equal(once, qat.fake_mxfp4(x))
+        np.testing.assert_array_equal(once, jax.jit(qat.fake_mxfp4)(x))
 
 
 def test_bytes_of_v4_flash():

@@ -16,6 +16,13 @@ QUICK = settings(max_examples=60, deadline=None, derandomize=True)
 VECTOR = (0.3, -1.0, 5.1, 0.02, 7.0, -2.4, 0.9, 3.3)
 
 
+# One program each: an operation at a time would be compiled a dozen times for every shape.
+quantize_mxfp4 = jax.jit(formats.quantize_mxfp4)
+quantize_fp8_blocks = jax.jit(formats.quantize_fp8_blocks)
+quantize_fp8_groups = jax.jit(formats.quantize_fp8_groups, static_argnums=1)
+dequantized = jax.jit(lambda stored: stored.dequantize())
+
+
 def bits(x):
     return np.asarray(x, np.float32).view(np.uint32)
 
@@ -26,12 +33,12 @@ def padded_vector(channels):
 
 
 def test_the_specified_vectors():
-    fp4 = formats.quantize_mxfp4(padded_vector(32))
+    fp4 = quantize_mxfp4(padded_vector(32))
     assert formats.scale_value(fp4.scale).tolist() == [2.0]
-    assert fp4.dequantize()[:8].tolist() == [0, -1, 6, 0, 8, -2, 1, 3]
-    fp8 = formats.quantize_fp8_groups(padded_vector(8), 8)
+    assert dequantized(fp4)[:8].tolist() == [0, -1, 6, 0, 8, -2, 1, 3]
+    fp8 = quantize_fp8_groups(padded_vector(8), 8)
     assert formats.scale_value(fp8.scale).tolist() == [2.0**-6]
-    assert fp8.dequantize().tolist() == [0.3125, -1, 5, 0.01953125, 7, -2.5, 0.875, 3.25]
+    assert dequantized(fp8).tolist() == [0.3125, -1, 5, 0.01953125, 7, -2.5, 0.875, 3.25]
 
 
 def test_every_scale_byte():
@@ -77,11 +84,11 @@ def test_every_fp8_code_survives():
     elements = codes.view(ml_dtypes.float8_e4m3fn)
     usable = ~np.isnan(elements.astype(np.float32))
     groups = formats.Fp8Groups(jnp.asarray(elements), jnp.asarray([127], jnp.uint8))
-    values = np.asarray(groups.dequantize())
+    values = np.asarray(dequantized(groups))
     np.testing.assert_array_equal(
         values[usable], torch.from_numpy(codes).view(torch.float8_e4m3fn).float().numpy()[usable]
     )
-    again = formats.quantize_fp8_groups(jnp.asarray(values[usable]), int(usable.sum()))
+    again = quantize_fp8_groups(jnp.asarray(values[usable]), int(usable.sum()))
     np.testing.assert_array_equal(np.asarray(again.elements).view(np.uint8), codes[usable])
 
 
@@ -91,7 +98,7 @@ def test_fp8_equals_torch(seed, exponent, spread):
     rng = np.random.default_rng(seed)
     x = rng.standard_normal(64) * 2.0 ** (exponent - rng.integers(0, spread + 1, 64))
     x = x.astype(np.float32)
-    got = formats.quantize_fp8_groups(jnp.asarray(x), 64)
+    got = quantize_fp8_groups(jnp.asarray(x), 64)
     scale = 2.0 ** (float(got.scale[0]) - 127)
     largest = max(np.abs(x).max(), np.float32(1e-4))
     assert largest / scale <= 448 < 2 * np.nextafter(np.float32(largest), np.float32(np.inf)) / scale
@@ -105,28 +112,28 @@ def test_quantising_what_is_on_the_grid_changes_nothing(scale):
     values = np.array(formats.e2m1_value(rng.integers(0, 16, (3, 64), dtype=np.uint8)))
     values[:, ::32] = 6  # the largest of each group
     x = jnp.asarray(values * np.float32(scale))
-    np.testing.assert_array_equal(bits(formats.quantize_mxfp4(x).dequantize()), bits(x))
+    np.testing.assert_array_equal(bits(dequantized(quantize_mxfp4(x))), bits(x))
     elements = rng.integers(0, 120, (2, 130, 200), dtype=np.uint8).view(ml_dtypes.float8_e4m3fn)
     values = elements.astype(np.float32)
     values[:, ::128, ::128] = 448
     if scale >= formats.FP8_FLOOR:
         x = jnp.asarray(values * np.float32(scale))
-        np.testing.assert_array_equal(formats.quantize_fp8_blocks(x).dequantize(), x)
+        np.testing.assert_array_equal(dequantized(quantize_fp8_blocks(x)), x)
 
 
 def test_small_and_zero_groups_stop_at_the_floor():
     zero = jnp.zeros((2, 128))
-    assert set(np.asarray(formats.quantize_fp8_groups(zero, 128).scale).flat) == {127 - 22}
-    assert set(np.asarray(formats.quantize_mxfp4(zero).scale).flat) == {1}
-    assert not np.asarray(formats.quantize_mxfp4(zero).dequantize()).any()
+    assert set(np.asarray(quantize_fp8_groups(zero, 128).scale).flat) == {127 - 22}
+    assert set(np.asarray(quantize_mxfp4(zero).scale).flat) == {1}
+    assert not np.asarray(dequantized(quantize_mxfp4(zero))).any()
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (128, 128), (129, 127), (300, 5), (7, 385)])
 def test_blocks_of_awkward_matrices(rows, columns):
     x = np.random.default_rng(rows).standard_normal((rows, columns)).astype(np.float32)
-    quantised = formats.quantize_fp8_blocks(jnp.asarray(x))
+    quantised = quantize_fp8_blocks(jnp.asarray(x))
     assert quantised.scale.shape == (-(-rows // 128), -(-columns // 128))
-    got = np.asarray(quantised.dequantize())
+    got = np.asarray(dequantized(quantised))
     target = np.empty_like(x)
     assert dequantize_into(
         target, np.asarray(quantised.elements), np.asarray(quantised.scale).view(ml_dtypes.float8_e8m0fnu)
@@ -148,7 +155,7 @@ def test_fp4_fits_fp8_without_loss(shape):
     packed = rng.integers(0, 256, (*shape[:-1], shape[-1] // 2), dtype=np.uint8)
     scale = rng.integers(100, 115, (*shape[:-1], shape[-1] // 32), dtype=np.uint8)  # 2^14 apart
     fp4 = formats.Mxfp4(jnp.asarray(packed), jnp.asarray(scale))
-    np.testing.assert_array_equal(bits(formats.fp4_as_fp8(fp4).dequantize()), bits(fp4.dequantize()))
+    np.testing.assert_array_equal(bits(dequantized(formats.fp4_as_fp8(fp4))), bits(dequantized(fp4)))
 
 
 @pytest.mark.parametrize(("low", "high"), [(100, 115), (0, 5)])
@@ -163,7 +170,7 @@ def test_fp4_too_far_apart_for_fp8(low, high):
         formats.fp4_as_fp8(formats.Mxfp4(nonzero, scale.at[200, 2].add(1)))
     zeros_elsewhere = jnp.zeros_like(nonzero).at[200, 32:48].set(0x11)
     recast = formats.fp4_as_fp8(formats.Mxfp4(zeros_elsewhere, scale.at[200, 2].add(1)))
-    assert float(jnp.abs(recast.dequantize()).sum()) > 0
+    assert float(jnp.abs(dequantized(recast)).sum()) > 0
 
 
 def test_channels_must_be_whole_groups():
@@ -172,7 +179,7 @@ def test_channels_must_be_whole_groups():
 
 
 def test_formats_are_pytrees_of_their_own_size():
-    key = formats.quantize_mxfp4(jnp.ones((5, 128)))
+    key = quantize_mxfp4(jnp.ones((5, 128)))
     assert sum(leaf.nbytes for leaf in jax.tree.leaves(key)) == 5 * 68
     sliced = jax.tree.map(lambda leaf: leaf[2], key)
     assert sliced.dequantize().shape == (128,)

@@ -117,7 +117,8 @@ def test_each_switch_changes_the_output_and_none_is_the_reference():
     assert all(np.abs(a - b).max() > 1e-5 for i, a in enumerate(seen) for b in seen[:i])
 
 
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_prefill_is_decode(dtype):
     config = two_layers(MODELS["flash"])
     model = LanguageModel(config, Policy.of(dtype, "qat"), telling_parameters(config))
