@@ -318,6 +318,21 @@ def test_compiles_for_v6e():
 
 
 FLASH, PRO = (256, 4096, 2048), (384, 7168, 3072)  # E, D, F
+HBM_BYTES = {"v5e": 16 << 30, "v5p": 95 << 30, "v6e": 32 << 30, "tpu7x": 96 << 30}  # published, a JAX device
+
+
+def experts_that_fit(chip, form, experts, d, f):
+    """A layer's experts, or a device's share where they are divided over just enough devices to fit."""
+    bytes_of = lambda shape: shape.size * shape.dtype.itemsize  # noqa: E731
+    while sum(map(bytes_of, jax.tree.leaves(stacks(form, experts, d, f)))) > 0.9 * HBM_BYTES[chip]:
+        experts //= 2
+    return experts
+
+
+def test_experts_of_v4_pro_are_divided_where_they_do_not_fit():
+    assert experts_that_fit("tpu7x", "bfloat16", *PRO) == experts_that_fit("v5e", "mxfp4", *PRO) == 384
+    assert experts_that_fit("v6e", "bfloat16", *PRO) == 192
+    assert experts_that_fit("v5e", "bfloat16", *PRO) == 96
 
 
 @pytest.mark.slow
@@ -326,6 +341,7 @@ FLASH, PRO = (256, 4096, 2048), (384, 7168, 3072)  # E, D, F
 @pytest.mark.parametrize("sizes", [FLASH, PRO], ids=["flash", "pro"])
 @pytest.mark.parametrize("chip", CHIPS)
 def test_compiles_for_every_chip(chip, sizes, form, tokens):
+    sizes = experts_that_fit(chip, form, *sizes), *sizes[1:]
     compiled = compile_for(chip, whole, *shapes(form, tokens, *sizes))
     one_stack = sizes[0] * sizes[1] * sizes[2] // 2
     if tokens == 64:
