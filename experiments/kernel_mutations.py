@@ -2,6 +2,7 @@
 
     python -m experiments.kernel_mutations                    # all families
     python -m experiments.kernel_mutations --families indexer --faults tie
+    python -m experiments.kernel_mutations --missing          # those not yet caught
 
 A fault of `kernel_faults.toml` replaces a text that must occur exactly once in its file. The family's default
 tests then have to fail; those that only compile are left out, because they cannot notice a wrong value. Each
@@ -72,6 +73,8 @@ class Options:
     families: tuple[str, ...] = FAMILIES
     faults: str = ""
     """A part of the name of the faults wanted."""
+    missing: bool = False
+    """Only faults that `out` does not show as caught, word for word."""
     out: Path = ROOT / "experiments/results/kernel_mutations.json"
     """Also names the Markdown table: the same path with `.md`."""
     timeout_seconds: float = 600
@@ -158,11 +161,20 @@ def keep(out: Path, row: dict) -> None:
     out.with_suffix(".md").write_text(markdown(rows))
 
 
+def caught(out: Path) -> list[Fault]:
+    """The faults that the file shows as caught, as they were then."""
+    rows = json.loads(out.read_text()) if out.exists() else []
+    names = [field.name for field in dataclasses.fields(Fault)]
+    return [Fault(**{name: row[name] for name in names}) for row in rows if row["caught"]]
+
+
 def check(options: Options, console: Console) -> list[dict]:
     """One row a fault; written after each."""
     wanted = [x for x in FAULTS if x.family in options.families and options.faults in x.name]
     if not wanted:
         raise SystemExit(f"no fault of {options.families} has {options.faults!r} in its name")
+    if options.missing:
+        wanted = [x for x in wanted if x not in caught(options.out)]
     rows: list[dict] = []
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     with tempfile.TemporaryDirectory() as folder, Progress(console=console) as progress:

@@ -84,6 +84,19 @@ def test_a_survivor_is_an_error_and_named(faults, capsys):
     assert "| family | wrong value | `test_value` | " in text and "| **not caught** (passed) |" in text
 
 
+def test_missing_faults_are_those_not_caught_word_for_word(faults, monkeypatch):
+    with pytest.raises(SystemExit, match="1"):
+        kernel_mutations.main(faults)
+    missing = kernel_mutations.Options(families=("family",), missing=True, out=faults.out)
+    with pytest.raises(SystemExit, match="1"):
+        kernel_mutations.main(missing)
+    assert kernel_mutations.caught(faults.out) == [FAMILY]
+    changed = Fault("family", "wrong value", "op.py", "value = 1", "value = 3")
+    monkeypatch.setattr(kernel_mutations, "FAULTS", [changed])
+    kernel_mutations.main(missing)
+    assert kernel_mutations.caught(faults.out) == [changed]
+
+
 def test_rows_of_other_runs_stay(faults, monkeypatch):
     for _ in range(2):
         kernel_mutations.main(kernel_mutations.Options(families=("family",), faults="wrong", out=faults.out))
