@@ -486,7 +486,12 @@ COMPILED = {
 }
 
 
-@pytest.mark.parametrize("name", COMPILED)
+BY_DEFAULT = ("csa gathered", "hca in fp8")
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in BY_DEFAULT else pytest.param(n, marks=pytest.mark.slow) for n in COMPILED]
+)
 def test_compiles_ahead_of_time(name):
     compile_full_size("v6e", *COMPILED[name])
 

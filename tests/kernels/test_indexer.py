@@ -417,7 +417,9 @@ def test_lowers_to_mosaic(function):
     assert "tpu_custom_call" in module.mlir_module()
 
 
-@pytest.mark.parametrize("form", ["plain", "fp8", "mxfp4"])
+@pytest.mark.parametrize(
+    "form", ["mxfp4", *(pytest.param(form, marks=pytest.mark.slow) for form in ("plain", "fp8"))]
+)
 def test_compiles_for_a_tpu_and_copies_no_keys(form):
     batch, length, size = REAL["decode 64 at 64K"]
     shapes = list(real_shapes(batch, length, size))

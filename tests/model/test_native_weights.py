@@ -46,10 +46,8 @@ def test_steps_are_bit_equal_to_those_on_dequantised_weights(checkpoint):
     np.testing.assert_array_equal(found[0][1], found[1][1])
 
 
-@pytest.mark.parametrize(
-    ("release", "dtype"),
-    [pytest.param(storage.BASE, "float32", marks=pytest.mark.slow), (storage.PREVIEW, "bfloat16")],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("release", "dtype"), [(storage.BASE, "float32"), (storage.PREVIEW, "bfloat16")])
 def test_logits_are_bit_equal_to_those_on_dequantised_weights(tmp_path, release, dtype):
     config = synthetic.smallest_config()
     synthetic.write_checkpoint(tmp_path, config, release)
