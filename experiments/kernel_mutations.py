@@ -174,7 +174,8 @@ def check(options: Options, console: Console) -> list[dict]:
     if not wanted:
         raise SystemExit(f"no fault of {options.families} has {options.faults!r} in its name")
     if options.missing:
-        wanted = [x for x in wanted if x not in caught(options.out)]
+        done = caught(options.out)
+        wanted = [x for x in wanted if x not in done]
     rows: list[dict] = []
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     with tempfile.TemporaryDirectory() as folder, Progress(console=console) as progress:

@@ -40,4 +40,3 @@ def quick_compilation(request):
     jax.config.update("jax_disable_most_optimizations", quick)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
-    gc.freeze()  # what a module leaves behind are compiled programs: no pass over them either
