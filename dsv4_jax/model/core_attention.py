@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from dsv4_jax.model.entries import Entries
 from dsv4_jax.model.indexer import index_scores, select
+from pallas_kernels.precision import einsum_float32
 
 SMALLEST_EXTENT = 64
 """Entries are read in power-of-two prefixes from this size on; the smallest one that is long enough runs."""
@@ -44,7 +45,7 @@ def softmax_attention(
     maximum. Probabilities meet the values in the compute dtype.
     """
     weight, total = _sink_softmax(q, keys, visible, sink)
-    out = jnp.einsum("bchk,bkd->bchd", weight.astype(keys.dtype), keys, preferred_element_type=jnp.float32)
+    out = einsum_float32("bchk,bkd->bchd", weight.astype(keys.dtype), keys)
     return (out / total).astype(keys.dtype)
 
 
@@ -53,7 +54,7 @@ def _sink_softmax(q, keys, visible, sink):
     batch, count, heads, width = q.shape
     # With a head's dimension of its own XLA:CPU multiplies by a transposed copy of the keys.
     flat = q.reshape(batch, count * heads, width)
-    logits = jnp.einsum("bnd,bkd->bnk", flat, keys, preferred_element_type=jnp.float32)
+    logits = einsum_float32("bnd,bkd->bnk", flat, keys)
     logits = logits.reshape(batch, count, heads, -1)
     logits = jnp.where(visible[:, :, None], logits * width**-0.5, -jnp.inf)
     top = jax.lax.stop_gradient(jnp.maximum(logits.max(axis=-1), sink))[..., None]

@@ -18,6 +18,7 @@ from dsv4_jax.model.norm import rms_norm
 from dsv4_jax.model.parameters import constant, matrix
 from dsv4_jax.numerics.policy import Policy
 from pallas_kernels import hyper_connection as kernels
+from pallas_kernels.precision import einsum_float32
 
 
 class StreamMaps(NamedTuple):
@@ -77,7 +78,7 @@ def _combine_backward(saved, d_out):
     streams, pre = saved
     d_out = d_out.astype(jnp.float32)
     d_streams = jnp.moveaxis(pre, 0, -1)[..., None] * d_out[:, :, None]
-    d_pre = jnp.einsum("btnd,btd->nbt", streams.astype(jnp.float32), d_out)
+    d_pre = einsum_float32("btnd,btd->nbt", streams.astype(jnp.float32), d_out)
     return d_streams.astype(streams.dtype), d_pre
 
 
@@ -102,8 +103,8 @@ def _expand_backward(saved, d_out):
     d_out32 = d_out.astype(jnp.float32)
     d_streams = _mix(d_out, comb.swapaxes(0, 1)).astype(streams.dtype)
     d_update = combine(d_out, post).astype(update.dtype)
-    d_post = jnp.einsum("btd,btkd->kbt", update.astype(jnp.float32), d_out32)
-    d_comb = jnp.einsum("btjd,btkd->jkbt", streams.astype(jnp.float32), d_out32)
+    d_post = einsum_float32("btd,btkd->kbt", update.astype(jnp.float32), d_out32)
+    d_comb = einsum_float32("btjd,btkd->jkbt", streams.astype(jnp.float32), d_out32)
     return d_streams, d_update, d_post, d_comb
 
 

@@ -10,6 +10,7 @@ from dsv4_jax.numerics.formats import Fp8Blocks
 from dsv4_jax.numerics.policy import Policy
 from dsv4_jax.numerics.weights import QuantizedWeight, Weight, plain
 from pallas_kernels.block_matmul import block_matmul
+from pallas_kernels.precision import product_precision
 
 
 def project(
@@ -27,7 +28,7 @@ def project(
     if policy is not None and policy.kernels != "xla" and isinstance(weight, QuantizedWeight):
         if isinstance(weight.blocks, Fp8Blocks):
             return _project_fp8(x, weight, weight.blocks, policy.interpret)
-    return _product(x, plain(weight, x.dtype), None).astype(x.dtype)
+    return _product(x, plain(weight, x.dtype), product_precision(x.dtype)).astype(x.dtype)
 
 
 def project_float32(x: Float[Array, "*tokens D"], weight: Float[Array, "*out D"]) -> Float32[Array, "..."]:
@@ -39,7 +40,13 @@ def project_groups(x: Float[Array, "*tokens G D"], weight: Weight) -> Float[Arra
     """Each group's channels times that group's matrix, weight [G, O, D]; precision as in `project`."""
     rows = x.reshape(-1, *x.shape[-2:]).swapaxes(0, 1)  # [G, tokens, D]
     matrices = plain(weight, x.dtype)
-    y = jax.lax.dot_general(rows, matrices, (((2,), (2,)), ((0,), (0,))), preferred_element_type=jnp.float32)
+    y = jax.lax.dot_general(
+        rows,
+        matrices,
+        (((2,), (2,)), ((0,), (0,))),
+        precision=product_precision(x.dtype),
+        preferred_element_type=jnp.float32,
+    )
     return y.swapaxes(0, 1).astype(x.dtype).reshape(*x.shape[:-1], -1)
 
 

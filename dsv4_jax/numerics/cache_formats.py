@@ -25,6 +25,7 @@ from dsv4_jax.numerics import formats, qat
 from pallas_kernels.arithmetic import cdiv, round_up
 from pallas_kernels.decode_attention import Fp8Entries
 from pallas_kernels.indexer import Fp8Keys, Mxfp4Keys
+from pallas_kernels.precision import einsum_float32
 
 CacheFormat = Literal["plain", "fp8+fp8", "fp8+mxfp4"]
 CACHE_FORMATS: tuple[CacheFormat, ...] = ("plain", "fp8+fp8", "fp8+mxfp4")
@@ -114,7 +115,7 @@ def products(q: Float[Array, "B N Di"], keys: Stored) -> Float32[Array, "B N S"]
     """q . k in float32 for keys [B, S, ...] as they are stored."""
 
     def product(q: jax.Array, k: jax.Array) -> jax.Array:
-        return jnp.einsum("bnd,bsd->bns", q, k, preferred_element_type=jnp.float32)
+        return einsum_float32("bnd,bsd->bns", q, k)
 
     if isinstance(keys, Mxfp4Keys):
         # Interleaving the numbers of a byte costs several times their decoding.

@@ -162,7 +162,7 @@ def balance_loss(
     tokens = weights.sum(axis=1)  # [B]
     total = scores.sum(axis=-1, keepdims=True)
     share = scores / jnp.where(total > 0, total, 1.0)
-    mean_share = jnp.einsum("bte,bt->be", share, weights) / jnp.maximum(tokens, 1.0)[:, None]
+    mean_share = _product("bte,bt->be", share, weights) / jnp.maximum(tokens, 1.0)[:, None]
     frequency = row_loads(experts, valid, num_experts) * (num_experts / num_active)
     frequency = jax.lax.stop_gradient(frequency / jnp.maximum(tokens, 1.0)[:, None])
     per_row = jnp.sum(frequency * mean_share, axis=-1)

@@ -20,6 +20,7 @@ from pallas_kernels.arithmetic import cdiv
 from pallas_kernels.block_matmul.reference import E4M3_MAX, SMALLEST
 from pallas_kernels.block_matmul.tuning import VMEM_LIMIT, MatmulBlocks
 from pallas_kernels.low_precision import BLOCK, e8m0_value
+from pallas_kernels.precision import product_precision
 
 Axis = Literal["output", "input"]
 
@@ -36,12 +37,11 @@ def _matmul_body(x_ref, weight_ref, scale_ref, y_ref, decoded_ref, sums_ref, *, 
         # Through float32: not every generation multiplies in bfloat16 on the vector unit.
         decoded = weight_ref[rows, :].astype(jnp.float32) * scale_ref[group]
         decoded_ref[rows, :] = decoded.astype(decoded_ref.dtype)
-    exact = decoded_ref.dtype == jnp.float32
     sums_ref[...] += lax.dot_general(
         x_ref[...],
         decoded_ref[...],
         (((1,), (1 if axis == "output" else 0,)), ((), ())),
-        precision=lax.Precision.HIGHEST if exact else lax.Precision.DEFAULT,
+        precision=product_precision(decoded_ref.dtype),
         preferred_element_type=jnp.float32,
     )
 

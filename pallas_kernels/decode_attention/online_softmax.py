@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.decode_attention.visibility import Visible
+from pallas_kernels.precision import product_precision
 
 
 def dot(x: jax.Array, y: jax.Array, *, transposed: bool) -> jax.Array:
     """x y or x y^T, accumulated in float32; float32 operands are not rounded to bfloat16 on the way."""
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    precision = product_precision(x.dtype)
     dimensions = (((1,), (1 if transposed else 0,)), ((), ()))
     return jax.lax.dot_general(x, y, dimensions, precision=precision, preferred_element_type=jnp.float32)
 

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels.decode_attention import stored
+from pallas_kernels.precision import einsum_float32
 
 
 def decode_attention_reference(
@@ -37,10 +38,10 @@ def decode_attention_reference(
     # A row that no query sees may be anything: zero times NaN would not be zero.
     keys = jnp.where(visible.any(axis=1)[..., None], keys, 0)
 
-    logits = jnp.einsum("bthd,bkd->bthk", q, keys, preferred_element_type=jnp.float32)
+    logits = einsum_float32("bthd,bkd->bthk", q, keys)
     logits = jnp.where(visible[:, :, None], logits * q.shape[-1] ** -0.5, -jnp.inf)
     top = jnp.maximum(logits.max(axis=-1), sink)[..., None]
     weight = jnp.exp(logits - top)
     total = weight.sum(axis=-1, keepdims=True) + jnp.exp(sink[:, None] - top)
-    out = jnp.einsum("bthk,bkd->bthd", weight.astype(keys.dtype), keys, preferred_element_type=jnp.float32)
+    out = einsum_float32("bthk,bkd->bthd", weight.astype(keys.dtype), keys)
     return (out / total).astype(q.dtype), (top + jnp.log(total))[..., 0]

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, UInt8
 
 from pallas_kernels.arithmetic import round_up
+from pallas_kernels.precision import product_precision
 
 GROUP = 64  # channels that share one scale
 
@@ -110,6 +111,6 @@ def _turned(x: Float[Array, "n M"], ones: Float[Array, "n Dh"]) -> Float32[Array
         x,
         ones,
         (((0,), (0,)), ((), ())),
-        precision=jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
+        precision=product_precision(x.dtype),
         preferred_element_type=jnp.float32,
     )

@@ -28,6 +28,7 @@ from pallas_kernels.grouped_matmul.decode_tpu import (
 from pallas_kernels.grouped_matmul.stored import Format, Stack
 from pallas_kernels.grouped_matmul.tuning_tpu import FEW_ROWS, LANES, ROWS_AT_ONCE, VMEM_LIMIT, ItemBlocks
 from pallas_kernels.low_precision import BLOCK, GROUP, e8m0_value
+from pallas_kernels.precision import product_precision
 
 SUBLANES = 8
 
@@ -64,12 +65,11 @@ def formulation_of(stack: Stack, dtype, rows: int, axis: Literal["output", "inpu
 
 
 def _dot(lhs, rhs, lhs_dim: int, rhs_dim: int):
-    exact = lhs.dtype == jnp.float32
     return lax.dot_general(
         lhs,
         rhs,
         (((lhs_dim,), (rhs_dim,)), ((), ())),
-        precision=lax.Precision.HIGHEST if exact else lax.Precision.DEFAULT,
+        precision=product_precision(lhs.dtype),
         preferred_element_type=jnp.float32,
     )
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.grouped_matmul.stored import Stack, decoded
+from pallas_kernels.precision import einsum_float32
 
 
 def expert_ffn_reference(
@@ -26,7 +27,7 @@ def expert_ffn_reference(
     )
     x, weights = jnp.where(valid[:, None], x, 0), jnp.where(valid[:, None], weights, 0)
 
-    both = jnp.einsum("td,egfd->gtef", x, gate_up, preferred_element_type=jnp.float32)
+    both = einsum_float32("td,egfd->gtef", x, gate_up)
     gate, up = both[0], both[1]
     if swiglu_limit:
         gate, up = jnp.minimum(gate, swiglu_limit), jnp.clip(up, -swiglu_limit, swiglu_limit)
@@ -36,6 +37,6 @@ def expert_ffn_reference(
     if round_hidden is not None:
         # One expert is chosen at most once by a token, so weighting first and summing after are one thing.
         hidden = round_hidden((share[:, :, None] * hidden).astype(x.dtype))
-        return jnp.einsum("tef,edf->td", hidden, down, preferred_element_type=jnp.float32)
-    out = jnp.einsum("tef,edf->ted", hidden.astype(x.dtype), down, preferred_element_type=jnp.float32)
+        return einsum_float32("tef,edf->td", hidden, down)
+    out = einsum_float32("tef,edf->ted", hidden.astype(x.dtype), down)
     return (share[:, :, None] * out).sum(axis=1)

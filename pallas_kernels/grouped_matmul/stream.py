@@ -28,6 +28,7 @@ from pallas_kernels.low_precision import (
     e4m3_halves,
     e8m0_value,
 )
+from pallas_kernels.precision import product_precision
 
 LANES = 16  # two AVX2 vectors, one of AVX-512
 TERMS_PER_LOOP = 8  # beyond 15 readers of a value XLA stops fusing it: the whole stack would be converted
@@ -47,7 +48,7 @@ def stream_product(stack: Stack, index: Int32[Array, ""], x: Float32[Array, " K"
     while width // lanes > MAX_TERMS and width % (2 * lanes) == 0:
         lanes *= 2
     product = {"plain": _plain, "fp8": _fp8, "mxfp4": _mxfp4}[stack.format]
-    return product(stack, index, x, lanes) @ jnp.ones(lanes)
+    return _sums(product(stack, index, x, lanes), jnp.ones(lanes))
 
 
 def _loops(width: int, lanes: int):
@@ -118,4 +119,8 @@ def _mxfp4(stack: Stack, index, x, lanes):
                 for sums, numbers, factor in zip(partial, e2m1_halves(packed), x, strict=True)
             ]
     places = jnp.eye(lanes)
-    return partial[0] @ places[0::2] + partial[1] @ places[1::2]
+    return _sums(partial[0], places[0::2]) + _sums(partial[1], places[1::2])
+
+
+def _sums(partial, places):
+    return jnp.matmul(partial, places, precision=product_precision(partial.dtype))

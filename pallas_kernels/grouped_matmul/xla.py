@@ -14,6 +14,7 @@ from jax import lax
 from pallas_kernels.grouped_matmul.routing import sort_pairs
 from pallas_kernels.grouped_matmul.stored import Stack
 from pallas_kernels.grouped_matmul.stream import stream_product
+from pallas_kernels.precision import product_precision
 
 
 class Hidden(NamedTuple):
@@ -51,6 +52,7 @@ def expert_ffn_forward(
     """f32[T, D]; the contract is in `op.expert_ffn`; hidden_of: `Hidden`; dtype: of the products."""
     pairs = sort_pairs(expert_ids, valid, num_experts=num_experts, rows=blocks.rows)
     top_k, weights = expert_ids.shape[1], weights.reshape(-1)
+    dot = _dot_for(x.dtype)
 
     def stream_pair(place, y):
         index = first_expert + pairs.expert_at(place)
@@ -68,8 +70,8 @@ def expert_ffn_forward(
             numbers, own = _block(pairs, start, end, number, blocks.rows)
             tokens = lax.div(numbers, top_k)
             rows = x.at[tokens].get(mode="promise_in_bounds").astype(dtype)
-            hidden = hidden_of.before(_dot(w13, rows, 1, 1), weights[numbers], x.dtype)
-            out = _dot(w2, hidden.astype(dtype), 1, 0)
+            hidden = hidden_of.before(dot(w13, rows, 1, 1), weights[numbers], x.dtype)
+            out = dot(w2, hidden.astype(dtype), 1, 0)
             # Without the barrier XLA folds the transposition into the product, and packs the weights.
             out = lax.optimization_barrier(out).T * hidden_of.after(weights[numbers])[:, None]
             return y.at[tokens].add(jnp.where(own, out, 0), mode="promise_in_bounds")
@@ -103,6 +105,7 @@ def expert_ffn_backward(
     """
     pairs = sort_pairs(expert_ids, valid, num_experts=num_experts, rows=blocks.rows)
     top_k, flat_weights = expert_ids.shape[1], weights.reshape(-1)
+    dot = _dot_for(x.dtype)
 
     def expert_rows(expert, start, end, sums):
         dx, d_gate_up, d_down, d_weights = sums
@@ -121,12 +124,12 @@ def expert_ffn_backward(
             weight = flat_weights[numbers]
             hidden, pull = jax.vjp(
                 lambda both, weight: hidden_of.before(both, weight, x.dtype),
-                _dot(w13, x_rows, 1, 1),
+                dot(w13, x_rows, 1, 1),
                 weight,
             )
             after = hidden_of.after(weight)
             # Unweighted, it gives the routing weight's gradient too: dy . (W2 h) = (W2^T dy) . h
-            d_hidden = _dot(w2, dy_rows, 0, 1)
+            d_hidden = dot(w2, dy_rows, 0, 1)
             d_both, d_weight = pull(d_hidden * after)
             if hidden_of.round_weighted is None:
                 d_weight = (d_hidden * hidden).sum(axis=0)
@@ -134,10 +137,10 @@ def expert_ffn_backward(
             d_both = d_both.astype(dtype)
             # dW2 += (weight * dy)^T h^T,  dW13 += d_both x,  dx += d_both^T W13
             if d_w2 is not None:
-                d_w2 += _dot(dy_rows, (hidden * after).astype(dtype), 0, 1)
+                d_w2 += dot(dy_rows, (hidden * after).astype(dtype), 0, 1)
             if d_w13 is not None:
-                d_w13 += _dot(d_both, x_rows, 1, 0)
-            dx = dx.at[tokens].add(_dot(d_both, w13, 0, 0), mode="promise_in_bounds")
+                d_w13 += dot(d_both, x_rows, 1, 0)
+            dx = dx.at[tokens].add(dot(d_both, w13, 0, 0), mode="promise_in_bounds")
             return dx, d_w13, d_w2, d_weights
 
         zeros = (
@@ -186,8 +189,15 @@ def _block(pairs, start, end, number, rows):
     return pairs.pairs_at(place, rows), own[:, None]
 
 
-def _dot(lhs, rhs, lhs_dim, rhs_dim):
-    return lax.dot_general(lhs, rhs, (((lhs_dim,), (rhs_dim,)), ((), ())), preferred_element_type=jnp.float32)
+def _dot_for(dtype):
+    """lhs, rhs and the axis of each that is summed -> f32; dtype: of the model's numbers, x's."""
+
+    def dot(lhs, rhs, lhs_dim, rhs_dim):
+        dimensions = ((lhs_dim,), (rhs_dim,)), ((), ())
+        precision = product_precision(dtype)
+        return lax.dot_general(lhs, rhs, dimensions, precision=precision, preferred_element_type=jnp.float32)
+
+    return dot
 
 
 def _gated(both, limit):

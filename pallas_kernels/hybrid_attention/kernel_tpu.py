@@ -19,13 +19,14 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.arithmetic import cdiv
 from pallas_kernels.hybrid_attention import visibility
 from pallas_kernels.hybrid_attention.tuning import LANES, VMEM_LIMIT, Geometry
+from pallas_kernels.precision import product_precision
 
 ROWS_BY_KEYS = (((1,), (1,)), ((), ()))  # x[rows, Dh] . y[keys, Dh] over Dh
 
 
 def dot(x: jax.Array, y: jax.Array, dimensions=(((1,), (0,)), ((), ()))) -> jax.Array:
     """A product accumulated in float32; float32 operands are not rounded to bfloat16 on the way."""
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    precision = product_precision(x.dtype)
     return jax.lax.dot_general(x, y, dimensions, precision=precision, preferred_element_type=jnp.float32)
 
 

@@ -3,6 +3,8 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
+from pallas_kernels.precision import einsum_float32
+
 
 def hybrid_attention_reference(
     q: Float[Array, "B T H Dh"],
@@ -30,12 +32,12 @@ def hybrid_attention_reference(
         keys = jnp.concatenate([line, entries], axis=1)
         visible = jnp.concatenate([visible, chosen], axis=2)
 
-    logits = jnp.einsum("bthd,bkd->bthk", q, keys, preferred_element_type=jnp.float32)
+    logits = einsum_float32("bthd,bkd->bthk", q, keys)
     logits = jnp.where(visible[:, :, None], logits * q.shape[-1] ** -0.5, -jnp.inf)
     top = jnp.maximum(logits.max(axis=-1), sink)[..., None]
     weight = jnp.exp(logits - top)
     total = weight.sum(axis=-1, keepdims=True) + jnp.exp(sink[:, None] - top)
-    out = jnp.einsum("bthk,bkd->bthd", weight.astype(keys.dtype), keys, preferred_element_type=jnp.float32)
+    out = einsum_float32("bthk,bkd->bthd", weight.astype(keys.dtype), keys)
     return (out / total).astype(q.dtype), (top + jnp.log(total))[..., 0]
 
 
@@ -48,11 +50,11 @@ def gathered_attention_reference(
     """The definition; the contract is in `gathered.gathered_attention`."""
     batch = jnp.arange(q.shape[0])[:, None, None]
     keys = entries[repeat][batch, jnp.maximum(index, 0)]  # [B, T, K, Dh]
-    logits = jnp.einsum("bthd,btkd->bthk", q, keys, preferred_element_type=jnp.float32)
+    logits = einsum_float32("bthd,btkd->bthk", q, keys)
     logits = jnp.where((index >= 0)[:, :, None], logits * q.shape[-1] ** -0.5, -jnp.inf)
     top = logits.max(axis=-1, keepdims=True)
     top = jnp.where(top == -jnp.inf, 0.0, top)
     weight = jnp.exp(logits - top)
     total = weight.sum(axis=-1, keepdims=True)
-    out = jnp.einsum("bthk,btkd->bthd", weight.astype(keys.dtype), keys, preferred_element_type=jnp.float32)
+    out = einsum_float32("bthk,btkd->bthd", weight.astype(keys.dtype), keys)
     return (out / jnp.where(total > 0, total, 1.0)).astype(q.dtype), (top + jnp.log(total))[..., 0]

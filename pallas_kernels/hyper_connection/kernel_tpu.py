@@ -20,8 +20,9 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.arithmetic import round_up
 from pallas_kernels.hyper_connection import maps as token_maps
 from pallas_kernels.hyper_connection import tuning
-from pallas_kernels.hyper_connection.parts import precision, split, stack, sum_parts
+from pallas_kernels.hyper_connection.parts import split, stack, sum_parts
 from pallas_kernels.hyper_connection.tuning import LANES, SUBLANES, TOKEN_TILE
+from pallas_kernels.precision import product_precision
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -159,7 +160,7 @@ def add_products(sums_ref, pairs: list[tuple[jax.Array, jax.Array]]) -> None:
             left,
             right,
             (((1,), (1,)), ((), ())),
-            precision=precision(left.dtype),
+            precision=product_precision(left.dtype),
             preferred_element_type=jnp.float32,
         )
         for left, right in pairs

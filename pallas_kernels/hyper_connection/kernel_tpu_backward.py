@@ -19,6 +19,7 @@ from pallas_kernels.hyper_connection import maps as token_maps
 from pallas_kernels.hyper_connection import parts
 from pallas_kernels.hyper_connection.kernel_tpu import Variant, lanes_at, token_groups, widen
 from pallas_kernels.hyper_connection.tuning import LANES, PARTS, SUBLANES
+from pallas_kernels.precision import product_precision
 
 # Columns of `r.columns` behind the maps, their scores and the inverse RMS of the streams.
 STREAMS_FACTOR, NORM_FACTOR, INVERSE_NORM = LANES - 1, LANES - 2, LANES - 3
@@ -133,7 +134,7 @@ def _project_back(r: types.SimpleNamespace, x_ref, chunk, channels: int, valid: 
         left = [parts.stack([part] * PARTS, height) for part in right[:2]]
     left = [part.astype(x_ref.dtype) for part in left]
     stacked = parts.stack(right, height).astype(x_ref.dtype)
-    precision = parts.precision(x_ref.dtype)
+    precision = product_precision(x_ref.dtype)
 
     def product(a, b, axis_a, axis_b):
         dims = (((axis_a,), (axis_b,)), ((), ()))

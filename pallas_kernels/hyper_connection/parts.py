@@ -36,8 +36,3 @@ def sum_parts(stacked: jax.Array, num_rows: int) -> jax.Array:
     height = round_up(num_rows, SUBLANES)
     first, second, third = (stacked[i * height : i * height + num_rows] for i in range(PARTS))
     return third + second + first
-
-
-def precision(dtype) -> lax.Precision:
-    """float32 products need the matrix unit's slow mode, bfloat16 ones are exact."""
-    return lax.Precision.DEFAULT if dtype == jnp.bfloat16 else lax.Precision.HIGHEST

@@ -17,6 +17,7 @@ from pallas_kernels.arithmetic import cdiv
 from pallas_kernels.indexer.kernel_tpu import visible_in
 from pallas_kernels.indexer.key_tiles import products
 from pallas_kernels.indexer.tuning import IndexerBlocks
+from pallas_kernels.precision import product_precision
 
 
 def _own_keys(keys_ref, b, first, size, blocks):
@@ -39,9 +40,10 @@ def _pieces(q_ref, weights_ref, keys_ref, lo_ref, hi_ref, d_ref, first, size, bl
 
 
 def _dot(a, b, contract_a, contract_b):
-    exact = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     dims = (((contract_a,), (contract_b,)), ((), ()))
-    return lax.dot_general(a, b, dims, precision=exact, preferred_element_type=jnp.float32)
+    return lax.dot_general(
+        a, b, dims, precision=product_precision(a.dtype), preferred_element_type=jnp.float32
+    )
 
 
 def _queries_body(

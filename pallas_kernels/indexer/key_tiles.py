@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.indexer.formats import GROUP, Format, Fp8Keys, Keys, Mxfp4Keys
+from pallas_kernels.precision import product_precision
 
 SIGN, MAGNITUDE = -0x7F7F7F80, 0x0E0E0E0E  # of four e5m2 numbers in a word: bit 7, bits 3 to 1
 E2M1_FROM_E5M2 = 2.0**14  # an e2m1 code read as the top bits of an e5m2 code is this much smaller
@@ -53,12 +54,10 @@ def in_key_order(q: jax.Array, form: Format) -> jax.Array:
 
 def products(q, keys, contract: int = 1):
     """f32[rows of q, keys]: every query row with every key; `contract` is the keys' axis of dimensions."""
-    exact = lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
     if q.dtype == jnp.float32:
         keys = keys.astype(jnp.float32)
-    return lax.dot_general(
-        q, keys, (((1,), (contract,)), ((), ())), precision=exact, preferred_element_type=jnp.float32
-    )
+    dims, precision = (((1,), (contract,)), ((), ())), product_precision(q.dtype)
+    return lax.dot_general(q, keys, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
 def tile_products(q, key_refs, sequence, here, form: Format):

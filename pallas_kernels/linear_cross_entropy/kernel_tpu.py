@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels.arithmetic import cdiv
 from pallas_kernels.linear_cross_entropy.tuning import COLUMNS_AT_ONCE, VMEM_LIMIT, LinearCrossEntropyBlocks
+from pallas_kernels.precision import product_precision
 
 VOCAB, TOKEN = 0, 1  # axes of a logits tile
 
@@ -50,7 +51,7 @@ def _product(lefts: list[jax.Array], rights: list[jax.Array], contract: tuple[in
                 left,
                 right,
                 (((contract[0],), (contract[1],)), ((), ())),
-                precision=lax.Precision.DEFAULT if left.dtype == jnp.bfloat16 else lax.Precision.HIGHEST,
+                precision=product_precision(left.dtype),
                 preferred_element_type=jnp.float32,
             )
             total = term if total is None else total + term
