@@ -1,4 +1,4 @@
-"""Float32 numbers are multiplied as float32 on every backend, which no result on a CPU could show."""
+"""What no result on a CPU could show: other backends round operands of products, and drop pairs of casts."""
 
 import jax
 import jax.numpy as jnp
@@ -17,18 +17,24 @@ from dsv4_jax.training.step import forward_losses
 CONFIG = tiny()
 
 
-def products(jaxpr):
-    """Every matrix product of a program, those inside loops and branches too."""
+def equations(jaxpr, primitive):
+    """Every use of a primitive in a program, those inside loops and branches too."""
     for equation in jaxpr.eqns:
-        if equation.primitive is lax.dot_general_p:
+        if equation.primitive is primitive:
             yield equation
         for value in jax.tree.leaves(list(equation.params.values()), is_leaf=is_jaxpr):
             if is_jaxpr(value):
-                yield from products(getattr(value, "jaxpr", value))
+                yield from equations(getattr(value, "jaxpr", value), primitive)
 
 
 def is_jaxpr(value) -> bool:
     return hasattr(value, "eqns") or hasattr(value, "jaxpr")
+
+
+def widened_fp8(equation) -> bool:
+    """Whether this cast could annul one to FP8: XLA drops the pair on a GPU, and the rounding with it."""
+    dtype = equation.invars[0].aval.dtype
+    return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits == 8
 
 
 def rounded(equation) -> bool:
@@ -55,10 +61,11 @@ def appended(network, parameters, cache, tokens):
 
 
 def assert_exact(traced):
-    found = list(products(traced.jaxpr))
-    assert len(found) > 20
-    culprits = [str(equation.source_info.traceback) for equation in found if rounded(equation)]
-    assert not culprits, f"{len(culprits)} products, first:\n{culprits[0]}"
+    for primitive, wrong in ((lax.dot_general_p, rounded), (lax.convert_element_type_p, widened_fp8)):
+        found = list(equations(traced.jaxpr, primitive))
+        assert len(found) > 20
+        culprits = [str(equation.source_info.traceback) for equation in found if wrong(equation)]
+        assert not culprits, f"{len(culprits)} times {primitive}, first:\n{culprits[0]}"
 
 
 @pytest.mark.parametrize("length", [1, 40])
@@ -81,4 +88,11 @@ def test_losses_and_gradients(numerics):
 def test_a_rounded_product_is_found():
     x = jax.ShapeDtypeStruct((2, 2), jnp.float32)
     looped = jax.make_jaxpr(lambda x: lax.fori_loop(0, 3, lambda _, y: y @ y, x))(x)
-    assert [rounded(equation) for equation in products(looped.jaxpr)] == [True]
+    assert [rounded(equation) for equation in equations(looped.jaxpr, lax.dot_general_p)] == [True]
+
+
+def test_a_pair_of_casts_is_found():
+    x = jax.ShapeDtypeStruct((2, 2), jnp.float32)
+    there_and_back = jax.make_jaxpr(lambda x: x.astype(jnp.float8_e4m3fn).astype(jnp.float32))(x)
+    casts = equations(there_and_back.jaxpr, lax.convert_element_type_p)
+    assert [widened_fp8(equation) for equation in casts] == [False, True]
