@@ -28,9 +28,28 @@ def shared_compilation_cache(tmp_path_factory):
     jax.config.update("jax_compilation_cache_dir", None)
 
 
+QUICK = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
+"""The older code generator of XLA:CPU, and no threads beside two busy workers: a quarter less on kernels."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_options():
+    """Compiler options for one module at a time: XLA_FLAGS, the public way, are read once a process."""
+    import jax
+    from jax._src import compiler
+
+    def options(*args, env_options_overrides=None, **more):
+        quick = QUICK if jax.config.read("jax_disable_most_optimizations") else {}
+        return get(*args, env_options_overrides=quick | (env_options_overrides or {}), **more)
+
+    get, compiler.get_compile_options = compiler.get_compile_options, options
+    yield
+    compiler.get_compile_options = get
+
+
 @pytest.fixture(scope="module", autouse=True)
 def quick_compilation(request):
-    """LLVM spends little on programs that run once; XLA's own passes, which decide what is copied, all run.
+    """Little is spent on code that runs once; XLA's own passes, which decide what is copied, all run.
 
     Modules marked `as_users_compile` hold published numbers and keep the settings that users have.
     """

@@ -51,9 +51,7 @@ def small_sizes():
         small = HyperConnectionBlocks(16, 128)
         patch.setattr(hyper_connection_tuning, "choose_blocks", lambda *_, **__: small)
         patch.setattr(attention_tuning, "gather_from", lambda **_: GATHER_FROM)
-        jax.config.update("jax_disable_most_optimizations", True)  # most of the time is the compiler's
         yield
-        jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """A model on quantised weights: the same numbers as on dequantised ones, without ever holding those."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -12,10 +13,13 @@ from dsv4_jax.model import linear
 from dsv4_jax.numerics.policy import Policy
 from dsv4_jax.numerics.weights import is_quantized, plain
 from pallas_kernels.block_matmul import block_matmul
+from pallas_kernels.hyper_connection import tuning as hyper_connection_tuning
 from tests.checkpoint import synthetic
 from tests.checkpoint.test_save import file_contents, stored_contents
 
-CONFIG = synthetic.repeated_config()  # a scanned stack of four repeats, MTP
+# A scanned stack of four repeats, MTP. Every kind of layer: `test_logits_are_bit_equal...`.
+CONFIG = synthetic.repeated_config(attention_kinds=("hca", "csa") * 4, router_kinds=("learned",) * 8)
+STEP = dict(batch=2, max_length=64)  # of every cache here: programs of equal shapes are compiled once
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +43,7 @@ def test_steps_are_bit_equal_to_those_on_dequantised_weights(checkpoint):
     tokens = tokens_of(CONFIG, 16)
     found = []
     for model in models:
-        chunk, cache = model.extend(model.new_cache(2, 64), tokens)
+        chunk, cache = model.extend(model.new_cache(**STEP), tokens)
         step, _ = model.extend(cache, tokens[:, :1])
         found.append((np.asarray(chunk), np.asarray(step)))
     np.testing.assert_array_equal(found[0][0], found[1][0])
@@ -78,6 +82,9 @@ def test_kernels_multiply_with_fp8_weights_as_they_are(tmp_path, monkeypatch):
     monkeypatch.setattr(
         linear, "block_matmul", lambda *a, **k: calls.append(a[1].shape) or block_matmul(*a, **k)
     )
+    # A block of another family is straight-line code: a small one compiles five times faster.
+    small = hyper_connection_tuning.HyperConnectionBlocks(16, 128)
+    monkeypatch.setattr(hyper_connection_tuning, "choose_blocks", lambda *_, **__: small)
     model = dsv4_jax.load(tmp_path, dtype="float32", kernels="pallas-interpret")
     tokens = tokens_of(config, 24)
     got = np.asarray(model.logits(tokens))
@@ -113,7 +120,8 @@ def dequantized(parameters):
 def temporaries(model, length):
     from dsv4_jax.language_model import _extend
 
-    cache = model.new_cache(1, 128)
-    tokens = tokens_of(CONFIG, length, 1)
-    lowered = _extend.lower(model._network, model.parameters, cache, tokens, np.array([length], np.int32))
+    cache = model.new_cache(**STEP)
+    tokens = jnp.asarray(tokens_of(CONFIG, length))
+    counts = jnp.full(STEP["batch"], length, jnp.int32)
+    lowered = _extend.lower(model._network, model.parameters, cache, tokens, counts)
     return lowered.compile().memory_analysis().temp_size_in_bytes

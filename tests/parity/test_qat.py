@@ -72,12 +72,19 @@ def median_relative(got, want) -> float:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_layer_equals_torch_with_real_rounding(name):
-    """Teacher-forced: each layer starts from the same streams, so that differences do not pile up."""
+    """Teacher-forced: each layer starts from the same streams, so that differences do not pile up.
+
+    Of layers of one kind and router the first: another one is the same program with other numbers.
+    """
     config = MODELS[name]
     model, official = model_of(config, EVERYTHING), torch_qat.Official(config, EVERYTHING)
     tokens = tokens_of(config)
     streams = np.asarray(model.streams(tokens))
+    seen = set()
     for index, kind in enumerate(config.attention_kinds):
+        if (kind, config.router_kinds[index]) in seen:
+            continue
+        seen.add((kind, config.router_kinds[index]))
         params = layer_params(model.parameters, config, index)
         want = official.layer(streams[index, 0], tokens[0], params, kind)
         got = np.asarray(model.layer(index, streams[index], tokens))[0]
