@@ -41,11 +41,16 @@ def can_stream(stack: Stack, dtype: jax.typing.DTypeLike) -> bool:
     return stack.shape[-1] % LANES == 0 and same and dtype in (jnp.float32, jnp.bfloat16)
 
 
-def stream_product(stack: Stack, index: Int32[Array, ""], x: Float32[Array, " K"]) -> Float32[Array, " N"]:
-    """stack[index] @ x in float32, its rows in one axis, without a copy of stack[index]."""
+def stream_product(
+    stack: Stack, index: Int32[Array, ""], x: Float32[Array, " K"], max_terms: int = MAX_TERMS
+) -> Float32[Array, " N"]:
+    """stack[index] @ x in float32, its rows in one axis, without a copy of stack[index].
+
+    Fewer terms make a smaller program, and more partial sums, which cost memory traffic.
+    """
     width = stack.shape[-1]
     lanes = LANES
-    while width // lanes > MAX_TERMS and width % (2 * lanes) == 0:
+    while width // lanes > max_terms and width % (2 * lanes) == 0:
         lanes *= 2
     product = {"plain": _plain, "fp8": _fp8, "mxfp4": _mxfp4}[stack.format]
     return _sums(product(stack, index, x, lanes), jnp.ones(lanes))
