@@ -92,7 +92,7 @@ def _chunk_nll(
 
 
 def _product(equation: str, left: jax.Array, right: jax.Array) -> jax.Array:
-    """Float32 operands, products and result: the head is a float32 island."""
+    """Float32 operands, products and result: the head and the balance loss are float32 islands."""
     left, right = left.astype(jnp.float32), right.astype(jnp.float32)
     return jnp.einsum(equation, left, right, precision=jax.lax.Precision.HIGHEST)
 
