@@ -146,8 +146,8 @@ def decode_attention_cases(c: ModelConfig) -> list[Case]:
             "rotary": array(*rows, c.qk_rope_head_dim),
         }
 
-    def build(kind: str, fp8: bool, sparse_core: bool) -> Program:
-        from pallas_kernels.decode_attention import Fp8Entries, decode_attention, tuning
+    def build(kind: str, fp8: bool, sparse_core: bool, in_rows: bool) -> Program:
+        from pallas_kernels.decode_attention import Fp8Entries, Fp8Rows, decode_attention, fp8_rows, tuning
 
         size = num_entries[kind]
         shapes = dict(q=array(batch, 1, heads, width), position=i32(batch, 1), sink=f32(heads), repeat=i32())
@@ -156,6 +156,10 @@ def decode_attention_cases(c: ModelConfig) -> list[Case]:
             stored["entries"] = (repeats, batch, size)
         for name, rows in stored.items():
             parts = {f"{name}_{part}": x for part, x in in_fp8(*rows).items()}
+            if in_rows and name == "entries":
+                empty = functools.partial(fp8_rows.empty, *rows, fp8_rows.Layout(width, c.qk_rope_head_dim))
+                one, shared = jax.tree.leaves(jax.eval_shape(empty))
+                parts = {"entries_words": one, "entries_rest": shared}
             shapes |= parts if fp8 else {name: array(*rows, width)}
         first_repeat = np.zeros(1, np.int32)
         if kind == "CSA":
@@ -171,18 +175,20 @@ def decode_attention_cases(c: ModelConfig) -> list[Case]:
             # The SparseCore reads rows with their neighbours, and writes rows; its cycles are not known.
             kernel = Kernel(prefetch=(first_repeat,), copied_bytes=3 * rows)
             name = "decode_attention_fetched"
-        elif kind == "CSA" and not fp8:
+        elif kind == "CSA" and (in_rows or not fp8):
             # The first step of a part also fetches its own query's rows.
             kernel = Kernel(
                 when=lambda grid: (1 / grid[1],),
                 prefetch=(first_repeat,),
-                copied_bytes=2 * rows,  # bfloat16 rows come in pairs
+                # Bfloat16 rows come in pairs; an fp8 row of 512 bytes with one that seven share.
+                copied_bytes=batch * chosen * 2 * width if in_rows else 2 * rows,
             )
             name = "decode_attention_gather"
         else:
             prefetch = (first_repeat, np.full(batch, size, np.int32))
             # Every block is full: the loops that clear rows behind the last entry have nothing to do.
-            kernel = Kernel(when=lambda grid: (), trips=0, prefetch=prefetch)
+            # A core of a v5p runs the whole body under a condition that holds.
+            kernel = Kernel(when=lambda grid: 1.0, trips=0, prefetch=prefetch)
             if size > 1024:  # several blocks: the first also attends to the ring, the last one finishes
                 together = tuning.choose_blocks(
                     queries=1, heads=heads, width=width, slots=slots[fp8], num_entries=size, itemsize=2,
@@ -192,7 +198,10 @@ def decode_attention_cases(c: ModelConfig) -> list[Case]:
             name = "decode_attention_stream"
 
         def step(**arrays):
-            for name in stored if fp8 else ():
+            if in_rows:
+                words, rest = arrays.pop("entries_words"), arrays.pop("entries_rest")
+                arrays["entries"] = Fp8Rows(words, rest, c.qk_rope_head_dim)
+            for name in set(stored) - arrays.keys() if fp8 else ():
                 arrays[name] = Fp8Entries(*(arrays.pop(f"{name}_{part}") for part in Fp8Entries._fields))
             return decode_attention(**arrays, window=c.sliding_window, blocks=blocks)
 
@@ -203,13 +212,18 @@ def decode_attention_cases(c: ModelConfig) -> list[Case]:
         steps = grid[1]
         return (1 / steps, *[1 - 1 / steps] * together, 1 / steps)
 
-    def case(kind: str, *, fp8: bool = False, sparse_core: bool = False, **figures) -> Case:
-        keys = slots[fp8] + (chosen if kind == "CSA" and not fp8 else num_entries[kind])
+    def case(
+        kind: str, *, fp8: bool = False, sparse_core: bool = False, in_rows: bool = False, **figures
+    ) -> Case:
+        picked = kind == "CSA" and (in_rows or not fp8)
+        keys = slots[fp8] + (chosen if picked else num_entries[kind])
         flops = 4 * batch * heads * keys * width
         moved = batch * (keys * (width + c.qk_rope_head_dim + 8 if fp8 else 2 * width) + 4 * heads * width)
         label = f"decode_attention {kind} decode {batch} at 64K" + (", FP8" if fp8 else "")
         label += ", fetched by the SparseCore" if sparse_core else ""
-        return Case(label, lambda: build(kind, fp8, sparse_core), lambda: (flops, moved), **figures)
+        label += " masked" if kind == "CSA" and not picked else ""
+        built = functools.partial(build, kind, fp8, sparse_core, in_rows)
+        return Case(label, built, lambda: (flops, moved), **figures)
 
     return [
         case("window", target=us(15, 8), peer=us(29.0, 25.8)),
@@ -218,8 +232,9 @@ def decode_attention_cases(c: ModelConfig) -> list[Case]:
         case("CSA", target=us(40, 18), peer=us(58.8, 26.1)),
         # The bytes of the fetch count, its cycles do not: nothing tells them.
         case("CSA", sparse_core=True, target=us(40, 18), peer=us(58.8, 26.1)),
-        # Ring, as long as the cache's, and entries in FP8. CSA masks: rows of FP8 are not fetched one by one.
+        # Ring, as long as the cache's, and entries in FP8.
         case("window", fp8=True),
         case("HCA", fp8=True),
+        case("CSA", fp8=True, in_rows=True),
         case("CSA", fp8=True),
     ]

@@ -21,6 +21,8 @@ from dsv4_jax.config import AttentionKind, ModelConfig, layer_stacks
 from dsv4_jax.numerics import cache_formats
 from dsv4_jax.numerics.cache_formats import CacheFormat, Stored
 from pallas_kernels.arithmetic import round_up
+from pallas_kernels.decode_attention import Fp8Rows, fp8_rows
+from pallas_kernels.decode_attention.tuning import rows_pay
 
 ROWS = 8
 """Rings and entries are multiples of it: a TPU keeps such arrays row by row, and kernels read them there."""
@@ -115,7 +117,7 @@ def new_cache(
         row_dtype: of the compressors' raw rows; None means `dtype`.
         format: how window rows, entries and keys are kept.
         as_bits: FP8 and bfloat16 numbers as unsigned integers, for XLA (`numerics.cache_formats`); kernels
-            take the numbers themselves.
+            take the numbers themselves, and CSA entries in FP8, if there can be many, as rows of words.
 
     Raises:
         ValueError: for sizes below 1, or beyond `max_position_embeddings`.
@@ -142,13 +144,22 @@ def new_cache(
     def store_keys(x: jax.Array) -> Stored:
         return cache_formats.store_keys(x, format)
 
-    def compressor(repeats: int, ratio: int, branches: int, width: int, store) -> CompressorCache:
+    def chosen_entries(shape: tuple[int, int, int, int]) -> Stored:
+        """Of CSA, of which a query looks at some: kernels fetch them one by one, if there are enough."""
+        repeats, batch, size, width = shape
+        layout = fp8_rows.Layout(width, config.qk_rope_head_dim)
+        pays = rows_pay(rows=config.num_attention_heads, num_entries=size, num_chosen=config.index_topk)
+        if as_bits or format == "plain" or layout.problems() or size <= config.index_topk or not pays:
+            return empty(shape, store_entries)
+        return fp8_rows.empty(repeats, batch, size, layout)
+
+    def compressor(repeats: int, ratio: int, branches: int, width: int, make) -> CompressorCache:
         rows = (repeats, batch, branches * ratio + max_rewind, branches, width)
         num_entries = round_up(max(max_length // ratio, 1), ROWS)
         return CompressorCache(
             empty(rows, lambda x: x, row_dtype or dtype),
             empty(rows, lambda x: x, row_dtype or dtype),
-            empty((repeats, batch, num_entries, width), store),
+            make((repeats, batch, num_entries, width)),
         )
 
     def layer(kind: AttentionKind, repeats: int) -> LayerCache:
@@ -157,10 +168,11 @@ def new_cache(
         if kind == "window":
             return LayerCache(window, None, None)
         if kind == "hca":
-            main = compressor(repeats, config.hca_ratio, 1, config.head_dim, store_entries)
-            return LayerCache(window, main, None)
-        main = compressor(repeats, config.csa_ratio, 2, config.head_dim, store_entries)
-        keys = compressor(repeats, config.csa_ratio, 2, config.index_head_dim, store_keys)
+            every = functools.partial(empty, store=store_entries)
+            return LayerCache(window, compressor(repeats, config.hca_ratio, 1, config.head_dim, every), None)
+        main = compressor(repeats, config.csa_ratio, 2, config.head_dim, chosen_entries)
+        keys = functools.partial(empty, store=store_keys)
+        keys = compressor(repeats, config.csa_ratio, 2, config.index_head_dim, keys)
         return LayerCache(window, main, keys)
 
     # A length and a mark of its own: a donated cache must not hold one buffer twice.
@@ -230,6 +242,8 @@ def write_entries(
     count: Int32[Array, "B"],
 ) -> Stored:
     """Writes the first `count` of the new entries [B, P, ...] at first, first + 1, ...; drops the rest."""
+    if isinstance(entries, Fp8Rows):
+        return fp8_rows.write(entries, repeat, fp8_rows.words_of(new), first, count)
     batch, num_new = jax.tree.leaves(new)[0].shape[:2]
     offset = jnp.arange(num_new)
     slot = jnp.where(offset < count[:, None], first[:, None] + offset, num_slots(entries))

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int32
 from dsv4_jax.model.cache import num_slots
 from dsv4_jax.numerics import cache_formats
 from dsv4_jax.numerics.cache_formats import Stored
+from pallas_kernels.decode_attention import Fp8Rows, fp8_rows
 
 
 class Entries(NamedTuple):
@@ -27,7 +28,10 @@ class Entries(NamedTuple):
         return num_slots(self.stack)
 
     def piece(self, start: int | Int32[Array, ""], count: int) -> Stored:
-        """Entries start .. start + count - 1 of every row as they are stored, [B, count, ...]."""
+        """Entries start .. start + count - 1 of every row as they are stored, [B, count, ...].
+
+        Not of `Fp8Rows`, which only kernels read piece by piece, and `prefix` from the start.
+        """
 
         def cut(leaf: jax.Array) -> jax.Array:
             _, batch, _, width = leaf.shape
@@ -37,6 +41,8 @@ class Entries(NamedTuple):
 
     def prefix(self, size: int, dtype: jax.typing.DTypeLike) -> Float[Array, "B size width"]:
         """The first `size` entries of every row."""
+        if isinstance(self.stack, Fp8Rows):
+            return cache_formats.read(fp8_rows.prefix(self.stack, self.repeat, size), dtype)
         return cache_formats.read(self.piece(0, size), dtype)
 
     def chosen(

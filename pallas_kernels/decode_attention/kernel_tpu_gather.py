@@ -2,7 +2,9 @@
 
 Layout: one query a grid step, its heads are the rows. A row of 32-bit numbers can be copied on its own; rows
 of bfloat16 are stored as pairs in 32-bit words, so the pair (2i, 2i + 1) comes whole, as one row of words,
-and the half that was chosen is taken from it. The cache stays where and as it is.
+and the half that was chosen is taken from it. Of fp8 entries come a row of words and a row that seven share
+(`fp8_rows`); decoded, their channels stand in another order, so the query, the ring and the result are
+turned to it and back by products with a permutation, which are exact. The cache stays where and as it is.
 
 Starting the copies is most of the work, and it is work of the scalar unit alone. So a grid step goes through
 its query's chunks in one piece of straight code: wait for the chunk, compute it, start the same chunk of the
@@ -22,7 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.arithmetic import cdiv
-from pallas_kernels.decode_attention import online_softmax, stored, visibility
+from pallas_kernels.decode_attention import fp8_rows, online_softmax, stored, visibility
 from pallas_kernels.decode_attention.online_softmax import Softmax
 from pallas_kernels.decode_attention.tuning import LANES, VMEM_LIMIT, Geometry
 
@@ -32,72 +34,92 @@ def rows_a_copy(dtype: jnp.dtype) -> int:
     return 4 // jnp.dtype(dtype).itemsize
 
 
-def chosen_rows(words: jax.Array, index: jax.Array) -> jax.Array:
-    """The chosen half of every word, bf16[K, Dh] from u32[K, Dh] and index i32[1, K]."""
-    count, width = words.shape
-    by_row = jnp.broadcast_to(index, (LANES, count)).T  # [K, LANES]: every lane holds the row's index
-    odd = jnp.tile(by_row & 1, (1, cdiv(width, LANES)))[:, :width]
+def chosen_rows(words: jax.Array, place: jax.Array) -> jax.Array:
+    """The chosen half of every word, bf16[K, Dh] from u32[K, Dh] and place i32[K, Dh], 0 or 1."""
     # A float32 whose upper half are the bits of a bfloat16 is that number.
-    bits = jnp.where(odd == 1, words & jnp.uint32(0xFFFF0000), words << 16)
+    bits = jnp.where(place == 1, words & jnp.uint32(0xFFFF0000), words << 16)
     return jax.lax.bitcast_convert_type(bits, jnp.float32).astype(jnp.bfloat16)
 
 
-def _body(
-    g: Geometry,
-    repeat_ref,
-    first_ref,
-    next_ref,
-    q_ref,
-    view_ref,
-    sink_ref,
-    index_ref,
-    entries_ref,
-    *refs,
-) -> None:
-    *ring_refs, o_ref, lse_ref, fetched_ref, arrived = refs
+def along_lanes(row: jax.Array, width: int) -> jax.Array:
+    """i32[K, width] from i32[1, K]: every lane of a row holds its number."""
+    count = row.shape[1]
+    by_row = jnp.broadcast_to(row, (LANES, count)).T
+    return jnp.tile(by_row, (1, cdiv(width, LANES)))[:, :width]
+
+
+def _body(g: Geometry, layout: fp8_rows.Layout | None, repeat_ref, *refs) -> None:
+    sources = 1 if layout is None else 2  # arrays that a row of each is copied of
+    first_refs, next_refs, refs = refs[:sources], refs[sources : 2 * sources], refs[2 * sources :]
+    q_ref, view_ref, sink_ref, place_ref, *refs = refs
+    entries_refs, refs = refs[:sources], refs[sources:]
+    order = None
+    if layout is not None:
+        order, refs = refs[0][...], refs[1:]
+    fetched_refs, arrived = refs[-1 - sources : -1], refs[-1]
+    *ring_refs, o_ref, lse_ref = refs[: -1 - sources]
     step, steps = pl.program_id(1), pl.num_programs(1)
     first = pl.program_id(0) * steps  # query of this part
-    num_chunks, chunk_rows, _ = fetched_ref.shape
-    words = entries_ref if entries_ref.dtype == jnp.float32 else entries_ref.bitcast(jnp.uint32)
+    num_chunks, chunk_rows, _ = fetched_refs[0].shape
+    dtype = q_ref.dtype
+    in_words = [ref.bitcast(jnp.uint32) if ref.dtype == jnp.bfloat16 else ref for ref in entries_refs]
 
-    def start(row_ref, of_query: jax.Array, chunk) -> None:
+    def start(row_refs, of_query: jax.Array, chunk) -> None:
         """The copies of a chunk of a query."""
-        source = words.at[repeat_ref[0], jax.lax.div(of_query, g.queries)]
+        sequence = jax.lax.div(of_query, g.queries)
         for k in range(chunk_rows):
-            row = row_ref[0, 0, chunk * chunk_rows + k]
-            pltpu.make_async_copy(
-                source.at[pl.ds(row, 1)], fetched_ref.at[chunk, pl.ds(k, 1)], arrived.at[chunk]
-            ).start()
+            for words, row_ref, fetched_ref in zip(in_words, row_refs, fetched_refs, strict=True):
+                row = row_ref[0, 0, chunk * chunk_rows + k]
+                pltpu.make_async_copy(
+                    words.at[repeat_ref[0], sequence].at[pl.ds(row, 1)],
+                    fetched_ref.at[chunk, pl.ds(k, 1)],
+                    arrived.at[chunk],
+                ).start()
 
     def wait(chunk: int) -> None:
         """For all rows of a chunk at once: a semaphore counts bytes."""
-        rows = fetched_ref.at[chunk]
-        pltpu.make_async_copy(rows, rows, arrived.at[chunk]).wait()
+        for fetched_ref in fetched_refs:
+            rows = fetched_ref.at[chunk]
+            pltpu.make_async_copy(rows, rows, arrived.at[chunk]).wait()
+
+    def in_order(x: jax.Array) -> jax.Array:
+        """Channels in the order of the keys. One term of every sum is not zero: exact."""
+        return x if order is None else online_softmax.dot(x, order, transposed=False).astype(dtype)
+
+    def decoded(chunk: int, place: jax.Array) -> jax.Array:
+        """The keys of a chunk, finite also where nothing was chosen and entry 0 was fetched."""
+        place = jnp.maximum(place, 0)
+        words, *rest = (ref[chunk] for ref in fetched_refs)
+        if layout is not None:
+            words, rest = (pltpu.bitcast(x, jnp.int32) for x in (words, *rest))
+            return fp8_rows.planes(words, rest, along_lanes(place, layout.row), layout).astype(dtype)
+        return words if words.dtype == dtype else chosen_rows(words, along_lanes(place, g.width))
+
+    q = in_order(q_ref[0])
 
     def attend(state: Softmax, tile: visibility.Visible) -> Softmax:
-        (state,) = online_softmax.attend([state], [q_ref[0]], [[tile]])
+        (state,) = online_softmax.attend([state], [q], [[tile]])
         return state
 
     @pl.when(step == 0)
     def _():
         @pl.loop(0, num_chunks)
         def _(chunk):
-            start(first_ref, first, chunk)
+            start(first_refs, first, chunk)
 
-    ring = stored.decoded_ring([ref[0] for ref in ring_refs], q_ref.dtype)
+    ring = in_order(stored.decoded_ring([ref[0] for ref in ring_refs], dtype))
     state = attend(online_softmax.from_sink(sink_ref[...], 1), visibility.ring_tile(ring, view_ref[0]))
     following = first + jnp.minimum(step + 1, steps - 1)
     for chunk in range(num_chunks):
         wait(chunk)
-        index, keys = index_ref[0, chunk : chunk + 1], fetched_ref[chunk]
-        if keys.dtype != q_ref.dtype:
-            keys = chosen_rows(keys, index)
-        state = attend(state, visibility.Visible(keys, index >= 0))
+        place = place_ref[0, chunk : chunk + 1]
+        state = attend(state, visibility.Visible(decoded(chunk, place), place >= 0))
         # The last step has no next query and starts its own again, for nobody: a condition here would part
         # the copies from the arithmetic.
-        start(next_ref, following, chunk)
+        start(next_refs, following, chunk)
     o, lse = online_softmax.results(state)
-    o_ref[0], lse_ref[0] = o.astype(o_ref.dtype), lse
+    o, lse_ref[0] = o.astype(dtype), lse
+    o_ref[0] = o if order is None else online_softmax.dot(o, order, transposed=True).astype(dtype)
 
     @pl.when(step == steps - 1)
     def _():
@@ -112,7 +134,7 @@ def gather(
     ring: stored.Entries,
     sink: jax.Array,
     repeat: jax.Array,
-    entries: jax.Array,
+    entries: jax.Array | fp8_rows.Fp8Rows,
     index: jax.Array,
     *,
     interpret: Any,
@@ -121,13 +143,25 @@ def gather(
 
     Args:
         q: [B * T, H, Dh]; view: i32[B * T, 1, 4], see `visibility.views`; ring: [R, B, M, Dh] or fp8;
-        sink: f32[H, 1]; repeat: i32[1]; entries: [R, B, S, Dh];
+        sink: f32[H, 1]; repeat: i32[1]; entries: [R, B, S, Dh] in the dtype of q, or rows of fp8;
         index: i32[B * T, chunks, chunk] in -1 .. S - 1, chunk a multiple of LIST_ROWS.
     """
-    (queries, num_chunks, chunk), together = index.shape, rows_a_copy(q.dtype)
+    queries, num_chunks, chunk = index.shape
     count = num_chunks * chunk
-    row = jax.lax.div(jnp.maximum(index, 0), together).reshape(queries, 1, count)
-    words = jnp.float32 if together == 1 else jnp.uint32
+    entry = jnp.maximum(index, 0).reshape(queries, 1, count)
+    if isinstance(entries, fp8_rows.Fp8Rows):
+        layout, sources, words = entries.layout, (entries.words, entries.rest), jnp.uint32
+        together = layout.entries_a_row
+        rows = (entry, jax.lax.div(entry, together))
+        # Products with it put channels in the order of the planes, or back.
+        order = (jnp.arange(g.width)[:, None] == fp8_rows.plane_order(layout)).astype(q.dtype)
+        orders = (order,)
+    else:
+        layout, sources, orders = None, (entries,), ()
+        together = rows_a_copy(q.dtype)
+        words = jnp.float32 if together == 1 else jnp.uint32
+        rows = (jax.lax.div(entry, together),)
+    place = jnp.where(index < 0, -1, index % together)
 
     parts = 2 if queries % 2 == 0 else 1
     steps = queries // parts
@@ -135,7 +169,7 @@ def gather(
     def per_query(*shape):
         return pl.BlockSpec((1, *shape), lambda p, i, _: (p * steps + i, *(0 for _ in shape)))
 
-    def rows(step):
+    def of_step(step):
         return pl.BlockSpec(
             (1, 1, count), lambda p, i, _: (p * steps + step(i), 0, 0), memory_space=pltpu.SMEM
         )
@@ -147,25 +181,27 @@ def gather(
         return pl.BlockSpec((None, 1, *part.shape[2:]), at)
 
     rings = stored.ring_parts(ring)
-    keys = queries * (g.slots + together * count)
+    keys = queries * (g.slots + count)
+    copied = queries * count * sum(x.shape[-1] for x in sources) * 4
     return pl.pallas_call(
-        functools.partial(_body, g),
+        functools.partial(_body, g, layout),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(parts, steps),
             in_specs=[
-                rows(lambda i: 0),
-                rows(lambda i: jnp.minimum(i + 1, steps - 1)),
+                *(of_step(lambda i: 0) for _ in rows),
+                *(of_step(lambda i: jnp.minimum(i + 1, steps - 1)) for _ in rows),
                 per_query(g.heads, g.width),
                 per_query(1, 4),
                 pl.BlockSpec((g.heads, 1), lambda p, i, _: (0, 0)),
                 per_query(num_chunks, chunk),
-                pl.BlockSpec(memory_space=pl.ANY),
+                *(pl.BlockSpec(memory_space=pl.ANY) for _ in sources),
+                *(pl.BlockSpec(x.shape, lambda p, i, _: (0, 0)) for x in orders),
                 *(own_ring(part) for part in rings),
             ],
             out_specs=[per_query(g.heads, g.width), per_query(1, g.heads)],
             scratch_shapes=[
-                pltpu.VMEM((num_chunks, chunk, g.width), words),
+                *(pltpu.VMEM((num_chunks, chunk, x.shape[-1]), words) for x in sources),
                 pltpu.SemaphoreType.DMA((num_chunks,)),
             ],
         ),
@@ -181,8 +217,8 @@ def gather(
         cost_estimate=pl.CostEstimate(
             flops=4 * g.heads * keys * g.width,
             transcendentals=g.heads * keys,
-            bytes_accessed=(2 * q.size + keys * g.width) * g.itemsize,
+            bytes_accessed=(2 * q.size + queries * g.slots * g.width) * g.itemsize + copied,
         ),
         interpret=interpret,
         name="decode_attention_gather",
-    )(repeat, row, row, q, view, sink, index, entries, *rings)
+    )(repeat, *rows, *rows, q, view, sink, place, *sources, *orders, *rings)

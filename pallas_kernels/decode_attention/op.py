@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels.arithmetic import round_up
 from pallas_kernels.decode_attention import (
+    fp8_rows,
     kernel_sparse_core,
     kernel_tpu,
     kernel_tpu_fetched,
@@ -18,6 +19,7 @@ from pallas_kernels.decode_attention import (
     tuning,
     visibility,
 )
+from pallas_kernels.decode_attention.fp8_entries import GROUP, scale_bytes
 
 
 def decode_attention(
@@ -55,9 +57,9 @@ def decode_attention(
             sees no row of the ring. Padding behind the last token may also count on, as if it were tokens.
         sink: f32[H] logits, finite, not scaled.
         repeat: i32[] index into R, 0 <= repeat < R: which repeat of the layer this is.
-        entries: [R, B, S, Dh] compressed entries in the dtype of `q`, or `stored.Fp8Entries`, whatever the
-            ring is; None for none (window layers). With `hi`, those from max_t hi_t on may be uninitialised
-            memory; with `index` all must be finite.
+        entries: [R, B, S, Dh] compressed entries in the dtype of `q`, `stored.Fp8Entries`, or with `index`
+            `fp8_rows.Fp8Rows`, whatever the ring is; None for none (window layers). With `hi`, those from
+            max_t hi_t on may be uninitialised memory; with `index` all must be finite.
         hi: i32[B, T], 0 <= hi <= S: query t sees entries s < hi_t (HCA).
         index: i32[B, T, K]: query t sees these (CSA); -1 for none, any order, none twice, < S.
         window: W >= 1 (128 in V4).
@@ -146,10 +148,17 @@ def _problems(o: _Operands, window: int, impl: str, blocks: tuning.DecodeBlocks 
             f"entries {shape} must be {('R', batch, 'S', width)}": shape == (repeats, batch, size, width),
             "entries need exactly one of hi and index": (o.hi is None) != (o.index is None),
         }
+        in_rows = isinstance(o.entries, fp8_rows.Fp8Rows)
+        if in_rows:
+            rules["entries in rows need index"] = o.index is not None
+            rules["entries in rows can only be gathered"] = blocks is None or blocks.gather
+            rules["the SparseCore does not fetch entries in rows"] = blocks is None or not blocks.sparse_core
         if blocks is not None and blocks.gather:
-            pairs = kernel_tpu_gather.rows_a_copy(o.q.dtype)
+            pairs = 1 if in_rows else kernel_tpu_gather.rows_a_copy(o.q.dtype)
             rules["blocks.gather needs index"] = o.index is not None
-            rules["blocks.gather cannot read fp8 entries"] = not isinstance(o.entries, stored.Fp8Entries)
+            rules["blocks.gather reads fp8 entries in rows only"] = not isinstance(
+                o.entries, stored.Fp8Entries
+            )
             rules[f"blocks.gather needs S={size} to be a multiple of {pairs}"] = size % pairs == 0
     if o.hi is not None:
         rules[f"hi {o.hi.shape} must be {(batch, length)}"] = o.hi.shape == (batch, length)
@@ -165,18 +174,34 @@ def _problems(o: _Operands, window: int, impl: str, blocks: tuning.DecodeBlocks 
 
 def _format_rules(name: str, x: stored.Entries, dtype: jnp.dtype) -> dict[str, bool]:
     """How rows must be stored: in the dtype of q, or in fp8."""
+    if isinstance(x, fp8_rows.Fp8Rows):
+        return _row_rules(name, x)
     if not isinstance(x, stored.Fp8Entries):
         return {f"{name} is {x.dtype}, must be {dtype} as q": x.dtype == dtype}
     *rows, channels = x.values.shape
-    scales = (*rows, stored.scale_bytes(channels))
+    scales = (*rows, scale_bytes(channels))
     return {
         f"{name}.values is {x.values.dtype}, must be e4m3fn": x.values.dtype == jnp.float8_e4m3fn,
-        f"{name}.values has {channels} channels, must be a positive multiple of {stored.GROUP}": channels > 0
-        and channels % stored.GROUP == 0,
+        f"{name}.values has {channels} channels, must be a positive multiple of {GROUP}": channels > 0
+        and channels % GROUP == 0,
         f"{name}.scales is {x.scales.dtype}, must be uint8": x.scales.dtype == jnp.uint8,
         f"{name}.scales {x.scales.shape} must be {scales}": x.scales.shape == scales,
         f"{name}.rotary is {x.rotary.dtype}, must be bfloat16": x.rotary.dtype == jnp.bfloat16,
         f"{name}.rotary {x.rotary.shape} must be {(*rows, 'Dr')}": x.rotary.shape[:-1] == tuple(rows),
+    }
+
+
+def _row_rules(name: str, x: fp8_rows.Fp8Rows) -> dict[str, bool]:
+    layout = x.layout
+    if problems := layout.problems():
+        return dict.fromkeys((f"{name}: {problem}" for problem in problems), False)
+    *lead, size, lanes = x.words.shape
+    rest = (*lead, layout.rest_rows(size), lanes)
+    return {
+        f"{name} must not be in rows": name == "entries",
+        f"{name}.words is {x.words.dtype}, must be uint32": x.words.dtype == jnp.uint32,
+        f"{name}.rest is {x.rest.dtype}, must be uint32": x.rest.dtype == jnp.uint32,
+        f"{name}.rest {x.rest.shape} must be {rest}": x.rest.shape == rest,
     }
 
 
@@ -207,6 +232,7 @@ def _run_kernel(q, ring, position, sink, repeat, entries, hi, index, *, window, 
         num_entries=num_entries,
         num_chosen=num_chosen,
         itemsize=q.dtype.itemsize,
+        in_rows=isinstance(entries, fp8_rows.Fp8Rows),
         **formats,
     )
     masked = index is not None and not blocks.gather

@@ -1,45 +1,26 @@
 """The formats that ring rows and compressed entries are stored in, and what their bytes mean."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, UInt8
 
-from pallas_kernels.arithmetic import round_up
+from pallas_kernels.decode_attention import fp8_rows
+from pallas_kernels.decode_attention.fp8_entries import GROUP, Fp8Entries
+from pallas_kernels.decode_attention.fp8_rows import Fp8Rows
 from pallas_kernels.precision import product_precision
 
-GROUP = 64  # channels that share one scale
-
-
-class Fp8Entries(NamedTuple):
-    """Entries, or the rows of a ring, with rotated channels in bfloat16 and the others in e4m3.
-
-    584 bytes at Dh = 512, Dr = 64.
-
-    There are `scale_bytes` scales: the bytes behind the last group are padding, any. Without them XLA finds
-    another layout for the array, and a copy of it would precede every call.
-    """
-
-    values: Float[Array, "R B S Dh-Dr"]  # float8_e4m3fn
-    scales: UInt8[Array, "R B S scale_bytes"]  # byte b means 2^(b - 127), 1 <= b <= 254
-    rotary: Float[Array, "R B S Dr"]  # bfloat16, the last channels of an entry
-
-
-Entries = Float[Array, "R B S Dh"] | Fp8Entries
+Entries = Float[Array, "R B S Dh"] | Fp8Entries | Fp8Rows
 
 
 def shape_of(entries: Entries) -> tuple[int, ...]:
     """[R, B, S, Dh] of the entries when decoded."""
     if isinstance(entries, Fp8Entries):
         return (*entries.values.shape[:-1], entries.values.shape[-1] + entries.rotary.shape[-1])
+    if isinstance(entries, Fp8Rows):
+        return (*entries.words.shape[:-1], entries.layout.num_channels)
     return entries.shape
-
-
-def scale_bytes(channels: int) -> int:
-    """Bytes of scales of an entry with so many channels that are not rotated: one a group, and padding."""
-    return round_up(channels // GROUP, 8)
 
 
 def scale_of(byte: UInt8[Array, "*n"]) -> Float32[Array, "*n"]:
@@ -49,6 +30,9 @@ def scale_of(byte: UInt8[Array, "*n"]) -> Float32[Array, "*n"]:
 
 def decoded(entries: Entries) -> Array:
     """[R, B, S, Dh]: fp8 entries as float32, others as they are. The definition of the format."""
+    if isinstance(entries, Fp8Rows):
+        words = fp8_rows.whole(entries.words, entries.rest, entries.layout)
+        entries = fp8_rows.entries_of(words, entries.layout)
     if not isinstance(entries, Fp8Entries):
         return entries
     scale = jnp.repeat(scale_of(entries.scales), GROUP, axis=-1)

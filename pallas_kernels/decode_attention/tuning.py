@@ -159,6 +159,7 @@ def choose_blocks(
     num_entries: int,
     num_chosen: int | None,
     itemsize: int,
+    in_rows: bool = False,
     quantized: bool = False,
     quantized_ring: bool = False,
 ) -> DecodeBlocks:
@@ -167,14 +168,14 @@ def choose_blocks(
     Args:
         queries: T; heads: H; width: Dh; slots: M; num_entries: S, 0 without entries;
         num_chosen: K, or None without a choice; itemsize: bytes of a number of q;
-        quantized: whether entries are stored in fp8, which is never gathered; quantized_ring: whether the
-        ring is.
+        in_rows: whether entries are `Fp8Rows`, which are always gathered; quantized: whether they are
+        `Fp8Entries`, which never are; quantized_ring: whether the ring is stored in fp8.
 
     Raises:
         ValueError: if not even the smallest block fits.
     """
     rows = queries * heads
-    if (
+    if in_rows or (
         not quantized
         and num_chosen is not None
         and gather_pays(
@@ -209,6 +210,21 @@ FETCH = 1.1
 
 COMPUTE = 0.7 / 64
 """Cycles a row of q and a key: both products and the softmax."""
+
+
+START_FP8 = 14
+"""Scalar cycles to start the two copies of an entry in rows (v6e; 14.3 on tpu7x)."""
+
+DECODE_FP8 = 2
+"""Cycles to decode an fp8 entry where all are read (v6e; 1.1 on tpu7x)."""
+
+
+def rows_pay(*, rows: int, num_entries: int, num_chosen: int) -> bool:
+    """Whether a cache should keep fp8 entries, of which so many are chosen, as rows: see `gather_pays`.
+
+    For one query of 64 heads and K = 512 the switch lies at S = 3584 entries, 14,336 tokens of context.
+    """
+    return num_chosen * START_FP8 < num_entries * max(DECODE_FP8, rows * COMPUTE)
 
 
 def gather_pays(*, queries: int, rows: int, num_entries: int, num_chosen: int, itemsize: int) -> bool:

@@ -1,5 +1,6 @@
 """`decode_attention`: reference against torch, both kernels against reference, mutations."""
 
+import dataclasses
 import functools
 
 import jax
@@ -11,6 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.decode_attention import (
     Fp8Entries,
+    Fp8Rows,
     decode_attention,
     kernel_sparse_core,
     kernel_tpu,
@@ -45,6 +47,22 @@ def fp8_entries(rng, *shape, width):
     )
 
 
+def in_rows(entries):
+    """The same as `Fp8Rows`, byte by byte; what no entry holds is anything."""
+    values, scales, rotary = (np.asarray(part) for part in entries)
+    each = [part.view(np.uint8) for part in (values, rotary, scales)]
+    words = np.concatenate(each, axis=-1).view("<u4")
+    row = (values.shape[-1] + rotary.shape[-1]) // 4
+    words, rest = np.split(words, [row], axis=-1)
+    together = row // rest.shape[-1]
+    num_rows = -(-words.shape[2] // together // 8) * 8
+    shared = np.full((*words.shape[:2], num_rows, row), 0xFFFFFFFF, np.uint32)
+    for s in range(words.shape[2]):
+        at, place = divmod(s, together)
+        shared[:, :, at, place * rest.shape[-1] : (place + 1) * rest.shape[-1]] = rest[:, :, s]
+    return Fp8Rows(words, shared, rotary.shape[-1])
+
+
 def operands(
     *,
     last,
@@ -58,6 +76,7 @@ def operands(
     width=16,
     fp8=False,
     fp8_ring=False,
+    rows=False,
 ):
     """Random operands of one call; `last` are the positions of the newest tokens, -1 for padding rows.
 
@@ -102,6 +121,8 @@ def operands(
                 count = (chosen * (b + t)) // (batch + length - 2) if batch + length > 2 else chosen
                 index[b, t, rng.permutation(chosen)[:count]] = rng.permutation(entries)[:count]
         o["index"] = index.astype(np.int32)
+        if rows:
+            o["entries"] = in_rows(o["entries"])
     return jax.tree.map(jnp.asarray, o)
 
 
@@ -120,6 +141,10 @@ CASES = {
     "chunks of chosen": dict(last=[50, 7, 90], length=2, entries=400, chosen=300),
     "fp8": dict(last=[50, 7, 90], length=2, entries=300, seen=[300, 0, 129], width=144, fp8=True),
     "chosen of fp8": dict(last=[50, 7], length=2, entries=200, chosen=21, width=80, fp8=True),
+    "chosen of fp8 rows": dict(last=[50, 7], length=2, entries=200, chosen=21, width=80, fp8=True, rows=True),
+    "chunks of fp8 rows": dict(
+        last=[50, 7, 90], entries=401, chosen=300, width=144, fp8=True, rows=True, fp8_ring=True
+    ),
     "fp8 ring": dict(last=[0, 3, 4, 5, 70, -1], length=2, spare=3, width=144, fp8_ring=True),
     "long fp8 ring": dict(last=[200, 141, 90], window=140, spare=7, width=208, fp8_ring=True),
     "all in fp8": dict(
@@ -129,7 +154,9 @@ CASES = {
         last=[50, 7], length=3, entries=200, chosen=21, width=80, fp8_ring=True
     ),
 }
-GATHERED = ["chosen", "chosen by drafts", "one chosen", "chunks of chosen", "chosen beside an fp8 ring"]
+FETCHED = ["chosen", "chosen by drafts", "one chosen", "chunks of chosen", "chosen beside an fp8 ring"]
+IN_ROWS = ["chosen of fp8 rows", "chunks of fp8 rows"]
+GATHERED = FETCHED + IN_ROWS
 
 
 def call(o, window, **options):
@@ -167,10 +194,14 @@ def assert_close(got, want, bound):
     assert not wrong, wrong
 
 
-def torch_results(o, window):
+def torch_results(name, window):
     """The same from lists of rows by position, one query at a time, in float64."""
 
+    o = operands(**CASES[name])
+
     def decoded(x):
+        if isinstance(x, Fp8Rows):
+            x = operands(**CASES[name] | {"rows": False})["entries"]
         if not isinstance(x, Fp8Entries):
             return x
         values, scales, rotary = (np.asarray(part, np.float64) for part in x)
@@ -200,11 +231,11 @@ def torch_results(o, window):
 
 @pytest.mark.parametrize("name", CASES)
 def test_reference_matches_torch(name):
-    want = torch_results(operands(**CASES[name]), CASES[name].get("window", 5))
+    want = torch_results(name, CASES[name].get("window", 5))
     assert_close(expected(name), want, FLOAT32)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name in CASES if name not in IN_ROWS])
 def test_streaming_matches_reference(name):
     assert_close(run(name, blocks=SMALL, interpret=True), expected(name), FLOAT32)
 
@@ -218,7 +249,7 @@ def test_gathering_matches_reference(name):
     assert_close(run(name, blocks=GATHER, interpret=True), expected(name), FLOAT32)
 
 
-@pytest.mark.parametrize("name", GATHERED)
+@pytest.mark.parametrize("name", FETCHED)
 def test_fetching_ahead_matches_reference(name):
     """Copies of single rows stand for the SparseCore's indirect ones; all else is what is compiled."""
     assert_close(run(name, blocks=FETCH, interpret=True), expected(name), FLOAT32)
@@ -233,7 +264,7 @@ def test_published_widths_with_chosen_blocks():
 @pytest.mark.parametrize(
     ("name", "blocks"),
     [("drafts complete entries", SMALL), ("chosen by drafts", SMALL), ("chosen by drafts", GATHER)]
-    + [("all in fp8", SMALL), ("chosen beside an fp8 ring", FETCH)]
+    + [("all in fp8", SMALL), ("chosen beside an fp8 ring", FETCH), ("chunks of fp8 rows", GATHER)]
     + [
         pytest.param(*case, marks=pytest.mark.slow)
         for case in [("chosen beside an fp8 ring", GATHER), ("chosen by drafts", FETCH)]
@@ -241,7 +272,7 @@ def test_published_widths_with_chosen_blocks():
 )
 def test_bfloat16_stays_close_to_exact(name, blocks):
     o, window = operands(**CASES[name]), CASES[name].get("window", 5)
-    rounded = [n for n in ("q", "ring", "entries") if n in o and not isinstance(o[n], Fp8Entries)]
+    rounded = [n for n in ("q", "ring", "entries") if n in o and isinstance(o[n], jax.Array)]
     low = {n: o[n].astype(jnp.bfloat16) for n in rounded}
     got = call(o | low, window, blocks=blocks, interpret=True)
     assert got["o"].dtype == jnp.bfloat16 and got["lse"].dtype == jnp.float32
@@ -262,6 +293,11 @@ STRICT_CASES = {
         jnp.float32,
         GATHER,
     ),
+    "gathering fp8 rows": (
+        dict(last=[50, 7], length=2, entries=200, chosen=150, width=80, fp8=True, rows=True),
+        jnp.float32,
+        GATHER,
+    ),
     "gathering in chunks": (dict(last=[50, 7, 90], entries=200, chosen=150), jnp.float32, GATHER),
     "fetching ahead": (
         dict(last=[50, 7], length=2, entries=40, chosen=20, width=80, fp8_ring=True),
@@ -279,7 +315,7 @@ def test_no_races_and_nothing_uninitialised(capfd, name):
     """
     case, dtype, blocks = STRICT_CASES[name]
     o = operands(**case)
-    o |= {n: o[n].astype(dtype) for n in ("q", "ring", "entries") if not isinstance(o[n], Fp8Entries)}
+    o |= {n: o[n].astype(dtype) for n in ("q", "ring", "entries") if isinstance(o[n], jax.Array)}
     got = call(o, 5, blocks=blocks, interpret=STRICT)
     assert "RACE DETECTED" not in "".join(capfd.readouterr())
     assert_close(got, call(o, 5, impl="reference"), FLOAT32 if dtype == jnp.float32 else BFLOAT16)
@@ -380,8 +416,19 @@ def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="S=299 to be a multiple of 2"):
         call(o | low | {"entries": o["entries"][:, :, 1:].astype(jnp.bfloat16)}, 5, blocks=GATHER)
     fp8 = operands(**CASES["chosen of fp8"])
-    with pytest.raises(ValueError, match="cannot read fp8 entries"):
+    with pytest.raises(ValueError, match="reads fp8 entries in rows only"):
         call(fp8, 5, blocks=GATHER)
+    rows = operands(**CASES["chosen of fp8 rows"])
+    with pytest.raises(ValueError, match="entries in rows can only be gathered"):
+        call(rows, 5, blocks=SMALL)
+    with pytest.raises(ValueError, match="SparseCore does not fetch entries in rows"):
+        call(rows, 5, blocks=FETCH)
+    wrong = dataclasses.replace(rows["entries"], rest=rows["entries"].rest[:, :, 1:])
+    with pytest.raises(ValueError, match=r"entries.rest .* must be \(3, 2, 72, 20\)"):
+        call(rows | {"entries": wrong}, 5)
+    wrong = dataclasses.replace(rows["entries"], num_rotary=6)
+    with pytest.raises(ValueError, match="entries: 74 channels .* multiple of 64; entries: 6 rotated"):
+        call(rows | {"entries": wrong}, 5)
     wrong = fp8["entries"]._replace(scales=fp8["entries"].scales[..., :0])
     with pytest.raises(ValueError, match=r"entries.scales .* must be \(3, 2, 200, 8\)"):
         call(fp8 | {"entries": wrong}, 5)

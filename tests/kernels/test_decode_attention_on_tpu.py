@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from jax import export
 
-from pallas_kernels.decode_attention import Fp8Entries, decode_attention
+from pallas_kernels.decode_attention import Fp8Entries, Fp8Rows, decode_attention
+from pallas_kernels.decode_attention.fp8_rows import Layout
 from pallas_kernels.decode_attention.tuning import DecodeBlocks, sparse_core_blocks
 from tests.kernels.ahead_of_time import CHIPS, compile_for, devices
 
@@ -24,8 +25,10 @@ FP8_PARTS = dict(
     zip(Fp8Entries._fields, ((448, jnp.float8_e4m3fn), (8, jnp.uint8), (64, jnp.bfloat16)), strict=True)
 )
 
+LAYOUT = Layout(512, 64)
 
-def full_size(path, model="flash", *, length=1, batch=64, long=False, slots=136, fp8=False):
+
+def full_size(path, model="flash", *, length=1, batch=64, long=False, slots=136, fp8=False, in_rows=False):
     """Shapes of a decode step of 64 sequences; the stack holds two repeats. With `fp8` parts are by name."""
     heads, width = HEADS[model], 512
     num_entries = ENTRIES[path][long]
@@ -42,6 +45,11 @@ def full_size(path, model="flash", *, length=1, batch=64, long=False, slots=136,
         for name in {"ring", "entries"} & shapes.keys():
             (*rows, _), _ = shapes.pop(name)
             shapes |= {f"{name}.{part}": ((*rows, c), d) for part, (c, d) in FP8_PARTS.items()}
+    if in_rows:
+        for part in Fp8Entries._fields:
+            del shapes[f"entries.{part}"]
+        for part, rows in (("words", num_entries), ("rest", LAYOUT.rest_rows(num_entries))):
+            shapes[f"entries.{part}"] = ((2, batch, rows, LAYOUT.row), jnp.uint32)
     if path == "hca":
         shapes["hi"] = ((batch, length), jnp.int32)
     if path == "csa":
@@ -51,6 +59,8 @@ def full_size(path, model="flash", *, length=1, batch=64, long=False, slots=136,
 
 def step(names, blocks, *arrays):
     o = dict(zip(names, arrays, strict=True))
+    if "entries.words" in o:
+        o["entries"] = Fp8Rows(o.pop("entries.words"), o.pop("entries.rest"), LAYOUT.num_rotary)
     for name in ("ring", "entries"):
         if f"{name}.values" in o:
             o[name] = Fp8Entries(*(o.pop(f"{name}.{part}") for part in Fp8Entries._fields))
@@ -61,7 +71,8 @@ def compile_full_size(chip, shapes, blocks=None, fetched=0):
     """Compiles, and holds the program to its promise: temporaries are small, so no cache is copied.
 
     `fetched` are the bytes of the dense array that the SparseCore writes. A choice among fp8 entries becomes
-    a mask of B T S bytes, from a float32 table of as many numbers that some compilers keep in HBM.
+    a mask of B T S bytes, from a float32 table of as many numbers that some compilers keep in HBM; one among
+    rows takes two lists of rows, one of places, and a permutation of channels.
     """
     # A SparseCore kernel asks what chip it is for, which is otherwise the first device there is.
     mesh = jax.sharding.Mesh(np.array(devices(chip)[:1]), ("x",))
@@ -71,7 +82,8 @@ def compile_full_size(chip, shapes, blocks=None, fetched=0):
     smallest = min(math.prod(shape.shape) * shape.dtype.itemsize for shape in cache)
     masked = "index" in shapes and "entries.values" in shapes
     table = 5 * math.prod(shapes["position"].shape) * shapes["entries.values"].shape[2] if masked else 0
-    assert program.memory_analysis().temp_size_in_bytes < max(smallest, 2**20) + fetched + table
+    lists = 12 * math.prod(shapes["index"].shape) + 2 * 512**2 if "entries.words" in shapes else 0
+    assert program.memory_analysis().temp_size_in_bytes < max(smallest, 2**20) + fetched + table + lists
     return program
 
 
@@ -90,10 +102,11 @@ COMPILED = {
     "csa gathered": (full_size("csa"), None),
     "window in fp8": (full_size("window", fp8=True), None),
     "hca in fp8": (full_size("hca", fp8=True), None),
+    "csa in fp8 rows": (full_size("csa", fp8=True, in_rows=True), None),
 }
 
 
-BY_DEFAULT = ("csa gathered", "hca in fp8")
+BY_DEFAULT = ("csa gathered", "hca in fp8", "csa in fp8 rows")
 
 
 @pytest.mark.parametrize(
@@ -120,6 +133,18 @@ def test_compiles_ahead_of_time_everywhere(chip, model, path, length, long):
 @pytest.mark.parametrize("chip", CHIPS)
 def test_fp8_compiles_ahead_of_time_everywhere(chip, path, long):
     compile_full_size(chip, full_size(path, batch=4 if long else 64, long=long, fp8=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("long", [False, True])
+@pytest.mark.parametrize("length", [1, 3])
+@pytest.mark.parametrize("model", HEADS)
+@pytest.mark.parametrize("chip", CHIPS)
+def test_fp8_rows_compile_ahead_of_time_everywhere(chip, model, length, long):
+    shapes = full_size(
+        "csa", model, length=length, batch=4 if long else 64, long=long, fp8=True, in_rows=True
+    )
+    compile_full_size(chip, shapes)
 
 
 def compile_for_sparse_core(chip, model="flash", **sizes):

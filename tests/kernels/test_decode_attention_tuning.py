@@ -9,6 +9,7 @@ from pallas_kernels.decode_attention.tuning import (
     choose_blocks,
     fetched_vmem_bytes,
     gather_pays,
+    rows_pay,
     sparse_core_blocks,
 )
 
@@ -43,3 +44,11 @@ def test_gathering_pays_for_long_lists_of_entries():
     assert not gather_pays(queries=1, num_entries=3911, **one)  # no pairs
     assert not gather_pays(queries=3, num_entries=6142, **one | {"rows": 192})
     assert gather_pays(queries=3, num_entries=6146, **one | {"rows": 192})
+
+
+def test_rows_pay_for_long_lists_of_fp8_entries():
+    assert not rows_pay(rows=64, num_entries=3584, num_chosen=512)
+    assert rows_pay(rows=64, num_entries=3585, num_chosen=512)
+    shape = dict(queries=1, heads=64, width=512, slots=136, num_entries=600, num_chosen=512, itemsize=2)
+    assert choose_blocks(**shape, in_rows=True).gather
+    assert not choose_blocks(**shape, quantized=True).gather

@@ -1,5 +1,7 @@
 """Quantised caches: what is stored is what was attended to; sizes in bytes; prefill is decode."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,7 @@ from dsv4_jax.model.cache import new_cache
 from dsv4_jax.numerics import cache_formats, qat
 from dsv4_jax.numerics.cache_formats import CACHE_FORMATS
 from dsv4_jax.numerics.policy import Policy
+from pallas_kernels.decode_attention import Fp8Entries, Fp8Rows
 from tests.model.telling_weights import telling_parameters
 
 CONFIG = tiny(
@@ -82,6 +85,28 @@ def test_bytes_of_v4_flash():
             return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(make)))
 
         assert (num_bytes(2**20) - num_bytes(2**19)) / 2**19 == per_token
+
+
+def test_kernels_keep_many_chosen_entries_in_rows():
+    """Beyond the context from which fetching them one by one pays; a thousandth more memory."""
+    config, dtype = v4_flash(), jnp.dtype("bfloat16")
+
+    def made(max_length, as_bits):
+        make = functools.partial(new_cache, config, 1, max_length, dtype, format="fp8+mxfp4", as_bits=as_bits)
+        return jax.eval_shape(make)
+
+    def csa_entries(cache):
+        return [layer.compressor.entries for unit in cache.layers for layer in unit if layer.indexer]
+
+    def num_bytes(cache):
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+
+    def kinds(max_length, as_bits=False):
+        return {type(entries) for entries in csa_entries(made(max_length, as_bits))}
+
+    assert kinds(14_336) == kinds(2**20, as_bits=True) == {Fp8Entries}
+    assert kinds(14_400) == kinds(2**20) == {Fp8Rows}
+    assert 1 < num_bytes(made(2**20, False)) / num_bytes(made(2**20, True)) < 1.002
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,13 @@ import pytest
 from dsv4_jax import language_model as compiled
 from dsv4_jax.config import tiny
 from dsv4_jax.model import indexer
-from dsv4_jax.model.cache import new_cache
+from dsv4_jax.model.cache import new_cache, write_entries
 from dsv4_jax.model.entries import Entries
 from dsv4_jax.model.initial import Network
 from dsv4_jax.numerics import cache_formats, formats
 from dsv4_jax.numerics.cache_formats import CACHE_FORMATS
 from dsv4_jax.numerics.policy import Policy
+from pallas_kernels.decode_attention import fp8_rows
 from tests.model.test_compile import abstract_decode
 
 QUANTISED = CACHE_FORMATS[1:]
@@ -63,6 +64,17 @@ def test_chosen_entries_are_those_of_the_prefix(cache_format):
     got = np.asarray(entries.chosen(index, 32, jnp.float32))
     np.testing.assert_array_equal(got, whole[np.arange(2)[:, None], index])
     assert len(np.unique(got[0, :3], axis=0)) == 3
+
+
+def test_the_prefix_of_rows_is_that_of_entries():
+    stored = cache_formats.store_entries(draw(2, 40, 80), "fp8+fp8", 16)
+    rows = fp8_rows.empty(3, 2, 40, fp8_rows.Layout(80, 16))
+    every = jnp.zeros(2, jnp.int32), jnp.full(2, 40)
+    rows = write_entries(rows, jnp.int32(1), stored, *every)
+    got = Entries(rows, jnp.int32(1)).prefix(31, jnp.float32)
+    np.testing.assert_array_equal(got, cache_formats.read(stored, jnp.float32)[:, :31])
+    assert Entries(rows, jnp.int32(1)).size == 40
+    np.testing.assert_array_equal(Entries(rows, jnp.int32(0)).prefix(31, jnp.float32), 0)
 
 
 @pytest.mark.parametrize("cache_format", CACHE_FORMATS)

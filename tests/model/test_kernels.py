@@ -10,12 +10,14 @@ import pytest
 
 from dsv4_jax.config import tiny
 from dsv4_jax.language_model import LanguageModel
+from dsv4_jax.model import cache as model_cache
 from dsv4_jax.model.initial import Network, initial_parameters
 from dsv4_jax.numerics.policy import KERNEL_FAMILIES, Policy
 from dsv4_jax.training.data import Batch
 from dsv4_jax.training.optimizer import AdamW
 from dsv4_jax.training.step import forward_losses, initial_state, train_step
 from pallas_kernels import hybrid_attention, hyper_connection
+from pallas_kernels.decode_attention import Fp8Rows
 from pallas_kernels.hybrid_attention import tuning as attention_tuning
 from pallas_kernels.hyper_connection import tuning as hyper_connection_tuning
 from pallas_kernels.hyper_connection.tuning import HyperConnectionBlocks
@@ -153,16 +155,17 @@ EVERY_KIND = CONFIG.attention_kinds
 
 
 @pytest.mark.parametrize(
-    ("cache", "kinds"),
+    ("cache", "kinds", "in_rows"),
     [
-        pytest.param("plain", EVERY_KIND, marks=pytest.mark.slow),
-        ("fp8+mxfp4", ("csa",)),  # a ring, entries and keys in it
-        pytest.param("fp8+mxfp4", EVERY_KIND, marks=pytest.mark.slow),
-        pytest.param("fp8+fp8", EVERY_KIND, marks=pytest.mark.slow),
+        pytest.param("plain", EVERY_KIND, False, marks=pytest.mark.slow),
+        ("fp8+mxfp4", ("csa",), True),  # a ring, entries and keys in it
+        pytest.param("fp8+mxfp4", EVERY_KIND, False, marks=pytest.mark.slow),
+        pytest.param("fp8+fp8", EVERY_KIND, True, marks=pytest.mark.slow),
     ],
 )
-def test_appending_in_pieces(monkeypatch, plain_hyper_connections, cache, kinds):
+def test_appending_in_pieces(monkeypatch, plain_hyper_connections, cache, kinds, in_rows):
     """In every format of a cache the kernels read what XLA attends to without one."""
+    monkeypatch.setattr(model_cache, "rows_pay", lambda **_: in_rows)
     config = dataclasses.replace(
         CONFIG, attention_kinds=kinds, router_kinds=CONFIG.router_kinds[: len(kinds)]
     )
@@ -175,6 +178,9 @@ def test_appending_in_pieces(monkeypatch, plain_hyper_connections, cache, kinds)
     record = lambda *arguments, **how: made.append(1) or gathered(*arguments, **how)  # noqa: E731
     monkeypatch.setattr(hybrid_attention, "csa_attention", record)
     got, want = appended(kernels, tokens, PIECES), np.asarray(xla.logits(tokens))
+    layers = [layer for unit in kernels.new_cache(2, LENGTH).layers for layer in unit]
+    (csa,) = (layer for layer in layers if layer.indexer is not None)
+    assert isinstance(csa.compressor.entries, Fp8Rows) == in_rows
     assert len(made) == 1  # traced once: by the CSA layer for pieces longer than a ring
     for b in range(2):
         difference, scale = np.abs(got[b] - want[b, : len(got[b])]), np.abs(want).max()
