@@ -105,13 +105,14 @@ def run_tests(root: Path, family: str, timeout_seconds: float) -> Outcome:
     # The copy comes first on the path, and no byte code outlives the text it was made from.
     environment = os.environ | {"PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "300"}
     # A family that also computes without kernels keeps the tests of these in a file of their own.
-    names = (f"tests/kernels/test_{family}_tpu.py", f"tests/kernels/test_{family}.py")
-    file = next((name for name in names if (root / name).exists()), names[-1])
+    tests = root / "tests/kernels"
+    by_kernel = tests / f"test_{family}_tpu.py"
+    files = [by_kernel] if by_kernel.exists() else sorted(tests.glob(f"test_{family}*.py"))
     options = ["-x", "-q", "-p", "no:cacheprovider", "-k", LEFT_OUT]
     start = time.perf_counter()
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", *options, file],
+            [sys.executable, "-m", "pytest", *options, *files],
             cwd=root,
             env=environment,
             capture_output=True,
