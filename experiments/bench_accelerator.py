@@ -13,7 +13,6 @@ a user gets where no kernel exists.
 
 import dataclasses
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -162,7 +161,7 @@ def main(options: Options) -> None:
     """Runs every case and writes after every model."""
     device = jax.devices()[0]
     Console().print(f"{device.device_kind}, {device.platform}")
-    record = study_record.stamp(f"python -m experiments.bench_accelerator {' '.join(sys.argv[1:])}".strip())
+    record = study_record.stamp("bench_accelerator")
     record |= {"device": device.device_kind, "rows": []}
     for name in options.models:
         config = bench_config() if name == "small" else flash_widths()

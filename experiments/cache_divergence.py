@@ -137,7 +137,7 @@ def markdown(record: dict[str, Any]) -> str:
 def main(options: Options) -> None:
     """Runs every variant beside the plain cache."""
     console = Console()
-    record = study_record.stamp("python -m experiments.cache_divergence CHECKPOINT")
+    record = study_record.stamp("cache_divergence")
     record |= {
         "options": {name: getattr(options, name) for name in ("rows", "length", "chunk")},
         "rows": [],

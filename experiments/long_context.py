@@ -319,7 +319,7 @@ def prefill_text(prefill: dict[str, Any]) -> str:
 def main(options: Options) -> None:
     """Measures everything; written after every group."""
     console = Console()
-    record = study_record.stamp("python -m experiments.long_context")
+    record = study_record.stamp("long_context")
     shown = {name: value for name, value in dataclasses.asdict(options).items() if name != "out"}
     record |= {"options": shown, "load_average": os.getloadavg()[0], "bytes": []}
     record |= {"step_milliseconds": {}, "cpu_milliseconds": {}}

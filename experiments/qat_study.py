@@ -262,7 +262,7 @@ def main(options: Options) -> None:
     """Runs all seeds; everything is written after every continuation."""
     console = Console()
     data = quickstart_data(options.validation_batches)
-    record = study_record.stamp("python -m experiments.qat_study")
+    record = study_record.stamp("qat_study")
     shown = {key: value for key, value in dataclasses.asdict(options).items() if key != "out"}
     record |= {"options": shown, "rows": [], "runs": []}
 

@@ -4,6 +4,8 @@ import datetime
 import json
 import os
 import platform
+import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,11 @@ from typing import Any
 import jax
 
 
-def stamp(command: str) -> dict[str, Any]:
-    """Where and when a study ran, the first lines of its record."""
+def stamp(study: str) -> dict[str, Any]:
+    """Where, when and with which arguments `experiments.<study>` ran, the first lines of its record."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": command,
+        "command": shlex.join(["python", "-m", f"experiments.{study}", *sys.argv[1:]]),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {jax.default_backend()}",
         "jax": jax.__version__,
     }

@@ -119,7 +119,7 @@ def main() -> None:
         rows.append([weights, f"{m['arrays']:,}", f"{grown:,}", f"{grown / found['disk']:.3f}",
                      f"{peak:,}", f"{peak / found['disk']:.3f}"])  # fmt: skip
     head = ["weights", "bytes of arrays", "RSS growth", "of disk", "peak RSS growth", "of disk"]
-    stamp = study_record.stamp(" ".join(["python -m experiments.weight_memory", *sys.argv[1:]]))
+    stamp = study_record.stamp("weight_memory")
     text = (
         "# Memory of quantised weights\n\n" + f"{stamp['date']}, {stamp['machine']}, `{stamp['command']}`. "
     )

@@ -82,7 +82,9 @@ def decode_attention(
     Cost: with N keys read a sequence, 4 T H N Dh FLOP and N Dh + 2 T H Dh elements of HBM. N is M without
         entries; with `hi`, M + max_t hi_t rounded up to a block (blocks beyond are not fetched); with
         `index`, either M + max_t max index_t likewise, under a mask of B T S bytes, or M + T K rows copied
-        one by one, in bfloat16 two for one (`tuning.gather_pays` says which). Fetched by the SparseCore, the
+        one by one, in bfloat16 two for one (`tuning.gather_pays` says which). Of `Fp8Entries` all are read
+        and masked; of `Fp8Rows` T K entries are fetched by two copies of Dh bytes each, whatever S is.
+        Fetched by the SparseCore, the
         T K rows are also written and read once more, to and from a temporary of B T K Dh elements. Decoding
         an fp8 ring adds about 2 M Dh (Dr + Dh / 64) FLOP. No copy of the cache, if it lies in memory as
         expected: XLA may store arrays whose M or S is no multiple of 8 (fetching by the SparseCore: S no
