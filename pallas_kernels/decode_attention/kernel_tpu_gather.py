@@ -48,16 +48,24 @@ def along_lanes(row: jax.Array, width: int) -> jax.Array:
     return jnp.tile(by_row, (1, cdiv(width, LANES)))[:, :width]
 
 
-def _body(g: Geometry, layout: fp8_rows.Layout | None, repeat_ref, *refs) -> None:
-    sources = 1 if layout is None else 2  # arrays that a row of each is copied of
-    first_refs, next_refs, refs = refs[:sources], refs[sources : 2 * sources], refs[2 * sources :]
-    q_ref, view_ref, sink_ref, place_ref, *refs = refs
-    entries_refs, refs = refs[:sources], refs[sources:]
-    order = None
-    if layout is not None:
-        order, refs = refs[0][...], refs[1:]
-    fetched_refs, arrived = refs[-1 - sources : -1], refs[-1]
-    *ring_refs, o_ref, lse_ref = refs[: -1 - sources]
+def _body(
+    g: Geometry,
+    layout: fp8_rows.Layout | None,
+    repeat_ref,
+    first_refs,
+    next_refs,
+    q_ref,
+    view_ref,
+    sink_ref,
+    place_ref,
+    entries_refs,
+    order_refs,
+    ring_refs,
+    o_ref,
+    lse_ref,
+    fetched_refs,
+    arrived,
+) -> None:
     step, steps = pl.program_id(1), pl.num_programs(1)
     first = pl.program_id(0) * steps  # query of this part
     num_chunks, chunk_rows, _ = fetched_refs[0].shape
@@ -84,7 +92,9 @@ def _body(g: Geometry, layout: fp8_rows.Layout | None, repeat_ref, *refs) -> Non
 
     def in_order(x: jax.Array) -> jax.Array:
         """Channels in the order of the keys. One term of every sum is not zero: exact."""
-        return x if order is None else online_softmax.dot(x, order, transposed=False).astype(dtype)
+        for order_ref in order_refs:
+            x = online_softmax.dot(x, order_ref[...], transposed=False).astype(dtype)
+        return x
 
     def decoded(chunk: int, place: jax.Array) -> jax.Array:
         """The keys of a chunk, finite also where nothing was chosen and entry 0 was fetched."""
@@ -118,8 +128,10 @@ def _body(g: Geometry, layout: fp8_rows.Layout | None, repeat_ref, *refs) -> Non
         # the copies from the arithmetic.
         start(next_refs, following, chunk)
     o, lse = online_softmax.results(state)
-    o, lse_ref[0] = o.astype(dtype), lse
-    o_ref[0] = o if order is None else online_softmax.dot(o, order, transposed=True).astype(dtype)
+    o = o.astype(dtype)
+    for order_ref in order_refs:
+        o = online_softmax.dot(o, order_ref[...], transposed=True).astype(dtype)
+    o_ref[0], lse_ref[0] = o, lse
 
     @pl.when(step == steps - 1)
     def _():
@@ -154,8 +166,7 @@ def gather(
         together = layout.entries_a_row
         rows = (entry, jax.lax.div(entry, together))
         # Products with it put channels in the order of the planes, or back.
-        order = (jnp.arange(g.width)[:, None] == fp8_rows.plane_order(layout)).astype(q.dtype)
-        orders = (order,)
+        orders = ((jnp.arange(g.width)[:, None] == fp8_rows.plane_order(layout)).astype(q.dtype),)
     else:
         layout, sources, orders = None, (entries,), ()
         together = rows_a_copy(q.dtype)
@@ -189,19 +200,19 @@ def gather(
             num_scalar_prefetch=1,
             grid=(parts, steps),
             in_specs=[
-                *(of_step(lambda i: 0) for _ in rows),
-                *(of_step(lambda i: jnp.minimum(i + 1, steps - 1)) for _ in rows),
+                tuple(of_step(lambda i: 0) for _ in rows),
+                tuple(of_step(lambda i: jnp.minimum(i + 1, steps - 1)) for _ in rows),
                 per_query(g.heads, g.width),
                 per_query(1, 4),
                 pl.BlockSpec((g.heads, 1), lambda p, i, _: (0, 0)),
                 per_query(num_chunks, chunk),
-                *(pl.BlockSpec(memory_space=pl.ANY) for _ in sources),
-                *(pl.BlockSpec(x.shape, lambda p, i, _: (0, 0)) for x in orders),
-                *(own_ring(part) for part in rings),
+                tuple(pl.BlockSpec(memory_space=pl.ANY) for _ in sources),
+                tuple(pl.BlockSpec(x.shape, lambda p, i, _: (0, 0)) for x in orders),
+                tuple(own_ring(part) for part in rings),
             ],
             out_specs=[per_query(g.heads, g.width), per_query(1, g.heads)],
             scratch_shapes=[
-                *(pltpu.VMEM((num_chunks, chunk, x.shape[-1]), words) for x in sources),
+                [pltpu.VMEM((num_chunks, chunk, x.shape[-1]), words) for x in sources],
                 pltpu.SemaphoreType.DMA((num_chunks,)),
             ],
         ),
@@ -221,4 +232,4 @@ def gather(
         ),
         interpret=interpret,
         name="decode_attention_gather",
-    )(repeat, *rows, *rows, q, view, sink, place, *sources, *orders, *rings)
+    )(repeat, rows, rows, q, view, sink, place, sources, orders, rings)
