@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from dsv4_jax.training.data import PADDING_SEGMENT
 from pallas_kernels.linear_cross_entropy import linear_cross_entropy
+from pallas_kernels.precision import einsum_float32
 
 MTP_WEIGHT = 0.3  # report, section 4.2; 0.1 once the learning rate decays at the end
 BALANCE_WEIGHT = 1e-4
@@ -93,8 +94,7 @@ def _chunk_nll(
 
 def _product(equation: str, left: jax.Array, right: jax.Array) -> jax.Array:
     """Float32 operands, products and result: the head and the balance loss are float32 islands."""
-    left, right = left.astype(jnp.float32), right.astype(jnp.float32)
-    return jnp.einsum(equation, left, right, precision=jax.lax.Precision.HIGHEST)
+    return einsum_float32(equation, left.astype(jnp.float32), right.astype(jnp.float32))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

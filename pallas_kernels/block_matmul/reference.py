@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.low_precision import BLOCK, e8m0_value
+from pallas_kernels.precision import einsum_float32
 
 E4M3_MAX = 448.0
 SMALLEST = 1e-4
@@ -18,14 +19,7 @@ def decoded(weight: jax.Array, scale: jax.Array, dtype: jax.typing.DTypeLike) ->
 
 def block_matmul_reference(x: jax.Array, weight: jax.Array, scale: jax.Array) -> jax.Array:
     """The definition; the contract is in `op.block_matmul`."""
-    product = jnp.einsum(
-        "ti,oi->to",
-        x,
-        decoded(weight, scale, x.dtype),
-        precision=jax.lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32,
-    )
-    return product.astype(x.dtype)
+    return einsum_float32("ti,oi->to", x, decoded(weight, scale, x.dtype)).astype(x.dtype)
 
 
 def block_cast_reference(x: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
+from pallas_kernels.precision import einsum_float32
+
 
 def scores_reference(
     streams: Float[Array, "*tokens N D"], fn: Float32[Array, "rows N D"], norm_eps: float
@@ -14,7 +16,7 @@ def scores_reference(
     """z = (v fn^T) / rms(v), v the streams of a token behind one another."""
     v = streams.astype(jnp.float32)
     inverse_rms = jax.lax.rsqrt(jnp.mean(jnp.square(v), axis=(-2, -1)) + norm_eps)
-    z = jnp.einsum("...nd,rnd->...r", v, fn, precision=jax.lax.Precision.HIGHEST)
+    z = einsum_float32("...nd,rnd->...r", v, fn)
     return z * inverse_rms[..., None]
 
 

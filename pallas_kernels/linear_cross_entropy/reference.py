@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
+from pallas_kernels.precision import einsum_float32
+
 
 def linear_cross_entropy_reference(
     hidden: Float[Array, "T D"], head: Float[Array, "V D"], ids: Int32[Array, "T"], *, precision: str
@@ -12,7 +14,7 @@ def linear_cross_entropy_reference(
     if precision == "bfloat16":
         hidden, head = hidden.astype(jnp.bfloat16), head.astype(jnp.bfloat16)
     hidden, head = hidden.astype(jnp.float32), head.astype(jnp.float32)
-    logits = jnp.einsum("td,vd->tv", hidden, head, precision=jax.lax.Precision.HIGHEST)
+    logits = einsum_float32("td,vd->tv", hidden, head)
 
     lse = jax.nn.logsumexp(logits, axis=1)
     is_target = jnp.arange(head.shape[0]) == ids[:, None]  # nowhere true for ids outside 0 .. V-1
