@@ -30,8 +30,10 @@ class Entries(NamedTuple):
     def piece(self, start: int | Int32[Array, ""], count: int) -> Stored:
         """Entries start .. start + count - 1 of every row as they are stored, [B, count, ...].
 
-        Not of `Fp8Rows`, which only kernels read piece by piece, and `prefix` from the start.
+        Raises:
+            TypeError: for `Fp8Rows`, which only kernels read in pieces.
         """
+        self._refuse_rows()
 
         def cut(leaf: jax.Array) -> jax.Array:
             _, batch, _, width = leaf.shape
@@ -42,13 +44,18 @@ class Entries(NamedTuple):
     def prefix(self, size: int, dtype: jax.typing.DTypeLike) -> Float[Array, "B size width"]:
         """The first `size` entries of every row."""
         if isinstance(self.stack, Fp8Rows):
-            return cache_formats.read(fp8_rows.prefix(self.stack, self.repeat, size), dtype)
+            return fp8_rows.prefix(self.stack, self.repeat, size, dtype)
         return cache_formats.read(self.piece(0, size), dtype)
 
     def chosen(
         self, index: Int32[Array, "B K"], size: int, dtype: jax.typing.DTypeLike
     ) -> Float[Array, "B K width"]:
-        """Entries by index below `size`."""
+        """Entries by index below `size`.
+
+        Raises:
+            TypeError: for `Fp8Rows`, which only kernels choose from.
+        """
+        self._refuse_rows()
         rows = jnp.arange(index.shape[0])[:, None]
         if cache_formats.is_plain(self.stack) and jnp.issubdtype(self.stack.dtype, jnp.floating):
             # Out of the prefix: a gradient has the shape of what is gathered from.
@@ -57,3 +64,9 @@ class Entries(NamedTuple):
             lambda leaf: leaf.at[self.repeat, rows, index].get(mode="promise_in_bounds"), self.stack
         )
         return cache_formats.read(picked, dtype)
+
+    def _refuse_rows(self) -> None:
+        if isinstance(self.stack, Fp8Rows):
+            raise TypeError(
+                "entries kept as rows of words are for kernels; make the cache with kernels='xla'"
+            )

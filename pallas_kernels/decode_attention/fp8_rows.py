@@ -26,6 +26,7 @@ from jaxtyping import Array, Float, Int32, UInt32
 
 from pallas_kernels.arithmetic import cdiv, round_up
 from pallas_kernels.decode_attention.fp8_entries import GROUP, Fp8Entries, scale_bytes
+from pallas_kernels.precision import einsum_float32
 
 PLANES = 4  # bytes of a word
 GROUP_WORDS = GROUP // PLANES
@@ -144,15 +145,26 @@ def whole(
     return jnp.concatenate([words, apart], axis=-1)
 
 
-def prefix(rows: Fp8Rows, repeat: Int32[Array, ""], size: int) -> Fp8Entries:
-    """The first entries of every sequence of one repeat, [B, size, ...]."""
+def prefix(
+    rows: Fp8Rows, repeat: Int32[Array, ""], size: int, dtype: jax.typing.DTypeLike
+) -> Float[Array, "B size Dh"]:
+    """The first entries of every sequence of one repeat, as numbers, exact in bfloat16 and float32.
+
+    Words are not taken apart into bytes: a TPU would keep four of them in a row of 128 lanes.
+    """
     layout = rows.layout
 
-    def cut(x: jax.Array, count: int) -> jax.Array:
-        return jax.lax.dynamic_slice(x, (repeat, 0, 0, 0), (1, x.shape[1], count, x.shape[3]))[0]
+    def cut(x: jax.Array, count: int) -> Int32[Array, "B count row"]:
+        piece = jax.lax.dynamic_slice(x, (repeat, 0, 0, 0), (1, x.shape[1], count, x.shape[3]))[0]
+        return jax.lax.bitcast_convert_type(piece, jnp.int32)
 
-    rest = cut(rows.rest, cdiv(size, layout.entries_a_row))
-    return entries_of(whole(cut(rows.words, size), rest, layout), layout)
+    words, rest = cut(rows.words, size), cut(rows.rest, layout.rest_rows(size))
+    rest = _apart(rest, layout).reshape(rest.shape[0], -1, layout.rest)[:, :size]
+    rotated, scales = jnp.split(rest, [layout.row - layout.values], axis=-1)
+    between = ((0, 0), (0, 0), (0, layout.values - layout.scales))
+    own = jnp.concatenate([jnp.pad(scales, between), rotated], axis=-1)
+    order = (plane_order(layout)[:, None] == jnp.arange(layout.num_channels)).astype(dtype)
+    return einsum_float32("bsp,pc->bsc", planes(words, own, layout).astype(dtype), order).astype(dtype)
 
 
 def _apart(rest: UInt32[Array, "*rows lanes"], layout: Layout) -> UInt32[Array, "*rows P words"]:
@@ -196,26 +208,36 @@ def plane_order(layout: Layout) -> np.ndarray:
     return np.where(lane < layout.values, PLANES * lane + plane, rotary)
 
 
-def planes(
-    words: Int32[Array, "K lanes"],
-    rest: Int32[Array, "K lanes"],
-    place: Int32[Array, "K lanes"],
-    layout: Layout,
-) -> Float[Array, "K Dh"]:
-    """Rows of words and of `rest`, inside a kernel, as float32 numbers in `plane_order`.
+def own_words(
+    rest: Int32[Array, "K row"], place: Int32[Array, "K row"], layout: Layout
+) -> Int32[Array, "K row"]:
+    """Inside a kernel: what each of the rows of `rest` holds of one entry, for `planes`.
 
-    `place` says which of the P entries of its row of `rest` each one is.
+    `place`, the same in all lanes, says which of the P entries of its row it is.
     """
-    first_rotary = layout.values
-    own = rest  # with the entry's own words moved to where its rotated channels stand in `words`
+    own = rest
     for p in range(layout.entries_a_row):
-        shift = (first_rotary - p * layout.rest) % layout.row
+        shift = (layout.values - p * layout.rest) % layout.row
         own = jnp.where(place == p, pltpu.roll(rest, shift, 1) if shift else rest, own)
-    lane = jax.lax.broadcasted_iota(jnp.int32, words.shape, 1)
+    return own
+
+
+def planes(
+    words: Int32[Array, "*n row"], own: Int32[Array, "*n row"], layout: Layout
+) -> Float[Array, "*n Dh"]:
+    """Entries as float32 numbers in `plane_order`.
+
+    Args:
+        words: their rows.
+        own: their words of `rest`, those of rotated channels in the lanes that such words have in `words`,
+            those of scales behind them, around the end: in the first lanes. Other lanes may hold anything.
+    """
+    first_rotary, last = layout.values, words.ndim - 1
+    lane = jax.lax.broadcasted_iota(jnp.int32, words.shape, last)
     group = jax.lax.shift_right_logical(lane, GROUP_WORDS.bit_length() - 1)
     exponents = jnp.zeros_like(words)
-    for w in range(layout.scales):  # behind the rotated channels, so around the row's end
-        column = jnp.broadcast_to(own[:, w : w + 1], words.shape)
+    for w in range(layout.scales):
+        column = jnp.broadcast_to(own[..., w : w + 1], words.shape)
         exponents = jnp.where(jax.lax.shift_right_logical(group, 2) == w, column, exponents)
     exponents = jax.lax.shift_right_logical(exponents, 8 * (group & 3)) & 0xFF
     scale = jax.lax.bitcast_convert_type(exponents << 23, jnp.float32)
@@ -227,7 +249,7 @@ def planes(
         value = e4m3_value(jax.lax.shift_right_logical(words, 8 * p)) * scale
         return jnp.where(lane < first_rotary, value, rotated)
 
-    return jnp.concatenate([plane(p) for p in range(PLANES)], axis=1)
+    return jnp.concatenate([plane(p) for p in range(PLANES)], axis=last)
 
 
 def e4m3_value(code: Int32[Array, "*n"]) -> Float[Array, "*n"]:

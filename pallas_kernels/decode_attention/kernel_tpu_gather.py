@@ -102,7 +102,8 @@ def _body(
         words, *rest = (ref[chunk] for ref in fetched_refs)
         if layout is not None:
             words, rest = (pltpu.bitcast(x, jnp.int32) for x in (words, *rest))
-            return fp8_rows.planes(words, rest, along_lanes(place, layout.row), layout).astype(dtype)
+            own = fp8_rows.own_words(rest, along_lanes(place, layout.row), layout)
+            return fp8_rows.planes(words, own, layout).astype(dtype)
         return words if words.dtype == dtype else chosen_rows(words, along_lanes(place, g.width))
 
     q = in_order(q_ref[0])

@@ -39,11 +39,17 @@ def test_every_code_has_its_value():
 def test_rows_hold_the_bytes_of_entries(width):
     entries = fp8_entries(np.random.default_rng(width), 2, 3, 11, width=width)
     rows = in_rows(entries)
-    got = jax.jit(fp8_rows.prefix, static_argnums=2)(jax.tree.map(jnp.asarray, rows), jnp.int32(1), 9)
-    for part, whole in zip(got, entries, strict=True):
-        np.testing.assert_array_equal(np.asarray(part).view(np.uint8), whole[1, :, :9].view(np.uint8))
+    prefix = jax.jit(fp8_rows.prefix, static_argnums=(2, 3))
+    want = np.asarray(stored.decoded(entries))
+    for dtype in (jnp.float32, jnp.bfloat16):
+        got = prefix(jax.tree.map(jnp.asarray, rows), jnp.int32(1), 9, dtype)
+        assert got.dtype == dtype
+        np.testing.assert_array_equal(got.astype(jnp.float32), want[1, :, :9])
     assert stored.shape_of(rows) == (2, 3, 11, width)
-    np.testing.assert_array_equal(stored.decoded(rows), stored.decoded(entries))
+    np.testing.assert_array_equal(stored.decoded(rows), want)
+    words = fp8_rows.words_of(Fp8Entries(*map(jnp.asarray, entries)))
+    for part, whole in zip(fp8_rows.entries_of(words, rows.layout), entries, strict=True):
+        np.testing.assert_array_equal(np.asarray(part).view(np.uint8), whole.view(np.uint8))
 
 
 def test_planes_are_a_permutation_of_channels():

@@ -75,6 +75,9 @@ def test_the_prefix_of_rows_is_that_of_entries():
     np.testing.assert_array_equal(got, cache_formats.read(stored, jnp.float32)[:, :31])
     assert Entries(rows, jnp.int32(1)).size == 40
     np.testing.assert_array_equal(Entries(rows, jnp.int32(0)).prefix(31, jnp.float32), 0)
+    for read in (lambda e: e.piece(0, 2), lambda e: e.chosen(jnp.zeros((2, 1), jnp.int32), 40, jnp.float32)):
+        with pytest.raises(TypeError, match="for kernels; make the cache with kernels='xla'"):
+            read(Entries(rows, jnp.int32(1)))
 
 
 @pytest.mark.parametrize("cache_format", CACHE_FORMATS)
