@@ -104,6 +104,19 @@ def test_cast_is_bit_exact(tokens, channels, dtype):
         np.testing.assert_array_equal(np.asarray(mine).view(np.uint8), np.asarray(theirs).view(np.uint8))
 
 
+def test_scales_change_where_they_should():
+    """Largest numbers of a group at 448 times a power of two, and a step to both sides; small ones too."""
+    edges = 448 * 2.0 ** np.arange(-25, 20)
+    edges = np.concatenate([edges, 1e-4 * 2.0 ** np.arange(-2, 3), [1.0, 1.75, 3.4e38]]).astype(np.float32)
+    edges = np.concatenate([edges, np.nextafter(edges, 0, dtype=np.float32), 1.0000001 * edges[:-1]])
+    x = np.zeros((len(edges), 128), np.float32)
+    x[:, 77] = -edges
+    want, got = block_cast_reference(jnp.asarray(x)), block_cast(jnp.asarray(x), rows=32, interpret=True)
+    assert len(np.unique(want[1])) > 40
+    for mine, theirs in zip(got, want, strict=True):
+        np.testing.assert_array_equal(np.asarray(mine).view(np.uint8), np.asarray(theirs).view(np.uint8))
+
+
 def test_cast_matches_torch():
     x = np.random.default_rng(2).standard_normal((9, 256)).astype(np.float32)
     groups = torch.tensor(x).reshape(9, 2, 128)
