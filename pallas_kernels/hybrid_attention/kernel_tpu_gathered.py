@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.decode_attention.kernel_tpu_gather import chosen_rows, rows_a_copy
+from pallas_kernels.decode_attention.kernel_tpu_gather import along_lanes, chosen_rows, rows_a_copy
 from pallas_kernels.hybrid_attention.kernel_tpu import ROWS_BY_KEYS, dot
 from pallas_kernels.hybrid_attention.tuning import SUBLANES, VMEM_LIMIT, GatherGeometry
 
@@ -64,7 +64,7 @@ def _body(
         index = index_ref[0, chunk : chunk + 1]
         keys = fetched_ref[chunk]
         if keys.dtype != q_ref.dtype:
-            keys = chosen_rows(keys, index)
+            keys = chosen_rows(keys, along_lanes(index & 1, g.width))
         logits = dot(q_ref[0], keys, ROWS_BY_KEYS) * g.width**-0.5
         logits = jnp.where(index >= 0, logits, -jnp.inf)
         top = jnp.maximum(top_ref[...], logits.max(axis=-1, keepdims=True))
