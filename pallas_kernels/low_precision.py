@@ -11,7 +11,7 @@ exponent bias of all numbers; conversion from float16 is exact, and fast where t
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Float32, UInt8
+from jaxtyping import Array, Float, Float32, Integer, UInt8
 
 GROUP = 32
 """Numbers of a row that share one scale: E2M1."""
@@ -24,7 +24,7 @@ E2M1_OF_HALF = 2.0**14
 """What a float16 number with the bits of an E2M1 number is short of."""
 
 
-def e8m0_value(code: UInt8[Array, "*shape"]) -> Float32[Array, "*shape"]:
+def e8m0_value(code: Integer[Array, "*shape"]) -> Float32[Array, "*shape"]:
     """2^(code - 127) for codes 1 .. 254; 0 gives 0 and 255 infinity, neither of which weights use."""
     return lax.bitcast_convert_type(code.astype(jnp.int32) << 23, jnp.float32)
 

@@ -26,6 +26,7 @@ from jaxtyping import Array, Float, Int32, UInt32
 
 from pallas_kernels.arithmetic import cdiv, round_up
 from pallas_kernels.decode_attention.fp8_entries import GROUP, Fp8Entries, scale_bytes
+from pallas_kernels.low_precision import e8m0_value
 from pallas_kernels.precision import einsum_float32
 
 PLANES = 4  # bytes of a word
@@ -239,8 +240,7 @@ def planes(
     for w in range(layout.scales):
         column = jnp.broadcast_to(own[..., w : w + 1], words.shape)
         exponents = jnp.where(jax.lax.shift_right_logical(group, 2) == w, column, exponents)
-    exponents = jax.lax.shift_right_logical(exponents, 8 * (group & 3)) & 0xFF
-    scale = jax.lax.bitcast_convert_type(exponents << 23, jnp.float32)
+    scale = e8m0_value(jax.lax.shift_right_logical(exponents, 8 * (group & 3)) & 0xFF)
 
     def plane(p: int) -> jax.Array:
         source = words if p < 2 else own

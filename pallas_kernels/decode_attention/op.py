@@ -84,13 +84,12 @@ def decode_attention(
         `index`, either M + max_t max index_t likewise, under a mask of B T S bytes, or M + T K rows copied
         one by one, in bfloat16 two for one (`tuning.gather_pays` says which). Of `Fp8Entries` all are read
         and masked; of `Fp8Rows` T K entries are fetched by two copies of Dh bytes each, whatever S is.
-        Fetched by the SparseCore, the
-        T K rows are also written and read once more, to and from a temporary of B T K Dh elements. Decoding
-        an fp8 ring adds about 2 M Dh (Dr + Dh / 64) FLOP. No copy of the cache, if it lies in memory as
-        expected: XLA may store arrays whose M or S is no multiple of 8 (fetching by the SparseCore: S no
-        multiple of 16; fp8 entries: S no multiple of 128; an fp8 ring: M not just above a multiple of 128) in
-        another layout, and then copies them for every call. VMEM of a grid step:
-        `tuning.Geometry.vmem_bytes`; gathering, it is mostly K rows of 4 Dh bytes.
+        Fetched by the SparseCore, the T K rows are also written and read once more, to and from a temporary
+        of B T K Dh elements. Decoding an fp8 ring adds about 2 M Dh (Dr + Dh / 64) FLOP. No copy of the
+        cache, if it lies in memory as expected: XLA may store arrays whose M or S is no multiple of 8
+        (fetching by the SparseCore: S no multiple of 16; fp8 entries: S no multiple of 128; an fp8 ring: M
+        not just above a multiple of 128) in another layout, and then copies them for every call. VMEM of a
+        grid step: `tuning.Geometry.vmem_bytes`; gathering, it is mostly K rows of 4 Dh bytes.
     Sharding: B and H may be split freely (ring and entries are then repeated over H). R, T, M, S and Dh must
         be whole.
     Raises:

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Float32, UInt8
 from pallas_kernels.decode_attention import fp8_rows
 from pallas_kernels.decode_attention.fp8_entries import GROUP, Fp8Entries
 from pallas_kernels.decode_attention.fp8_rows import Fp8Rows
+from pallas_kernels.low_precision import e8m0_value
 from pallas_kernels.precision import product_precision
 
 Entries = Float[Array, "R B S Dh"] | Fp8Entries | Fp8Rows
@@ -23,11 +24,6 @@ def shape_of(entries: Entries) -> tuple[int, ...]:
     return entries.shape
 
 
-def scale_of(byte: UInt8[Array, "*n"]) -> Float32[Array, "*n"]:
-    """2^(b - 127): the byte is the exponent field of a float32."""
-    return jax.lax.bitcast_convert_type(byte.astype(jnp.int32) << 23, jnp.float32)
-
-
 def decoded(entries: Entries) -> Array:
     """[R, B, S, Dh]: fp8 entries as float32, others as they are. The definition of the format."""
     if isinstance(entries, Fp8Rows):
@@ -35,7 +31,7 @@ def decoded(entries: Entries) -> Array:
         entries = fp8_rows.entries_of(words, entries.layout)
     if not isinstance(entries, Fp8Entries):
         return entries
-    scale = jnp.repeat(scale_of(entries.scales), GROUP, axis=-1)
+    scale = jnp.repeat(e8m0_value(entries.scales), GROUP, axis=-1)
     still = entries.values.astype(jnp.float32) * scale[..., : entries.values.shape[-1]]
     return jnp.concatenate([still, entries.rotary.astype(jnp.float32)], axis=-1)
 
@@ -56,7 +52,7 @@ def decoded_tile(
 ) -> Float[Array, "Dh N"]:
     """A tile of fp8 entries; exact in bfloat16: e4m3 has fewer bits, and the scale is a power of two."""
     grouped = values.astype(dtype).reshape(-1, GROUP, values.shape[1])
-    still = grouped * scale_of(scales).astype(dtype)[: grouped.shape[0], None, :]
+    still = grouped * e8m0_value(scales).astype(dtype)[: grouped.shape[0], None, :]
     return jnp.concatenate([still.reshape(values.shape), rotary.astype(dtype)], axis=0)
 
 
@@ -82,7 +78,7 @@ def decoded_ring(parts: Sequence[jax.Array], dtype: jnp.dtype) -> Float[Array, "
     # Group by group, then one rotated channel after the other.
     place = jnp.where(channel < still, jax.lax.div(channel, GROUP), channel - still + num_groups)
     ones = (place == jax.lax.broadcasted_iota(jnp.int32, place.shape, 0)).astype(dtype)
-    factors = _turned(scale_of(scales)[:num_groups].astype(dtype), ones[:num_groups])
+    factors = _turned(e8m0_value(scales)[:num_groups].astype(dtype), ones[:num_groups])
     turned = _turned(rotary.astype(dtype), ones[num_groups:])
     # Channels that are not there have no factor, and the others no rotated value: nothing is rounded.
     whole = jnp.pad(values.astype(jnp.float32), ((0, 0), (0, num_rotary)))

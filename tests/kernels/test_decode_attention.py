@@ -34,16 +34,16 @@ BFLOAT16 = 1e-2
 REPEATS, REPEAT = 3, 1
 
 
-def fp8_entries(rng, *shape, width):
-    """Random entries of width - 16 channels in fp8 and 16 rotated ones; padding of scales is anything."""
-    still = width - 16
+def fp8_entries(rng, *shape, width, rotary=16):
+    """Random entries, all channels but the `rotary` last in fp8; padding of scales is anything."""
+    still = width - rotary
     values = rng.standard_normal((*shape, still)).astype(np.float32)
     scales = rng.integers(124, 130, (*shape, 8)).astype(np.uint8)
     scales[..., still // 64 :] = 255
     return Fp8Entries(
         np.array(jnp.asarray(values, jnp.float8_e4m3fn)),
         scales,
-        np.array(jnp.asarray(rng.standard_normal((*shape, 16)), jnp.bfloat16)),
+        np.array(jnp.asarray(rng.standard_normal((*shape, rotary)), jnp.bfloat16)),
     )
 
 
@@ -77,6 +77,7 @@ def operands(
     fp8=False,
     fp8_ring=False,
     rows=False,
+    rotary=16,
 ):
     """Random operands of one call; `last` are the positions of the newest tokens, -1 for padding rows.
 
@@ -106,7 +107,7 @@ def operands(
     if not entries:
         return jax.tree.map(jnp.asarray, o)
     shape = (REPEATS, batch, entries)
-    o["entries"] = fp8_entries(rng, *shape, width=width) if fp8 else normal(*shape, width)
+    o["entries"] = fp8_entries(rng, *shape, width=width, rotary=rotary) if fp8 else normal(*shape, width)
     if seen is not None:
         # The queries of one sequence see up to one entry less, each.
         o["hi"] = np.maximum(np.array(seen)[:, None] - np.arange(length)[::-1], 0).astype(np.int32)
@@ -142,6 +143,9 @@ CASES = {
     "fp8": dict(last=[50, 7, 90], length=2, entries=300, seen=[300, 0, 129], width=144, fp8=True),
     "chosen of fp8": dict(last=[50, 7], length=2, entries=200, chosen=21, width=80, fp8=True),
     "chosen of fp8 rows": dict(last=[50, 7], length=2, entries=200, chosen=21, width=80, fp8=True, rows=True),
+    "published fp8 rows": dict(
+        last=[50, 7], entries=60, chosen=16, width=512, fp8=True, rows=True, rotary=64
+    ),
     "chunks of fp8 rows": dict(
         last=[50, 7, 90], entries=401, chosen=300, width=144, fp8=True, rows=True, fp8_ring=True
     ),
@@ -155,7 +159,7 @@ CASES = {
     ),
 }
 FETCHED = ["chosen", "chosen by drafts", "one chosen", "chunks of chosen", "chosen beside an fp8 ring"]
-IN_ROWS = ["chosen of fp8 rows", "chunks of fp8 rows"]
+IN_ROWS = ["chosen of fp8 rows", "published fp8 rows", "chunks of fp8 rows"]
 GATHERED = FETCHED + IN_ROWS
 
 

@@ -35,9 +35,10 @@ def test_every_code_has_its_value():
     assert np.isfinite(got).all()
 
 
-@pytest.mark.parametrize("width", [80, 144, 208])
-def test_rows_hold_the_bytes_of_entries(width):
-    entries = fp8_entries(np.random.default_rng(width), 2, 3, 11, width=width)
+@pytest.mark.parametrize(("width", "rotary"), [(80, 16), (144, 16), (192, 64), (512, 64)])
+def test_rows_hold_the_bytes_of_entries(width, rotary):
+    """From one scale an entry to seven, in two words."""
+    entries = fp8_entries(np.random.default_rng(width), 2, 3, 11, width=width, rotary=rotary)
     rows = in_rows(entries)
     prefix = jax.jit(fp8_rows.prefix, static_argnums=(2, 3))
     want = np.asarray(stored.decoded(entries))
