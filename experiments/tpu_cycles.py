@@ -150,7 +150,7 @@ def recorded_calls() -> Iterator[list[Call]]:
 
         def call(*operands):
             specs = [*_flat(spec.in_specs), *_flat(spec.out_specs)]
-            arrays = [*operands[leading:], *_flat(out_shape)]
+            arrays = [*_flat(operands[leading:]), *_flat(out_shape)]
             blocked = list(zip(specs, arrays, strict=True))
             calls.append(Call(options["name"], tuple(spec.grid), blocked))
             return made(*operands)

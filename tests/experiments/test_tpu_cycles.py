@@ -237,7 +237,8 @@ def test_unexpected_dumps_are_refused():
 def doubled(x, *, rows_first=True, interpret=False):
     """Twice x + y: x in blocks of a grid of 2 x 3, y the same block along the inner axis, nothing of z."""
 
-    def body(x_ref, y_ref, z_ref, out_ref):
+    def body(x_ref, pair_refs, out_ref):
+        y_ref, _ = pair_refs
         out_ref[...] = 2 * (x_ref[...] + y_ref[...])
 
     block = pl.BlockSpec((8, 128), lambda i, j: (i, j))
@@ -245,11 +246,11 @@ def doubled(x, *, rows_first=True, interpret=False):
         body,
         out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
         grid=(2, 3),
-        in_specs=[block, pl.BlockSpec((8, 128), lambda i, j: (i, 0)), pl.BlockSpec(memory_space=pl.ANY)],
+        in_specs=[block, (pl.BlockSpec((8, 128), lambda i, j: (i, 0)), pl.BlockSpec(memory_space=pl.ANY))],
         out_specs=block,
         interpret=interpret,
         name="doubled",
-    )(x, x, x)
+    )(x, (x, x))
 
 
 def test_blocks_move_when_their_index_changes():
