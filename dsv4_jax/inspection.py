@@ -10,10 +10,11 @@ import math
 from collections.abc import Mapping
 from fractions import Fraction
 
-from dsv4_jax.checkpoint import names, storage
+from dsv4_jax.checkpoint import storage
 from dsv4_jax.config import ModelConfig, layer_stacks
 from dsv4_jax.config_io import ConfigFile
 from dsv4_jax.config_rules import is_int
+from dsv4_jax.parameters import Path, parameters, row_at
 
 FP8_GROUP = 64  # channels that share a scale in a stored KV entry
 INDEX_FP8_GROUP = 128  # channels that share a float32 scale in a stored indexer key
@@ -162,8 +163,8 @@ def count_parameters(config: ModelConfig) -> ParameterCounts:
     for path, size in _sizes(config).items():
         if path[0] == "mtp":
             continue
-        counts[_part(path)] += size
-        if "experts" in path:
+        counts[row_at(path).part] += size
+        if row_at(path).role == "expert":
             counts["inactive_experts"] += _inactive(config, size)
     return ParameterCounts(**counts)
 
@@ -171,7 +172,7 @@ def count_parameters(config: ModelConfig) -> ParameterCounts:
 def count_mtp(config: ModelConfig) -> tuple[int, int]:
     """(all, active) parameters of the MTP block; embedding and head are shared with the model."""
     sizes = {path: size for path, size in _sizes(config).items() if path[0] == "mtp"}
-    inactive = sum(_inactive(config, size) for path, size in sizes.items() if "experts" in path)
+    inactive = sum(_inactive(config, size) for path, size in sizes.items() if row_at(path).role == "expert")
     return sum(sizes.values()), sum(sizes.values()) - inactive
 
 
@@ -189,7 +190,8 @@ def count_layer(config: ModelConfig) -> LayerCounts:
             "compressors": f"{kind}_compressor",
             "indexers": "indexer",
         }
-        name = piece.get(_part(path), "expert" if "experts" in path else None)
+        row = row_at(path)
+        name = piece.get(row.part, "expert" if row.role == "expert" else None)
         # Layers of a kind are alike: each parameter of a piece is counted where it is met first.
         if name is None or (name, path[4:]) in seen:
             continue
@@ -274,22 +276,9 @@ def checkpoint_bytes(config: ModelConfig, dspark_markov_rank: int | None = None)
     }
 
 
-def _sizes(config: ModelConfig) -> dict[names.Path, int]:
+def _sizes(config: ModelConfig) -> dict[Path, int]:
     """Path -> number of elements of every parameter that is not an integer table."""
-    parameters = names.parameters(config)
-    return {path: spec.size for path, spec in parameters.items() if spec.kind != "table"}
-
-
-def _part(path: names.Path) -> str:
-    """The field of `ParameterCounts` that a backbone parameter belongs to."""
-    top = {"embed": "embedding", "head": "head", "norm": "norms", "hc_head": "hyper_connections"}
-    if path[0] in top:
-        return top[str(path[0])]
-    layer = path[4:]  # after stacks / i / blocks / j
-    if layer[0] == "attn":
-        return {"compressor": "compressors", "indexer": "indexers"}.get(str(layer[1]), "attention")
-    inside = {"ffn": "moe", "hc_attn": "hyper_connections", "hc_ffn": "hyper_connections"}
-    return inside.get(str(layer[0]), "norms")
+    return {path: spec.size for path, spec in parameters(config).items() if spec.role != "table"}
 
 
 def _inactive(config: ModelConfig, size: int) -> int:

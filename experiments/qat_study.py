@@ -37,9 +37,10 @@ from dsv4_jax.model.initial import Network, Parameters, initial_parameters
 from dsv4_jax.model.transformer import Transformer
 from dsv4_jax.numerics import qat
 from dsv4_jax.numerics.policy import Policy
+from dsv4_jax.parameters import DECAYED
 from dsv4_jax.training.corpus import gather_corpus
 from dsv4_jax.training.data import Batch, TrainingRows, validation_batches
-from dsv4_jax.training.optimizer import WITHOUT_DECAY, Schedule
+from dsv4_jax.training.optimizer import Schedule, role_of
 from dsv4_jax.training.quickstart import spread, tokenized
 from dsv4_jax.training.recipe import QUICKSTART, Recipe
 from dsv4_jax.training.step import TrainState, initial_state, train_step, validation_loss
@@ -63,7 +64,7 @@ class EveryMatrixFp4(NamedTuple):
 def _in_fp4(path: tuple, leaf: jax.Array) -> jax.Array:
     keys = [str(key.key) for key in path]
     inside = ("attn" in keys or "ffn" in keys) and "gate" not in keys
-    return qat.fake_mxfp4(leaf) if inside and not keys[-1].endswith(WITHOUT_DECAY) else leaf
+    return qat.fake_mxfp4(leaf) if inside and role_of(path) in DECAYED else leaf
 
 
 SETTINGS = {

@@ -29,6 +29,7 @@ ROOMS = {
     "dsv4_jax.config_plan": "config",
     "dsv4_jax.config_rules": "config",
     "dsv4_jax.errors": "config",
+    "dsv4_jax.parameters": "parameters",
     "dsv4_jax.strict_json": "config",
     "dsv4_jax.numerics": "numerics",
     "dsv4_jax.model": "model",
@@ -41,13 +42,23 @@ ROOMS = {
 }
 ROOM_ARROWS = {
     "config": set(),
+    "parameters": {"config"},
     "numerics": {"config"},
-    "model": {"config", "numerics"},
+    "model": {"config", "parameters", "numerics"},
     "inference": {"config", "numerics", "model"},
-    "training": {"config", "numerics", "model"},
-    "checkpoint": {"config", "numerics"},
-    "language_model": {"config", "numerics", "model", "inference", "checkpoint"},
-    "top": {"config", "numerics", "model", "inference", "training", "checkpoint", "language_model"},
+    "training": {"config", "parameters", "numerics", "model"},
+    "checkpoint": {"config", "parameters", "numerics"},
+    "language_model": {"config", "parameters", "numerics", "model", "inference", "checkpoint"},
+    "top": {
+        "config",
+        "parameters",
+        "numerics",
+        "model",
+        "inference",
+        "training",
+        "checkpoint",
+        "language_model",
+    },
 }
 
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "common", "base", "misc", "new", "fast"}

@@ -66,7 +66,7 @@ def _rows(layout: Layout) -> dict[str, Row]:
             name = row_name(row, layout)
             if name is not None:
                 known[prefix + name] = row
-                if row.quantized:
+                if row.parameter.quantized:
                     known[scale_name(prefix + name, layout)] = row
     return known
 

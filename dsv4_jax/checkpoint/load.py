@@ -46,7 +46,7 @@ class Loaded:
 
     Attributes:
         config: of the model; without MTP block where the checkpoint has none.
-        parameters: the parameter tree, see `names.parameters`.
+        parameters: the parameter tree, see `dsv4_jax.parameters`.
         stored: official tensor name -> safetensors dtype, of every tensor that was not dequantised;
             `save` uses it to write back what was read.
         warnings: sentences for the user.
@@ -127,16 +127,9 @@ def load_checkpoint(
         layout=manifest.layout,
         tokenizer_file=tokenizer if tokenizer.is_file() else None,
         experts_in_fp4=all(
-            entry.format == "fp4" for entry in manifest.entries if "experts" in entry.spec.path
+            entry.format == "fp4" for entry in manifest.entries if entry.spec.parameter.role == "expert"
         ),
     )
-
-
-def memory_dtype(kind: names.Kind, param_dtype: np.dtype) -> np.dtype:
-    """Dtype of a parameter in memory."""
-    if kind == "matrix":
-        return np.dtype(param_dtype)
-    return np.dtype(np.int32 if kind == "table" else np.float32)
 
 
 def read_parameters(
@@ -164,16 +157,15 @@ def read_parameters(
         if progress is not None:
             progress(entry.tensor.name, done, total)
 
-    parameters = names.parameters(manifest.config)
     for path, entries in groups.items():
-        spec = entries[0].spec
+        parameter = entries[0].spec.parameter
         if weights == "native" and any(entry.format != "plain" for entry in entries):
-            what = parameters[path], entries, files.read
+            what = parameter, entries, files.read
             if native.can_stay(*what):
                 yield path, native.read_native(*what, findings, aligned, finish)
                 continue
             findings.dequantized.append("/".join(map(str, path)))
-        array = aligned(spec.parameter_shape, memory_dtype(spec.kind, param_dtype))
+        array = aligned(parameter.shape, parameter.dtype(param_dtype))
         for entry in entries:
             read_entry(
                 entry,

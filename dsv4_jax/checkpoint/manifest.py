@@ -136,7 +136,7 @@ def build_manifest(
 def storage_warnings(entries: list[Entry], raw: Mapping[str, object]) -> list[str]:
     """Where the config's words about storage and the tensors disagree: the tensors are believed."""
     warnings = []
-    experts = [entry for entry in entries if "experts" in entry.spec.path]
+    experts = [entry for entry in entries if entry.spec.parameter.role == "expert"]
     layers: dict[object, dict[str, str]] = {}
     for entry in experts:
         # spec.index[:1] is the repeat of the stack: with the path's head, one layer

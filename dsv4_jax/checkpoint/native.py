@@ -19,7 +19,6 @@ from dsv4_jax.checkpoint.dequantize import (
     fp8_rows,
     fp8_scale_shape,
 )
-from dsv4_jax.checkpoint.names import ParameterSpec
 from dsv4_jax.checkpoint.tensor_rules import Entry
 from dsv4_jax.checkpoint.values import (
     PIECE_ELEMENTS,
@@ -30,6 +29,7 @@ from dsv4_jax.checkpoint.values import (
 )
 from dsv4_jax.numerics.formats import Fp8Blocks, Mxfp4
 from dsv4_jax.numerics.weights import QuantizedWeight
+from dsv4_jax.parameters import Parameter
 
 LARGEST_SAFE_SCALE = 127 + 118
 """E8M0 byte up to which no product can overflow: 448 < 2^9."""
@@ -39,7 +39,7 @@ SMALLEST_SCALE = np.float32(2.0**-127)
 Allocate = Callable[[tuple[int, ...], np.dtype], np.ndarray]
 
 
-def can_stay(parameter: ParameterSpec, entries: Sequence[Entry], read: Callable[[str], np.ndarray]) -> bool:
+def can_stay(parameter: Parameter, entries: Sequence[Entry], read: Callable[[str], np.ndarray]) -> bool:
     """Whether a parameter's tensors are stored alike, in blocks of the official tensors' own, with scales
     that E8M0 holds."""
     formats = {entry.format for entry in entries}
@@ -52,7 +52,7 @@ def can_stay(parameter: ParameterSpec, entries: Sequence[Entry], read: Callable[
 
 
 def read_native(
-    parameter: ParameterSpec,
+    parameter: Parameter,
     entries: Sequence[Entry],
     read: Callable[[str], np.ndarray],
     findings: Findings,
@@ -91,7 +91,7 @@ def read_native(
         blocks = Fp8Blocks(elements.view(ml_dtypes.float8_e4m3fn), scale)
     else:
         blocks = Mxfp4(elements, scale)
-    return QuantizedWeight(blocks, parameter.dims)
+    return QuantizedWeight(blocks, parameter.own)
 
 
 def _codes(scale: np.ndarray) -> np.ndarray | None:

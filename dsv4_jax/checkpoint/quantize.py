@@ -35,7 +35,7 @@ def format_in(release: Release, spec: TensorSpec) -> Format:
     """How a release stores a tensor."""
     if spec.scale_name is None:
         return "bf16"
-    return release.experts if "experts" in spec.path else release.linears
+    return release.experts if spec.parameter.role == "expert" else release.linears
 
 
 def quantizing_problems(specs: tuple[TensorSpec, ...], release: Release) -> list[str]:

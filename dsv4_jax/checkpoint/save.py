@@ -17,8 +17,9 @@ import jax
 import numpy as np
 import tokenizers
 
+from dsv4_jax import parameters as table
 from dsv4_jax.checkpoint import names, quantize
-from dsv4_jax.checkpoint.load import TOKENIZER_FILE, memory_dtype
+from dsv4_jax.checkpoint.load import TOKENIZER_FILE
 from dsv4_jax.checkpoint.safetensors import DTYPES
 from dsv4_jax.checkpoint.storage import Release, StoredTensor
 from dsv4_jax.checkpoint.tensor_rules import FP4_DTYPES
@@ -56,7 +57,7 @@ def save_checkpoint(
     Args:
         directory: new, or empty, or (with `overwrite`) a checkpoint to replace.
         config: of the model.
-        parameters: the tree of `names.parameters(config)`: nested dicts of arrays.
+        parameters: the tree of the table (`dsv4_jax.parameters`): nested dicts of arrays.
         layout: naming; 'transformers' is its native one, which its `from_pretrained` loads.
         stored: `Loaded.stored`, the dtypes to keep where that loses nothing.
         copy_from: a checkpoint directory whose `COPIED_FILES` are copied.
@@ -119,7 +120,7 @@ def flattened(parameters: Mapping[str | int, object]) -> dict[names.Path, Leaf]:
 
 def parameter_problems(config: ModelConfig, flat: Mapping[names.Path, Leaf]) -> list[str]:
     """Where a flat parameter tree is not that of the config."""
-    expected = names.parameters(config)
+    expected = table.parameters(config)
     problems = [f"{_joined(path)} is missing" for path in expected if path not in flat]
     for path, leaf in flat.items():
         if path not in expected:
@@ -132,8 +133,8 @@ def parameter_problems(config: ModelConfig, flat: Mapping[names.Path, Leaf]) -> 
             continue
         dtype = np.dtype(leaf.dtype)
         known = [dtype] if dtype in _NAME_OF_DTYPE else list(_NAME_OF_DTYPE)
-        if dtype not in {memory_dtype(spec.kind, d) for d in known}:
-            wanted = " or ".join(sorted({memory_dtype(spec.kind, d).name for d in _NAME_OF_DTYPE}))
+        if dtype not in {spec.dtype(d) for d in known}:
+            wanted = " or ".join(sorted({spec.dtype(d).name for d in _NAME_OF_DTYPE}))
             problems.append(f"{_joined(path)}: dtype {dtype.name}, expected {wanted}")
     return problems
 

@@ -10,6 +10,8 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import Literal
 
+import ml_dtypes
+
 from dsv4_jax.checkpoint import names
 from dsv4_jax.checkpoint.dequantize import fp4_packed_shape, fp4_scale_shape, fp8_scale_shape
 from dsv4_jax.config import ModelConfig
@@ -87,9 +89,14 @@ def resident_bytes(config: ModelConfig, release: Release) -> int:
 
     Quantised weights take what they take on disk; norms widen to float32, hash tables narrow to int32.
     """
-    bits = {"matrix": DTYPE_BITS["BF16"], "norm": 32, "float32": 32, "table": 32}
+
+    def bits(spec: names.TensorSpec, tensor: StoredTensor) -> int:
+        if spec.scale_name is not None:
+            return DTYPE_BITS[tensor.dtype]
+        return 8 * spec.parameter.dtype(ml_dtypes.bfloat16).itemsize
+
     return sum(
-        math.prod(tensor.shape) * (DTYPE_BITS[tensor.dtype] if spec.scale_name else bits[spec.kind]) // 8
+        math.prod(tensor.shape) * bits(spec, tensor) // 8
         for spec in names.official_tensors(config)
         for tensor in _stored(spec, release)
     )
@@ -100,7 +107,7 @@ def _stored(spec: names.TensorSpec, release: Release) -> Iterator[StoredTensor]:
         dtype = {"matrix": "BF16", "norm": "BF16", "float32": "F32", "table": "I64"}[spec.kind]
         yield StoredTensor(spec.name, dtype, spec.shape)
         return
-    chosen = release.experts if "experts" in spec.path else release.linears
+    chosen = release.experts if spec.parameter.role == "expert" else release.linears
     yield from quantized(spec.name, spec.scale_name, spec.shape, chosen)
 
 

@@ -89,7 +89,7 @@ def _reason(name: str, layout: Layout, config: ModelConfig) -> str:
     _, experts, tail = name.partition(".experts.")
     if experts and tail.partition(".")[0].isdecimal():
         return f"n_routed_experts is {config.n_routed_experts}"
-    return f"{_ONLY.get(row.when, 'not expected')}; this one is {' and '.join(kinds)}"
+    return f"{_ONLY.get(row.parameter.when, 'not expected')}; this one is {' and '.join(kinds)}"
 
 
 def _ranges(numbers: Iterable[int]) -> str:

@@ -79,7 +79,7 @@ def read_entry(
         bad = _copy_floats(stored, target, scan)
         if bad:
             findings.problems.append(f"{name}: {bad} of {stored.size} values are NaN or infinite")
-        if entry.spec.path[-1] in ("bias", "scale") and not target.any():
+        if entry.spec.parameter.role in ("selection_bias", "mixing_gate") and not target.any():
             findings.all_zero.append(entry.tensor.name)
 
 

@@ -13,11 +13,11 @@ from dsv4_jax.model import attention_kernels
 from dsv4_jax.model.cache import LayerCache, fits_in_ring, num_slots, read_ring, write_ring
 from dsv4_jax.model.compressor import Compressor
 from dsv4_jax.model.core_attention import Queries, hybrid_attention, view
+from dsv4_jax.model.declared import Declared
 from dsv4_jax.model.entries import Entries
 from dsv4_jax.model.indexer import Indexer
 from dsv4_jax.model.linear import flat, project, project_groups
 from dsv4_jax.model.norm import rms_norm
-from dsv4_jax.model.parameters import constant, matrix
 from dsv4_jax.model.rope import Rotation, rotate
 from dsv4_jax.model.span import Blocks, Span
 from dsv4_jax.numerics import cache_formats, qat
@@ -32,39 +32,31 @@ class Attention(nnx.Module):
         config: ModelConfig,
         policy: Policy,
         kind: AttentionKind,
-        *,
-        repeats: int,
+        declared: Declared,
     ) -> None:
-        c, std, dtype = config, config.initializer_range, policy.param_dtype
-        layers, hidden = {"layers": repeats}, {"hidden": c.hidden_size}
-        rank, head = {"q_rank": c.q_lora_rank}, {"head_dim": c.head_dim}
-        heads = {"groups": c.o_groups, "heads_per_group": c.heads_per_group}
-        out_rank = {"groups": c.o_groups, "o_rank": c.o_lora_rank}
-        self.wq_a = matrix(layers | rank | hidden, dtype, std)
-        self.q_norm = constant(layers | rank, 1.0)
-        self.wq_b = matrix(layers | heads | head | rank, dtype, std)
-        self.wkv = matrix(layers | head | hidden, dtype, std)
-        self.kv_norm = constant(layers | head, 1.0)
-        heads_in = {"heads_per_group": c.heads_per_group} | head
-        self.wo_a = matrix(layers | out_rank | heads_in, dtype, std)
-        self.wo_b = matrix(layers | hidden | out_rank, dtype, std)
-        self.attn_sink = constant(layers | heads, 0.0)
+        self.wq_a = declared("wq_a")
+        self.q_norm = declared("q_norm")
+        self.wq_b = declared("wq_b")
+        self.wkv = declared("wkv")
+        self.kv_norm = declared("kv_norm")
+        self.wo_a = declared("wo_a")
+        self.wo_b = declared("wo_b")
+        self.attn_sink = declared("attn_sink")
         if kind == "window":
             self.compressor = None
         else:
             self.compressor = Compressor(
                 config,
                 policy,
-                ratio=c.ratio(kind),
+                declared.under("compressor"),
+                ratio=config.ratio(kind),
                 branches=2 if kind == "csa" else 1,
-                width=c.head_dim,
-                repeats=repeats,
                 holds="entries",
             )
-        self.indexer = Indexer(config, policy, repeats=repeats) if kind == "csa" else None
-        self.window = c.sliding_window
-        self.top_k = c.index_topk
-        self.eps = c.rms_norm_eps
+        self.indexer = Indexer(config, policy, declared.under("indexer")) if kind == "csa" else None
+        self.window = config.sliding_window
+        self.top_k = config.index_topk
+        self.eps = config.rms_norm_eps
         self.policy = policy
 
     def __call__(

@@ -9,9 +9,9 @@ from jaxtyping import Array, Float, Int32
 from dsv4_jax.config import AttentionKind, ModelConfig, RouterKind
 from dsv4_jax.model.attention import Attention
 from dsv4_jax.model.cache import LayerCache
+from dsv4_jax.model.declared import Declared
 from dsv4_jax.model.hyper_connection import HyperConnection
 from dsv4_jax.model.moe import MixtureOfExperts
-from dsv4_jax.model.parameters import constant
 from dsv4_jax.model.rope import Rotation
 from dsv4_jax.model.span import Blocks, Span
 from dsv4_jax.numerics.policy import Policy
@@ -36,7 +36,7 @@ class Surroundings(NamedTuple):
 
 
 class Block(nnx.Module):
-    """A layer of one attention kind and one router kind; parameters carry `repeats` copies."""
+    """A layer of one attention kind and one router kind; parameters carry the repeats of its stack."""
 
     def __init__(
         self,
@@ -44,16 +44,14 @@ class Block(nnx.Module):
         policy: Policy,
         attention: AttentionKind,
         router: RouterKind,
-        *,
-        repeats: int,
+        declared: Declared,
     ) -> None:
-        dims = {"layers": repeats, "hidden": config.hidden_size}
-        self.hc_attn = HyperConnection(config, policy, repeats)
-        self.attn_norm = constant(dims, 1.0)
-        self.attn = Attention(config, policy, attention, repeats=repeats)
-        self.hc_ffn = HyperConnection(config, policy, repeats)
-        self.ffn_norm = constant(dims, 1.0)
-        self.ffn = MixtureOfExperts(config, policy, router, repeats=repeats)
+        self.hc_attn = HyperConnection(config, policy, declared.under("hc_attn"))
+        self.attn_norm = declared("attn_norm")
+        self.attn = Attention(config, policy, attention, declared.under("attn"))
+        self.hc_ffn = HyperConnection(config, policy, declared.under("hc_ffn"))
+        self.ffn_norm = declared("ffn_norm")
+        self.ffn = MixtureOfExperts(config, policy, router, declared.under("ffn"))
         self.kind = attention
 
     def __call__(

@@ -9,9 +9,9 @@ from jaxtyping import Array, Float, Int32
 
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.model.cache import CompressorCache, fits_in_ring, write_entries, write_ring
+from dsv4_jax.model.declared import Declared
 from dsv4_jax.model.linear import project, project_float32
 from dsv4_jax.model.norm import rms_norm
-from dsv4_jax.model.parameters import constant, matrix
 from dsv4_jax.model.rope import rotate
 from dsv4_jax.model.span import Blocks, Span, block_rows
 from dsv4_jax.numerics import cache_formats, qat
@@ -37,19 +37,16 @@ class Compressor(nnx.Module):
         self,
         config: ModelConfig,
         policy: Policy,
+        declared: Declared,
         *,
         ratio: int,
         branches: int,
-        width: int,
-        repeats: int,
         holds: Literal["entries", "index_keys"],
     ) -> None:
-        out = {"layers": repeats, "branches": branches, "entry": width}
-        dims = out | {"hidden": config.hidden_size}
-        self.wkv = matrix(dims, policy.param_dtype, config.initializer_range)
-        self.wgate = matrix(dims, policy.param_dtype, config.initializer_range)
-        self.ape = constant({"layers": repeats, "ratio": ratio, "branches": branches, "entry": width}, 0.0)
-        self.norm = constant({"layers": repeats, "entry": width}, 1.0)
+        self.wkv = declared("wkv")
+        self.wgate = declared("wgate")
+        self.ape = declared("ape")
+        self.norm = declared("norm")
         self.ratio = ratio
         self.branches = branches
         self.eps = config.rms_norm_eps

@@ -13,9 +13,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32
 
 from dsv4_jax.config import ModelConfig
+from dsv4_jax.model.declared import Declared
 from dsv4_jax.model.linear import flat, project_float32
 from dsv4_jax.model.norm import rms_norm
-from dsv4_jax.model.parameters import constant, matrix
 from dsv4_jax.numerics.policy import Policy
 from pallas_kernels import hyper_connection as kernels
 from pallas_kernels.precision import einsum_float32
@@ -122,14 +122,11 @@ class HyperConnection(nnx.Module):
     the kernels then read the streams once. The maps are for `leave`, `advance` and `mixing` only.
     """
 
-    def __init__(self, config: ModelConfig, policy: Policy, repeats: int) -> None:
-        n = config.hc_mult
-        rows = {"layers": repeats, "hc_rows": (2 + n) * n}
-        dims = rows | {"streams": n, "hidden": config.hidden_size}
-        self.fn = matrix(dims, jnp.dtype("float32"), config.initializer_range)
-        self.base = constant(rows, 0.0)
-        self.scale = constant({"layers": repeats, "hc_parts": 3}, 0.01)
-        self.num_streams = n
+    def __init__(self, config: ModelConfig, policy: Policy, declared: Declared) -> None:
+        self.fn = declared("fn")
+        self.base = declared("base")
+        self.scale = declared("scale")
+        self.num_streams = config.hc_mult
         self.num_iters = config.hc_sinkhorn_iters
         self.eps = config.hc_eps
         self.norm_eps = config.rms_norm_eps
@@ -197,12 +194,10 @@ class HyperConnection(nnx.Module):
 class StreamCollapse(nnx.Module):
     """The head's collapse of N streams into one: sigmoid gates only (report, section 2.2)."""
 
-    def __init__(self, config: ModelConfig, policy: Policy) -> None:
-        n = config.hc_mult
-        dims = {"hc_rows": n, "streams": n, "hidden": config.hidden_size}
-        self.fn = matrix(dims, jnp.dtype("float32"), config.initializer_range)
-        self.base = constant({"hc_rows": n}, 0.0)
-        self.scale = constant({"hc_parts": 1}, 0.01)
+    def __init__(self, config: ModelConfig, policy: Policy, declared: Declared) -> None:
+        self.fn = declared("fn")
+        self.base = declared("base")
+        self.scale = declared("scale")
         self.eps = config.hc_eps
         self.norm_eps = config.rms_norm_eps
         self.policy = policy

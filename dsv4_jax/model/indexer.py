@@ -8,9 +8,9 @@ from jaxtyping import Array, Float, Float32, Int32
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.model.cache import CompressorCache
 from dsv4_jax.model.compressor import Compressor
+from dsv4_jax.model.declared import Declared
 from dsv4_jax.model.entries import Entries
 from dsv4_jax.model.linear import project
-from dsv4_jax.model.parameters import matrix
 from dsv4_jax.model.rope import Rotation, rotate
 from dsv4_jax.model.span import Blocks, Span
 from dsv4_jax.numerics import cache_formats, qat
@@ -28,20 +28,15 @@ MAX_SCORE_ELEMENTS = 2**24
 class Indexer(nnx.Module):
     """Queries from the query latent, keys from a compressor of its own, one weight a head from the input."""
 
-    def __init__(self, config: ModelConfig, policy: Policy, *, repeats: int) -> None:
-        heads = {"layers": repeats, "index_heads": config.index_n_heads}
-        std = config.initializer_range
-        query = heads | {"index_head_dim": config.index_head_dim, "q_rank": config.q_lora_rank}
-        self.wq_b = matrix(query, policy.param_dtype, std)
-        weights = heads | {"hidden": config.hidden_size}
-        self.weights_proj = matrix(weights, policy.param_dtype, std)
+    def __init__(self, config: ModelConfig, policy: Policy, declared: Declared) -> None:
+        self.wq_b = declared("wq_b")
+        self.weights_proj = declared("weights_proj")
         self.compressor = Compressor(
             config,
             policy,
+            declared.under("compressor"),
             ratio=config.csa_ratio,
             branches=2,
-            width=config.index_head_dim,
-            repeats=repeats,
             holds="index_keys",
         )
         self.policy = policy

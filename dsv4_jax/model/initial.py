@@ -11,6 +11,7 @@ from flax import nnx
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.model.transformer import Transformer
 from dsv4_jax.numerics.policy import Policy
+from dsv4_jax.parameters import INITIAL_VALUE, Parameter, parameters
 
 Parameters = dict[str, Any]
 """Nested dict of arrays, the pure state of `Transformer`; list positions are int keys."""
@@ -50,24 +51,25 @@ def initial_parameters(config: ModelConfig, policy: Policy, seed: int) -> Parame
         seed: any int >= 0.
     """
     drawn: Parameters = {}
-    for path, declared in nnx.to_flat_state(_abstract(config, policy)[1]):
+    for path, parameter in parameters(config).items():
         stream = np.random.default_rng([seed, zlib.crc32("/".join(map(str, path)).encode())])
         node = drawn
         for key in path[:-1]:
             node = node.setdefault(key, {})
-        node[path[-1]] = jnp.asarray(_draw(declared, stream))
+        node[path[-1]] = jnp.asarray(_draw(parameter, config, policy, stream))
     return drawn
 
 
-def _draw(declared: nnx.Param, stream: np.random.Generator) -> np.ndarray:
-    shape, dtype = declared.get_value().shape, declared.get_value().dtype
-    described = declared.get_metadata()
-    if "stddev" in described:
-        values = stream.standard_normal(shape, np.float32)
-        return (values * np.float32(described["stddev"])).astype(dtype)
-    if "num_experts" in described:
-        return np.stack([_balanced(shape[1:], described["num_experts"], stream) for _ in range(shape[0])])
-    return np.full(shape, described["fill"], dtype)
+def _draw(
+    parameter: Parameter, config: ModelConfig, policy: Policy, stream: np.random.Generator
+) -> np.ndarray:
+    shape, dtype = parameter.shape, parameter.dtype(policy.param_dtype)
+    if parameter.role == "table":
+        return np.stack([_balanced(shape[1:], config.n_routed_experts, stream) for _ in range(shape[0])])
+    if parameter.role in INITIAL_VALUE:
+        return np.full(shape, INITIAL_VALUE[parameter.role], dtype)
+    values = stream.standard_normal(shape, np.float32)
+    return (values * np.float32(config.initializer_range)).astype(dtype)
 
 
 def _balanced(shape: tuple[int, int], num_experts: int, stream: np.random.Generator) -> np.ndarray:

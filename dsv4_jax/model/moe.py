@@ -6,8 +6,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32
 
 from dsv4_jax.config import ModelConfig, RouterKind
+from dsv4_jax.model.declared import Declared
 from dsv4_jax.model.linear import project
-from dsv4_jax.model.parameters import matrix
 from dsv4_jax.model.router import Router, Routing
 from dsv4_jax.model.span import Span
 from dsv4_jax.numerics import qat
@@ -19,28 +19,17 @@ from pallas_kernels.grouped_matmul import expert_ffn
 class Experts(nnx.Module):
     """The routed experts' weights: gate_up [E, 2, F, D] (0 = gate w1, 1 = up w3) and down [E, D, F]."""
 
-    def __init__(self, config: ModelConfig, policy: Policy, *, repeats: int) -> None:
-        std, dtype = config.initializer_range, policy.param_dtype
-        experts = {"layers": repeats, "experts": config.n_routed_experts}
-        width, hidden = (
-            {"expert_width": config.moe_intermediate_size},
-            {"hidden": config.hidden_size},
-        )
-        self.gate_up = matrix(experts | {"gate_up": 2} | width | hidden, dtype, std)
-        self.down = matrix(experts | hidden | width, dtype, std)
+    def __init__(self, declared: Declared) -> None:
+        self.gate_up = declared("gate_up")
+        self.down = declared("down")
 
 
 class SharedExpert(nnx.Module):
     """The expert every token uses; clamped like the routed ones."""
 
-    def __init__(self, config: ModelConfig, policy: Policy, *, repeats: int) -> None:
-        std, dtype = config.initializer_range, policy.param_dtype
-        width, hidden = (
-            {"expert_width": config.moe_intermediate_size},
-            {"hidden": config.hidden_size},
-        )
-        self.gate_up = matrix({"layers": repeats, "gate_up": 2} | width | hidden, dtype, std)
-        self.down = matrix({"layers": repeats} | hidden | width, dtype, std)
+    def __init__(self, config: ModelConfig, policy: Policy, declared: Declared) -> None:
+        self.gate_up = declared("gate_up")
+        self.down = declared("down")
         self.limit = config.swiglu_limit
         self.policy = policy
 
@@ -63,12 +52,11 @@ class MixtureOfExperts(nnx.Module):
         config: ModelConfig,
         policy: Policy,
         kind: RouterKind,
-        *,
-        repeats: int,
+        declared: Declared,
     ) -> None:
-        self.gate = Router(config, policy, kind, repeats=repeats)
-        self.experts = Experts(config, policy, repeats=repeats)
-        self.shared = SharedExpert(config, policy, repeats=repeats)
+        self.gate = Router(config, kind, declared.under("gate"))
+        self.experts = Experts(declared.under("experts"))
+        self.shared = SharedExpert(config, policy, declared.under("shared"))
         self.limit = config.swiglu_limit
         self.num_experts = config.n_routed_experts
         self.policy = policy

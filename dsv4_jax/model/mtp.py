@@ -7,10 +7,10 @@ from jaxtyping import Array, Float
 
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.model.block import Block, Surroundings
+from dsv4_jax.model.declared import Declared
 from dsv4_jax.model.hyper_connection import StreamCollapse
 from dsv4_jax.model.linear import project
 from dsv4_jax.model.norm import rms_norm
-from dsv4_jax.model.parameters import constant, matrix
 from dsv4_jax.numerics import qat
 from dsv4_jax.numerics.policy import Policy
 
@@ -21,16 +21,14 @@ class MultiTokenPrediction(nnx.Module):
     Embedding and head are the backbone's; the collapse and the last norm are its own.
     """
 
-    def __init__(self, config: ModelConfig, policy: Policy) -> None:
-        std, dtype = config.initializer_range, policy.param_dtype
-        square = {"hidden_out": config.hidden_size, "hidden": config.hidden_size}
-        self.e_proj = matrix(square, dtype, std)
-        self.h_proj = matrix(square, dtype, std)
-        self.enorm = constant({"hidden": config.hidden_size}, 1.0)
-        self.hnorm = constant({"hidden": config.hidden_size}, 1.0)
-        self.norm = constant({"hidden": config.hidden_size}, 1.0)
-        self.hc_head = StreamCollapse(config, policy)
-        self.block = Block(config, policy, "window", "learned", repeats=1)
+    def __init__(self, config: ModelConfig, policy: Policy, declared: Declared) -> None:
+        self.e_proj = declared("e_proj")
+        self.h_proj = declared("h_proj")
+        self.enorm = declared("enorm")
+        self.hnorm = declared("hnorm")
+        self.norm = declared("norm")
+        self.hc_head = StreamCollapse(config, policy, declared.under("hc_head"))
+        self.block = Block(config, policy, "window", "learned", declared.under("block"))
         self.policy = policy
         self.eps = config.rms_norm_eps
 

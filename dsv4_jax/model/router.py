@@ -11,9 +11,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int32
 
 from dsv4_jax.config import ModelConfig, RouterKind
+from dsv4_jax.model.declared import Declared
 from dsv4_jax.model.linear import project_float32
-from dsv4_jax.model.parameters import constant, expert_table, matrix
-from dsv4_jax.numerics.policy import Policy
 
 FLOOR = 1e-20
 """Keeps the score sum and the slope of the square root finite when every softplus underflows."""
@@ -47,21 +46,10 @@ def _(primals, tangents):
 class Router(nnx.Module):
     """Scores every expert and picks Ke of them; `kind` says how they are picked."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        policy: Policy,
-        kind: RouterKind,
-        *,
-        repeats: int,
-    ) -> None:
-        experts = {"layers": repeats, "experts": config.n_routed_experts}
-        dims = experts | {"hidden": config.hidden_size}
-        self.weight = matrix(dims, policy.param_dtype, config.initializer_range)
-        table = {"layers": repeats, "vocab": config.vocab_size}
-        table |= {"active_experts": config.num_experts_per_tok}
-        self.bias = constant(experts, 0.0) if kind == "learned" else None
-        self.tid2eid = None if kind == "learned" else expert_table(table, config.n_routed_experts)
+    def __init__(self, config: ModelConfig, kind: RouterKind, declared: Declared) -> None:
+        self.weight = declared("weight")
+        self.bias = declared("bias") if kind == "learned" else None
+        self.tid2eid = declared("tid2eid") if kind == "hash" else None
         self.top_k = config.num_experts_per_tok
         self.scaling = config.routed_scaling_factor
 

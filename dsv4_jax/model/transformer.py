@@ -18,13 +18,14 @@ from dsv4_jax.model import rope
 from dsv4_jax.model import span as spans
 from dsv4_jax.model.block import Block, Surroundings
 from dsv4_jax.model.cache import Cache, LayerCache
+from dsv4_jax.model.declared import Declared
 from dsv4_jax.model.hyper_connection import StreamCollapse
 from dsv4_jax.model.linear import project_float32
 from dsv4_jax.model.mtp import MultiTokenPrediction
 from dsv4_jax.model.norm import rms_norm
-from dsv4_jax.model.parameters import constant, matrix
 from dsv4_jax.model.span import Span
 from dsv4_jax.numerics.policy import Policy
+from dsv4_jax.parameters import parameters
 
 TAPS = {
     "streams": "residual streams after each layer, [B, T, N, D]",
@@ -49,10 +50,10 @@ class Forward(NamedTuple):
 class Stack(nnx.Module):
     """The parameters of one run of layers: one Block a unit position, stacked over repeats."""
 
-    def __init__(self, config: ModelConfig, policy: Policy, stack: LayerStack) -> None:
+    def __init__(self, config: ModelConfig, policy: Policy, stack: LayerStack, declared: Declared) -> None:
         self.blocks = nnx.List(
-            Block(config, policy, attention, router, repeats=stack.repeats)
-            for attention, router in stack.kinds
+            Block(config, policy, attention, router, declared.under("blocks", index))
+            for index, (attention, router) in enumerate(stack.kinds)
         )
 
 
@@ -65,14 +66,18 @@ class Transformer(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, policy: Policy) -> None:
-        table = {"vocab": config.vocab_size, "hidden": config.hidden_size}
-        self.embed = matrix(table, policy.param_dtype, config.initializer_range)
-        self.stacks = nnx.List(Stack(config, policy, stack) for stack in layer_stacks(config))
-        self.hc_head = StreamCollapse(config, policy)
-        self.norm = constant({"hidden": config.hidden_size}, 1.0)
-        self.head = matrix(table, policy.param_dtype, config.initializer_range)
+        declared = Declared(parameters(config), policy.param_dtype)
+        self.embed = declared("embed")
+        self.stacks = nnx.List(
+            Stack(config, policy, stack, declared.under("stacks", index))
+            for index, stack in enumerate(layer_stacks(config))
+        )
+        self.hc_head = StreamCollapse(config, policy, declared.under("hc_head"))
+        self.norm = declared("norm")
+        self.head = declared("head")
         self.mtp = nnx.List(
-            MultiTokenPrediction(config, policy) for _ in range(config.num_nextn_predict_layers)
+            MultiTokenPrediction(config, policy, declared.under("mtp", depth))
+            for depth in range(config.num_nextn_predict_layers)
         )
         self.config = config
         self.policy = policy

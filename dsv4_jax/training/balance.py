@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, Num
 
-from dsv4_jax.config import ModelConfig, layer_stacks
+from dsv4_jax.config import ModelConfig
+from dsv4_jax.parameters import Path, layers_of, row_at
 
 BIAS_SPEED = 0.001
 
@@ -43,21 +44,17 @@ def balanced_parameters(
     """
     learned = [i for i, kind in enumerate(config.router_kinds) if kind == "learned"]
     by_layer = dict(zip(learned, loads, strict=False))  # the MTP block's are left over
-    by_path = {
-        ("stacks", i, "blocks", j, "ffn", "gate", "bias"): jnp.stack(
-            [by_layer[stack.layer_index(j, repeat)] for repeat in range(stack.repeats)]
-        )
-        for i, stack in enumerate(layer_stacks(config))
-        for j, (_, router) in enumerate(stack.kinds)
-        if router == "learned"
-    }
-    if config.num_nextn_predict_layers:
-        by_path["mtp", 0, "block", "ffn", "gate", "bias"] = loads[-1][None]
+
+    def stacked(path: Path) -> Num[Array, "R E"]:
+        if path[0] == "mtp":
+            return loads[-1][None]
+        layers = layers_of(config, path)
+        return jnp.stack([by_layer[layer] for layer in layers])
 
     def update(path: tuple, leaf: jax.Array) -> jax.Array:
         keys = tuple(key.key for key in path)
-        return updated_bias(leaf, by_path.pop(keys), speed) if keys[-1] == "bias" else leaf
+        if row_at(keys).role != "selection_bias":
+            return leaf
+        return updated_bias(leaf, stacked(keys), speed)
 
-    updated = jax.tree_util.tree_map_with_path(update, fixed)
-    assert not by_path, f"no such parameters: {list(by_path)}"
-    return updated
+    return jax.tree_util.tree_map_with_path(update, fixed)

@@ -11,13 +11,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dsv4_jax.parameters import DECAYED, WITHOUT_GRADIENT, Path, Role, row_at
+
 Params = dict  # nested dict of arrays, keyed by names and layer numbers
-
-WITHOUT_GRADIENT = ("bias", "tid2eid")
-"""Last path parts of what gradients never change: the router bias has its own rule, the hash table none."""
-
-WITHOUT_DECAY = ("norm", "sink", "ape", "base", "scale")
-"""Endings of the last path part: norm weights, sinks, positional biases, mHC base and scale."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,26 +69,33 @@ def apply_updates(params: Params, updates: Params, learning_rate: jax.Array) -> 
     return jax.tree.map(apply, params, updates)
 
 
-def _name(path: tuple) -> str:
-    return str(path[-1].key)
+def role_of(path: tuple[jax.tree_util.DictKey, ...]) -> Role:
+    """What the table says of a leaf of the parameter tree, by its path as `jax.tree_util` gives it."""
+    return row_at(tuple(key.key for key in path)).role
 
 
 def decay_mask(params: Params) -> Params:
-    """True for what decays: matrices, embedding and head."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: not _name(path).endswith(WITHOUT_DECAY), params)
+    """True for what decays (`parameters.DECAYED`)."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: role_of(path) in DECAYED, params)
 
 
-def split_trainable(params: Params) -> tuple[Params, Params]:
-    """(trained by gradients, the rest), two nested dicts that `merge_params` puts together again."""
+def split_trainable(params: Params, root: Path = ()) -> tuple[Params, Params]:
+    """(trained by gradients, the rest), two nested dicts that `merge_params` puts together again.
+
+    Args:
+        params: the parameter tree of a model, or the part of it below `root`.
+        root: path of that part.
+    """
     trained: Params = {}
     fixed: Params = {}
     for key, value in params.items():
+        path = (*root, key)
         if isinstance(value, dict):
-            for target, part in zip((trained, fixed), split_trainable(value), strict=True):
+            for target, part in zip((trained, fixed), split_trainable(value, path), strict=True):
                 if part:
                     target[key] = part
         else:
-            (fixed if str(key) in WITHOUT_GRADIENT else trained)[key] = value
+            (fixed if row_at(path).role in WITHOUT_GRADIENT else trained)[key] = value
     return trained, fixed
 
 

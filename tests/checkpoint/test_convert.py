@@ -11,6 +11,7 @@ from dsv4_jax.checkpoint.files import open_checkpoint
 from dsv4_jax.checkpoint.load import nested
 from dsv4_jax.checkpoint.save import save_checkpoint
 from dsv4_jax.errors import CheckpointError
+from dsv4_jax.parameters import WIDE_ROLES, parameters
 
 CONFIG = config.tiny(4, num_nextn_predict_layers=1)
 
@@ -20,16 +21,16 @@ def official(tmp_path_factory):
     """An official checkpoint: bfloat16 matrices and norms, the rest float32."""
     random = np.random.default_rng(0)
     flat = {}
-    for path, spec in names.parameters(CONFIG).items():
-        if spec.kind == "table":
+    for path, spec in parameters(CONFIG).items():
+        if spec.role == "table":
             rows = [random.permutation(CONFIG.n_routed_experts) for _ in range(spec.shape[-2])]
             table = np.stack(rows)[:, : spec.shape[-1]].astype(np.int32)
             flat[path] = np.broadcast_to(table, spec.shape)
             continue
         values = random.normal(size=spec.shape).astype(np.float32)
-        if spec.kind in ("matrix", "norm"):
+        if spec.role in WIDE_ROLES or spec.role == "norm":
             values = values.astype(ml_dtypes.bfloat16)
-        flat[path] = values if spec.kind == "matrix" else values.astype(np.float32)
+        flat[path] = values if spec.role in WIDE_ROLES else values.astype(np.float32)
     stored = {spec.name: "BF16" for spec in names.official_tensors(CONFIG) if spec.kind == "norm"}
     directory = tmp_path_factory.mktemp("official")
     save_checkpoint(directory, CONFIG, nested(flat), stored=stored)

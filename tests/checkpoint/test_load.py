@@ -15,6 +15,7 @@ from dsv4_jax.checkpoint.load import aligned, load_checkpoint
 from dsv4_jax.checkpoint.save import flattened
 from dsv4_jax.config_io import DSPARK_NOTE, VISION_NOTE
 from dsv4_jax.numerics.policy import Policy
+from dsv4_jax.parameters import parameters
 from tests.checkpoint import synthetic
 
 POLICIES = [Policy.of("float32"), Policy.of("bfloat16")]
@@ -47,7 +48,7 @@ def test_every_value_of_every_tensor(tmp_path, release, policy):
     loaded = load_checkpoint(tmp_path, policy)
     assert (loaded.config, loaded.layout, loaded.warnings) == (config, "official", ())
     flat = flattened(loaded.parameters)
-    assert set(flat) == set(names.parameters(config))
+    assert set(flat) == set(parameters(config))
     for spec in names.official_tensors(config):
         leaf = flat[spec.path]
         wanted = {"matrix": policy.param_dtype, "table": np.int32}.get(spec.kind, np.float32)
@@ -266,7 +267,7 @@ def test_progress_and_placement(tmp_path):
     total = sum(array.nbytes for array in tensors.values())
     assert steps[-1][1:] == (total, total)
     assert [done for _, done, _ in steps] == sorted(done for _, done, _ in steps)
-    assert set(placed) == set(names.parameters(config))
+    assert set(placed) == set(parameters(config))
     assert type(loaded.parameters["embed"]) is np.ndarray
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from dsv4_jax.checkpoint import layout, names
 from dsv4_jax.config import v4_flash, v4_pro
+from dsv4_jax.parameters import parameters
 from tests.checkpoint.synthetic import repeated_config, small_config
 
 # Shapes read in the headers of the released files, Flash and Pro.
@@ -98,8 +99,8 @@ def test_flash_and_pro_have_the_released_shapes():
     ids=["flash", "pro"],
 )
 def test_parameter_counts_of_the_released_models(config, with_mtp, mtp, experts):
-    found = names.parameters(config)
-    counted = {path: spec.size for path, spec in found.items() if spec.kind != "table"}
+    found = parameters(config)
+    counted = {path: spec.size for path, spec in found.items() if spec.role != "table"}
     assert sum(counted.values()) == with_mtp
     # the published block count shares embedding and head
     assert sum(size for path, size in counted.items() if path[0] == "mtp") == mtp
@@ -137,7 +138,7 @@ SMALL_TREE = {
 
 
 def test_parameter_tree_of_a_small_model():
-    found = names.parameters(small_config())
+    found = parameters(small_config())
     assert {path: found[path].shape for path in SMALL_TREE} == SMALL_TREE
 
 
@@ -161,9 +162,9 @@ def test_every_element_has_one_name(config, naming):
         config = dataclasses.replace(config, num_nextn_predict_layers=0)
     specs = names.layout_tensors(config, naming)
     assert len({spec.name for spec in specs}) == len(specs)
-    counts = {p: np.zeros(spec.shape, np.int8) for p, spec in names.parameters(config).items()}
+    counts = {p: np.zeros(spec.shape, np.int8) for p, spec in parameters(config).items()}
     for spec in specs:
-        assert spec.parameter_shape == counts[spec.path].shape
+        assert spec.leading + spec.dims == counts[spec.path].shape
         part = counts[spec.path][spec.index]
         assert part.shape == spec.dims and part.size == math.prod(spec.shape)
         part += 1
@@ -257,18 +258,5 @@ def test_native_mixing_scale_is_not_a_quantisation_scale():
     """A blanket rename of `.scale` would turn these into scales of a weight that does not exist."""
     for name in ("model.layers.0.attn_hc.scale", "model.hc_head.hc_scale"):
         row = layout.row_of(name, "transformers")
-        assert row is not None and row.kind == "float32" and not row.quantized
+        assert row is not None and row.parameter.role == "mixing_gate" and not row.parameter.quantized
         assert layout.own_name(name, "transformers") == name
-
-
-def test_tree_is_that_of_the_model():
-    from dsv4_jax.checkpoint.save import flattened
-    from dsv4_jax.model.initial import Network
-    from dsv4_jax.numerics.policy import Policy
-
-    dtypes = {"matrix": "bfloat16", "table": "int32", "norm": "float32", "float32": "float32"}
-    for config in (small_config(), repeated_config(num_nextn_predict_layers=0)):
-        declared = flattened(Network(config, Policy.of("bfloat16")).shapes())
-        found = {path: (tuple(leaf.shape), leaf.dtype.name) for path, leaf in declared.items()}
-        expected = {p: (s.shape, dtypes[s.kind]) for p, s in names.parameters(config).items()}
-        assert found == expected

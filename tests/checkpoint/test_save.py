@@ -15,6 +15,7 @@ from dsv4_jax.checkpoint.save import flattened, save_checkpoint
 from dsv4_jax.config_io import read_config
 from dsv4_jax.errors import CheckpointError
 from dsv4_jax.numerics.policy import Policy
+from dsv4_jax.parameters import WIDE_ROLES, parameters
 from tests.checkpoint import synthetic
 
 BF16 = ml_dtypes.bfloat16
@@ -169,9 +170,9 @@ def test_a_narrower_record_is_kept_only_if_it_holds_every_value(tmp_path, loaded
 
 def test_a_wider_record_is_not_kept(tmp_path, loaded):
     flat = flattened(loaded.parameters)
-    kinds = {path: spec.kind for path, spec in names.parameters(loaded.config).items()}
+    roles = {path: spec.role for path, spec in parameters(loaded.config).items()}
     flat = {path: np.asarray(leaf) for path, leaf in flat.items()}
-    narrow = {p: a.astype(BF16) if kinds[p] == "matrix" else a for p, a in flat.items()}
+    narrow = {p: a.astype(BF16) if roles[p] in WIDE_ROLES else a for p, a in flat.items()}
     stored = dict.fromkeys(loaded.stored, "F32")
     found = dtypes_on_disk(tmp_path, loaded.config, nested(narrow), stored=stored)
     assert found["embed.weight"] == "BF16" and found["norm.weight"] == "F32"

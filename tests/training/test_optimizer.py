@@ -71,16 +71,16 @@ def test_very_short_runs_have_a_usable_rate(num_steps):
 
 
 def test_first_step_is_the_formula_and_respects_the_clip():
-    params = {"wq_a": jnp.array([2.0, -4.0]), "q_norm": jnp.array([1.0])}
-    grads = {"wq_a": jnp.array([300.0, -400.0]), "q_norm": jnp.array([0.0])}
+    params = {"head": jnp.array([2.0, -4.0]), "norm": jnp.array([1.0])}
+    grads = {"head": jnp.array([300.0, -400.0]), "norm": jnp.array([0.0])}
     transform = AdamW().transform()
     updates, moments = transform.update(grads, transform.init(params), params)
     # Whatever the norm, the first Adam step is sign(g); decay only on the matrix.
     new = apply_updates(params, updates, jnp.float32(0.1))
-    np.testing.assert_allclose(new["wq_a"], [2 - 0.1 * (1 + 0.2), -4 + 0.1 * (1 + 0.4)], rtol=1e-5)
-    np.testing.assert_array_equal(new["q_norm"], [1.0])
+    np.testing.assert_allclose(new["head"], [2 - 0.1 * (1 + 0.2), -4 + 0.1 * (1 + 0.4)], rtol=1e-5)
+    np.testing.assert_array_equal(new["norm"], [1.0])
     mu = optax.tree_utils.tree_get(moments, "mu")
-    np.testing.assert_allclose(mu["wq_a"], [0.06, -0.08], rtol=1e-5)  # (1 - 0.9) * g / 500
+    np.testing.assert_allclose(mu["head"], [0.06, -0.08], rtol=1e-5)  # (1 - 0.9) * g / 500
 
 
 def test_updates_are_added_in_float32_whatever_the_parameter():
