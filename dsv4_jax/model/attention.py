@@ -149,7 +149,7 @@ class Attention(nnx.Module):
         )
         # The values were rotated at their own positions; turning back by the query's leaves the offset.
         o = rotate(o, by_head.inverse).reshape(batch, length, groups, per_group, head_dim)
-        a = project_groups(flat(o), flat(self.wo_a[...]))
+        a = project_groups(flat(o), flat(self.wo_a[...]), self.policy)
         y = project(self._matmul_input(flat(a)), flat(self.wo_b[...]), self.policy)
         return y, new_cache, taps
 

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Float32
 
 from dsv4_jax.numerics.formats import Fp8Blocks
 from dsv4_jax.numerics.policy import Policy
-from dsv4_jax.numerics.weights import QuantizedWeight, Weight, plain
+from dsv4_jax.numerics.weights import Weight, is_quantized, plain
 from pallas_kernels.block_matmul import block_matmul
 from pallas_kernels.grouped_matmul.stored import Stack
 from pallas_kernels.grouped_matmul.stream import LANES, stream_product
@@ -31,9 +31,8 @@ def project(
         weight: [*out, D]; a quantised one is decoded to the dtype of `x`, exactly.
         policy: with kernels, FP8 weights are decoded tile by tile inside `block_matmul`; without, whole.
     """
-    if policy is not None and policy.kernels != "xla" and isinstance(weight, QuantizedWeight):
-        if isinstance(weight.blocks, Fp8Blocks):
-            return _project_fp8(x, weight, weight.blocks, policy.interpret)
+    if policy is not None and _by_kernel(weight, policy):
+        return _project_fp8(x, weight, policy.interpret)
     return _product(x, plain(weight, x.dtype), product_precision(x.dtype)).astype(x.dtype)
 
 
@@ -42,8 +41,12 @@ def project_float32(x: Float[Array, "*tokens D"], weight: Float[Array, "*out D"]
     return _product(x.astype(jnp.float32), weight, jax.lax.Precision.HIGHEST)
 
 
-def project_groups(x: Float[Array, "*tokens G D"], weight: Weight) -> Float[Array, "*tokens G O"]:
-    """Each group's channels times that group's matrix, weight [G, O, D]; precision as in `project`."""
+def project_groups(
+    x: Float[Array, "*tokens G D"], weight: Weight, policy: Policy
+) -> Float[Array, "*tokens G O"]:
+    """Each group's channels times that group's matrix, weight [G, O, D]; otherwise as `project`."""
+    if _by_kernel(weight, policy):
+        return _fp8_products(flat(x), weight, policy.interpret, groups=x.shape[-2]).reshape(*x.shape[:-1], -1)
     rows = x.reshape(-1, *x.shape[-2:]).swapaxes(0, 1)  # [G, tokens, D]
     matrices = plain(weight, x.dtype)
     y = jax.lax.dot_general(
@@ -61,13 +64,26 @@ def flat(x: Weight) -> Weight:
     return x.reshape(*x.shape[:-2], -1)
 
 
-def _project_fp8(x, weight, blocks, interpret):
+def _by_kernel(weight: Weight, policy: Policy) -> bool:
+    """Whether `block_matmul` decodes the weight: with kernels, all that is held in FP8."""
+    return policy.kernels != "xla" and is_quantized(weight) and isinstance(weight.blocks, Fp8Blocks)
+
+
+def _project_fp8(x, weight, interpret):
+    return _fp8_products(x, weight, interpret).reshape(*x.shape[:-1], *weight.shape[:-1])
+
+
+def _fp8_products(x, weight, interpret, groups=1):
+    """[*tokens, outputs]: x times every matrix of the weight (gate and up are two), read in place."""
     rows = x.reshape(-1, x.shape[-1])
-    outputs, inputs = blocks.elements.shape[-2:]
-    elements = blocks.elements.reshape(-1, outputs, inputs)  # gate and up are two matrices
-    scales = blocks.scale.reshape(-1, *blocks.scale.shape[-2:])
-    y = [block_matmul(rows, e, s, interpret=interpret) for e, s in zip(elements, scales, strict=True)]
-    return jnp.concatenate(y, axis=1).reshape(*x.shape[:-1], *weight.shape[:-1])
+    elements, scales = (a.reshape(-1, *a.shape[-2:]) for a in (weight.blocks.elements, weight.blocks.scale))
+    count = math.prod(weight.leading)
+    first = 0 if weight.repeat is None else weight.repeat * count
+    y = [
+        block_matmul(rows, elements, scales, repeat=first + i, groups=groups, interpret=interpret)
+        for i in range(count)
+    ]
+    return jnp.concatenate(y, axis=1).reshape(*x.shape[:-1], -1)
 
 
 def _product(x, weight, precision):

@@ -25,6 +25,7 @@ from dsv4_jax.model.mtp import MultiTokenPrediction
 from dsv4_jax.model.norm import rms_norm
 from dsv4_jax.model.span import Span
 from dsv4_jax.numerics.policy import Policy
+from dsv4_jax.numerics.weights import is_quantized
 from dsv4_jax.parameters import parameters
 
 TAPS = {
@@ -120,6 +121,7 @@ class Transformer(nnx.Module):
                 before,
                 collect,
                 remat=self.policy.remat == "unit",
+                in_place=self.policy.kernels != "xla",
             )
             layer_caches.append(after)
             taps += seen
@@ -207,8 +209,12 @@ def run_stack(
     collect: frozenset[str],
     *,
     remat: bool,
+    in_place: bool,
 ) -> tuple[Float[Array, "B T N D"], tuple[LayerCache, ...] | None, list[dict[str, jax.Array]]]:
-    """Runs a unit of layers `repeats` times. Taps come back in layer order."""
+    """Runs a unit of layers `repeats` times. Taps come back in layer order.
+
+    With `in_place` a cached step reads quantised weights where they lie in their stacks, as kernels can.
+    """
     graph, state = nnx.split(stack)
     states = nnx.to_pure_dict(state)
 
@@ -229,7 +235,9 @@ def run_stack(
 
     def step(carry, xs):
         sliced, repeat = xs
-        *carry, taps = unit(*carry, sliced if caches is None else _one_repeat(states, repeat), repeat)
+        *carry, taps = unit(
+            *carry, sliced if caches is None else _one_repeat(states, repeat, in_place), repeat
+        )
         return tuple(carry), taps
 
     # Whole sequences scan their parameters, so that a repeat's gradient has a repeat's size.
@@ -240,13 +248,22 @@ def run_stack(
     return streams, caches, by_layer
 
 
-def _one_repeat(states: dict[str, Any], repeat: Int32[Array, ""]) -> dict[str, Any]:
-    """A repeat's parameters, but all experts: a cached step uses few of them, and indexes their stack."""
+def _one_repeat(states: dict[str, Any], repeat: Int32[Array, ""], in_place: bool) -> dict[str, Any]:
+    """A repeat's parameters, but all experts: a cached step uses few of them, and indexes their stack.
+
+    With `in_place`, quantised weights stay in their stacks too.
+    """
     # The barrier keeps the slicing inside the loop: a backend that computes bfloat16 in float32 would
     # otherwise convert whole stacks before it, at every call.
     states, repeat = jax.lax.optimization_barrier((states, repeat))
     experts = {index: block["ffn"].pop("experts") for index, block in states["blocks"].items()}
-    sliced = jax.tree.map(lambda leaf: leaf[repeat], states)
+
+    def one(leaf: Any) -> Any:
+        if in_place and is_quantized(leaf):
+            return leaf.at(repeat)
+        return jax.tree.map(lambda array: array[repeat], leaf)
+
+    sliced = jax.tree.map(one, states, is_leaf=is_quantized)
     for index, block in sliced["blocks"].items():
         block["ffn"]["experts"] = experts[index]
     return sliced

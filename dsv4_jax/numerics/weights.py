@@ -6,12 +6,12 @@ import math
 from types import EllipsisType
 
 import jax
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Int32, UInt8
 
 from dsv4_jax.numerics.formats import Fp8Blocks, Mxfp4
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["blocks"], meta_fields=["dims"])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["blocks", "repeat"], meta_fields=["dims"])
 @dataclasses.dataclass(frozen=True)
 class QuantizedWeight:
     """A parameter held in FP8 or FP4: a tree of arrays in the place where a plain model has one array.
@@ -23,15 +23,27 @@ class QuantizedWeight:
     Attributes:
         blocks: elements and scales, [*leading, O, I].
         dims: the last axes of the plain parameter.
+        repeat: i32[], or None. With it this is one weight of a stack: `blocks` has the repeats R as one more
+            axis in front, and is sliced only by who cannot read it in place.
     """
 
     blocks: Fp8Blocks | Mxfp4
     dims: tuple[int, ...]
+    repeat: Int32[Array, ""] | None = None
+
+    def at(self, repeat: Int32[Array, ""]) -> "QuantizedWeight":
+        """One weight of this stack, left where it lies."""
+        return dataclasses.replace(self, repeat=repeat)
+
+    @property
+    def leading(self) -> tuple[int, ...]:
+        """Sizes of the axes before O and I, without the one that `repeat` selects in."""
+        return self.blocks.scale.shape[0 if self.repeat is None else 1 : -2]
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the plain parameter."""
-        return (*self.blocks.scale.shape[:-2], *self.dims)
+        return (*self.leading, *self.dims)
 
     @property
     def ndim(self) -> int:
@@ -55,7 +67,7 @@ class QuantizedWeight:
         Raises:
             ValueError: if the shape does not keep the leading axes, or has another size.
         """
-        leading = self.blocks.scale.shape[:-2]
+        leading = self.leading
         known = math.prod(n for n in shape if n != -1)
         full = tuple(self.size // known if n == -1 else n for n in shape)
         if full[: len(leading)] != leading or math.prod(full) != self.size:
@@ -64,7 +76,10 @@ class QuantizedWeight:
 
     def dequantize(self, dtype: jax.typing.DTypeLike) -> Float[Array, "..."]:
         """The plain parameter; exact in bfloat16 and float32."""
-        return self.blocks.dequantize(dtype).reshape(self.shape)
+        own = self.blocks
+        if self.repeat is not None:
+            own = jax.tree.map(lambda stack: stack[self.repeat], own)
+        return own.dequantize(dtype).reshape(self.shape)
 
 
 Weight = Float[Array, "..."] | QuantizedWeight

@@ -17,9 +17,11 @@ def decoded(weight: jax.Array, scale: jax.Array, dtype: jax.typing.DTypeLike) ->
     return (weight.astype(jnp.float32) * factor).astype(dtype)
 
 
-def block_matmul_reference(x: jax.Array, weight: jax.Array, scale: jax.Array) -> jax.Array:
-    """The definition; the contract is in `op.block_matmul`."""
-    return einsum_float32("ti,oi->to", x, decoded(weight, scale, x.dtype)).astype(x.dtype)
+def block_matmul_reference(x: jax.Array, weight: jax.Array, scale: jax.Array, groups: int = 1) -> jax.Array:
+    """The definition, for one matrix; the contract is in `op.block_matmul`."""
+    matrices = decoded(weight, scale, x.dtype).reshape(groups, -1, weight.shape[1])
+    y = einsum_float32("tgi,goi->tgo", x.reshape(len(x), groups, -1), matrices)
+    return y.reshape(len(x), -1).astype(x.dtype)
 
 
 def block_cast_reference(x: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -1,6 +1,7 @@
 """`block_matmul` and `block_cast`: values, gradients, ragged sizes, lowering, compiling at V4's shapes."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -92,6 +93,56 @@ def test_gradient_of_the_rows(size, dtype):
     close(pulled(blocks=SMALL, interpret=True), pulled(impl="reference"), dtype)
 
 
+# T, G, O and I of a group: one tile a group, several tiles, and groups that share a row of scales.
+GROUPED = [(5, 3, 128, 128), (17, 2, 256, 384), (9, 4, 32, 100), (FEW_ROWS + 3, 2, 128, 256)]
+
+
+def stacked(tokens, groups, outputs, inputs, dtype, repeats=3):
+    """x [T, G I], and a stack of weights and scales that all differ."""
+    parts = [operands(1, groups * outputs, inputs, dtype, seed) for seed in range(repeats)]
+    x = operands(tokens, 1, groups * inputs, dtype, 9)[0]
+    return x, *(jnp.stack(arrays) for arrays in list(zip(*parts, strict=True))[1:])
+
+
+@pytest.mark.parametrize("size", GROUPED, ids=str)
+def test_grouped_reference_matches_torch(size):
+    tokens, groups, outputs, inputs = size
+    x, weight, scale = (a[1] if a.ndim == 3 else a for a in stacked(*size, "float32"))
+    plain = torch.tensor(np.asarray(weight).view(np.uint8)).view(torch.float8_e4m3fn).double()
+    factor = torch.tensor(2.0 ** (np.asarray(scale, np.float64) - 127))
+    factor = factor.repeat_interleave(128, 0).repeat_interleave(128, 1)[: groups * outputs, :inputs]
+    by_group = torch.tensor(np.asarray(x, np.float64)).reshape(tokens, groups, inputs)
+    parts = zip(by_group.unbind(1), (plain * factor).chunk(groups), strict=True)
+    want = torch.cat([mine @ matrix.T for mine, matrix in parts], dim=1)
+    got = block_matmul(x, weight, scale, groups=groups, impl="reference")
+    close(got, jnp.asarray(want.numpy(), jnp.float32), "float32")
+
+
+@pytest.mark.parametrize("dtype", BOUND)
+@pytest.mark.parametrize("size", GROUPED, ids=str)
+def test_groups_and_stacks_match_the_reference_forward_and_backward(size, dtype):
+    x, weight, scale = stacked(*size, dtype)
+    dy = jnp.asarray(np.random.default_rng(1).standard_normal((size[0], size[1] * size[2])), dtype)
+
+    @functools.partial(jax.jit, static_argnames=("impl", "blocks", "interpret"))
+    def both(x, repeat, **options):
+        call = functools.partial(block_matmul, groups=size[1], repeat=repeat, **options)
+        y, pull = jax.vjp(lambda x: call(x, weight, scale), x)
+        return y, pull(dy)[0]
+
+    for repeat in (2, 0):
+        got = both(x, jnp.int32(repeat), blocks=SMALL, interpret=True)
+        for mine, theirs in zip(got, both(x, jnp.int32(repeat), impl="reference"), strict=True):
+            close(mine, theirs, dtype)
+
+
+def test_a_grouped_stack_reads_nothing_uninitialised():
+    x, weight, scale = stacked(9, 2, 128, 256, "bfloat16")
+    how = {"groups": 2, "repeat": 1}
+    close(block_matmul(x, weight, scale, blocks=SMALL, interpret=STRICT, **how),
+          block_matmul(x, weight, scale, impl="reference", **how), "bfloat16")  # fmt: skip
+
+
 @pytest.mark.parametrize("dtype", BOUND)
 @pytest.mark.parametrize(("tokens", "channels"), [(1, 128), (37, 384), (64, 1280)])
 def test_cast_is_bit_exact(tokens, channels, dtype):
@@ -137,6 +188,11 @@ def test_problems_are_named_together():
         block_matmul(x[:, :5].astype(jnp.int32), weight, scale[:1], impl="xla")
     for part in ("impl='xla'", "must be [T, I]", "one for every 128 x 128", "x int32"):
         assert part in str(raised.value)
+    for groups, outputs in ((3, 256), (2, 96), (0, 256)):
+        with pytest.raises(ValueError, match=f"groups={groups} must divide"):
+            block_matmul(x, weight[:outputs], scale[: cdiv(outputs, 128)], groups=groups)
+    with pytest.raises(ValueError, match=r"must be a stack \[R, O, I\] for a repeat"):
+        block_matmul(x, weight, scale, repeat=0)
     with pytest.raises(ValueError, match="C a multiple of 128"):
         block_cast(x[:, :100])
     for wrong in (dict(rows=7), dict(outer=64), dict(summed=0)):
@@ -162,6 +218,18 @@ def shapes(tokens, outputs, inputs, dtype="bfloat16"):
     )
 
 
+def wo_a(x, weight, scale, repeat):
+    return block_matmul(x, weight, scale, groups=8, repeat=repeat)
+
+
+def stack_shapes(tokens, repeats=4):
+    """V4-Flash's wo_a: 8 groups of [1024, 4096]."""
+    x, weight, scale = shapes(tokens, 8192, 4096)
+    x = jax.ShapeDtypeStruct((tokens, 8 * 4096), x.dtype)
+    stacks = (jax.ShapeDtypeStruct((repeats, *a.shape), a.dtype) for a in (weight, scale))
+    return x, *stacks, jax.ShapeDtypeStruct((), jnp.int32)
+
+
 def both(x, weight, scale):
     y, pull = jax.vjp(lambda x: block_matmul(x, weight, scale), x)
     return y, pull(y)
@@ -178,6 +246,9 @@ def test_lowers_to_mosaic(dtype):
 
 def test_compiles_for_v6e():
     compile_for("v6e", both, *shapes(64, *FLASH[1]))
+    program = compile_for("v6e", wo_a, *stack_shapes(64)).as_text()
+    # The matrix is read where it lies: nothing that holds one in FP8 is made.
+    assert not re.search(r"= f8e4m3fn\[(1,)?8192,4096\]", program)
     compile_for("v6e", block_cast, shapes(64, *FLASH[1])[0])
 
 

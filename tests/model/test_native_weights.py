@@ -89,8 +89,8 @@ def test_kernels_multiply_with_fp8_weights_as_they_are(tmp_path, monkeypatch):
     tokens = tokens_of(config, 24)
     got = np.asarray(model.logits(tokens))
     want = np.asarray(dsv4_jax.load(tmp_path, dtype="float32").logits(tokens))
-    # wq_a, wq_b, wkv, wo_b, three of the shared expert; the indexer's query.
-    assert len(calls) == 7 + 1
+    # wq_a, wq_b, wkv, wo_a, wo_b, three of the shared expert; the indexer's query.
+    assert len(calls) == 8 + 1
     np.testing.assert_allclose(got, want, atol=1e-4 * np.abs(want).max())
 
 
