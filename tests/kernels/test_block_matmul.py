@@ -94,7 +94,7 @@ def test_gradient_of_the_rows(size, dtype):
 
 
 # T, G, O and I of a group: one tile a group, several tiles, and groups that share a row of scales.
-GROUPED = [(5, 3, 128, 128), (17, 2, 256, 384), (9, 4, 32, 100), (FEW_ROWS + 3, 2, 128, 256)]
+GROUPED = [(5, 3, 128, 128), (17, 2, 256, 384), (9, 6, 64, 100), (FEW_ROWS + 3, 2, 128, 256)]
 
 
 def stacked(tokens, groups, outputs, inputs, dtype, repeats=3):
