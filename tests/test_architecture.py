@@ -30,6 +30,7 @@ ROOMS = {
     "dsv4_jax.config_rules": "config",
     "dsv4_jax.errors": "config",
     "dsv4_jax.strict_json": "config",
+    "dsv4_jax.quantities": "config",
     "dsv4_jax.numerics": "numerics",
     "dsv4_jax.model": "model",
     "dsv4_jax.inference": "inference",

@@ -1,19 +1,39 @@
 """From logits to a token: temperature, nucleus, and a draw (inference specification, section 7)."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float32, Int32
 
+from dsv4_jax.config_rules import shown
+from dsv4_jax.quantities import as_float, checked_seed
 
-def check_sampling(temperature: float, top_p: float) -> None:
-    """Raises ValueError for a temperature below 0 or a top_p outside (0, 1]; all problems at once."""
+
+def checked_sampling(temperature: Any, top_p: Any) -> tuple[np.float32, np.float32]:
+    """Both as float32. Raises ValueError for what is not a number, a temperature that is negative or not
+    finite in float32, or a top_p outside (0, 1]; all problems at once."""
     problems = []
-    if not 0.0 <= temperature < float("inf"):
-        problems.append(f"temperature={temperature} must be finite and at least 0")
-    if not 0.0 < top_p <= 1.0:
-        problems.append(f"top_p={top_p} must be in (0, 1]")
+    heat, mass = as_float(temperature), as_float(top_p)
+    if heat is None or not 0.0 <= heat <= float(np.finfo(np.float32).max):
+        problems.append(f"temperature={shown(temperature)} must be a number, finite and at least 0")
+    if mass is None or not 0.0 < mass <= 1.0:
+        problems.append(f"top_p={shown(top_p)} must be a number in (0, 1]")
     if problems:
         raise ValueError("; ".join(problems))
+    return np.float32(heat), np.float32(mass)
+
+
+def key_of(seed: int) -> jax.Array:
+    """The key of a seed. Seeds below 2^32 give that of `jax.random.key`, which drops higher bits without x64.
+
+    Raises:
+        ValueError: for anything but an integer in 0 .. 2^63 - 1.
+    """
+    seed = checked_seed(seed)
+    words = np.array([seed >> 32, seed & 0xFFFFFFFF], np.uint32)
+    return jax.random.wrap_key_data(words, impl="threefry2x32")
 
 
 def sample(
@@ -37,7 +57,7 @@ def sample(
         order = jnp.sort(scaled, axis=-1, descending=True)
         mass = jnp.cumsum(jax.nn.softmax(order, axis=-1), axis=-1)
         # Keep a token if the mass before it is below top_p: the most likely one always stays.
-        last = jnp.sum(mass < top_p, axis=-1, keepdims=True)
+        last = jnp.sum(mass < top_p, axis=-1, keepdims=True, dtype=jnp.int32)
         smallest = jnp.take_along_axis(order, jnp.minimum(last, order.shape[-1] - 1), axis=-1)
         return jnp.where(scaled >= smallest, scaled, -jnp.inf)
 
