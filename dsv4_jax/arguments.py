@@ -41,6 +41,11 @@ def refuse_traced(what: str, instead: str, *values: Any) -> None:
 
 def checked_tokens(tokens: Any, vocab_size: int) -> Int32[Array, "B T"]:
     """i32[B, T]; raises ValueError for a wrong shape or dtype, or ids outside the vocabulary, all at once."""
+    return _on_device(_checked_ids(tokens, vocab_size))
+
+
+def _checked_ids(tokens: Any, vocab_size: int) -> Any:
+    """As `checked_tokens`, still on the host unless traced."""
     ids, problems = _integers("tokens", tokens)
     if ids is not None:
         if ids.ndim != 2 or 0 in ids.shape:
@@ -48,19 +53,19 @@ def checked_tokens(tokens: Any, vocab_size: int) -> Int32[Array, "B T"]:
         problems += _range_problems("token ids", ids, vocab_size)
     if problems:
         raise ValueError("; ".join(problems))
-    return jnp.asarray(ids, jnp.int32)
+    return ids
 
 
 def checked_prompts(tokens: Any, vocab_size: int) -> list[list[int]]:
     """One id list a row, of any lengths, none empty. Raises ValueError as `checked_tokens` does."""
     if not isinstance(tokens, (list, tuple)) or not all(map(_is_row, tokens)):
-        return np.asarray(checked_tokens(tokens, vocab_size)).tolist()
+        return _checked_ids(tokens, vocab_size).tolist()
     if not tokens or not all(map(len, tokens)):
         raise ValueError("generation needs at least one prompt, and at least one token in each")
     prompts = []
     for number, row in enumerate(tokens):
         try:
-            prompts.append(np.asarray(checked_tokens([row], vocab_size))[0].tolist())
+            prompts.append(_checked_ids([row], vocab_size)[0].tolist())
         except ValueError as refused:
             raise ValueError(f"prompt {number}: {refused}") from refused
     return prompts
@@ -69,7 +74,7 @@ def checked_prompts(tokens: Any, vocab_size: int) -> list[list[int]]:
 def checked_counts(num_valid: Any, shape: tuple[int, ...]) -> Int32[Array, "B"]:
     """i32[B] counts in 0..T for tokens of `shape` [B, T]; all T by default. Raises ValueError."""
     if num_valid is None:
-        return jnp.full(shape[:1], shape[1], jnp.int32)
+        return _on_device(np.full(shape[:1], shape[1]))
     counts, problems = _integers("num_valid", num_valid)
     if counts is not None:
         bad = _known(counts) and outside(counts, 0, shape[1])
@@ -78,7 +83,7 @@ def checked_counts(num_valid: Any, shape: tuple[int, ...]) -> Int32[Array, "B"]:
             problems.append(f"num_valid={given} must hold {shape[0]} counts in 0..{shape[1]}")
     if problems:
         raise ValueError("; ".join(problems))
-    return jnp.asarray(counts, jnp.int32)
+    return _on_device(counts)
 
 
 def checked_segments(segment_ids: Any, shape: tuple[int, ...]) -> Int32[Array, "B T"]:
@@ -91,7 +96,7 @@ def checked_segments(segment_ids: Any, shape: tuple[int, ...]) -> Int32[Array, "
             problems.append(f"segment ids {bad} must be in 0..{INT32_MAX}")
     if problems:
         raise ValueError("; ".join(problems))
-    return jnp.asarray(ids, jnp.int32)
+    return _on_device(ids)
 
 
 def checked_stops(stop_token_ids: Any, vocab_size: int) -> tuple[int, ...]:
@@ -130,6 +135,11 @@ def _integers(name: str, values: Any) -> tuple[Any, list[str]]:
         return None, [f"{name} of dtype {array.dtype} must be integers"]
     array, problem = integer_array(name, values)
     return array, [problem] if problem else []
+
+
+def _on_device(array: Any) -> jax.Array:
+    """As int32. On the host first: a cast on the device would be a program for every shape."""
+    return array.astype(jnp.int32) if is_traced(array) else jnp.asarray(array.astype(np.int32))
 
 
 def _known(array: Any) -> bool:

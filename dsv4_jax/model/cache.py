@@ -20,7 +20,7 @@ from jaxtyping import Array, Int32
 from dsv4_jax.config import AttentionKind, ModelConfig, layer_stacks
 from dsv4_jax.numerics import cache_formats
 from dsv4_jax.numerics.cache_formats import CacheFormat, Stored
-from dsv4_jax.quantities import INT32_MAX, integer_array, integer_problem
+from dsv4_jax.quantities import INT32_MAX, integer_array, integer_problem, outside
 from pallas_kernels.arithmetic import round_up
 from pallas_kernels.decode_attention import Fp8Rows, fp8_rows
 from pallas_kernels.decode_attention.tuning import rows_pay
@@ -83,7 +83,8 @@ class Cache:
                 cache that an earlier call consumed.
         """
         check_not_consumed(self)
-        counts, batch = _checked_rewind(num_tokens, len(self.length)), len(self.length)
+        batch = len(self.length)
+        counts = _checked_rewind(num_tokens, batch)
         length = self.length - counts.astype(jnp.int32)
         if not any(isinstance(x, jax.core.Tracer) for x in (counts, self.length, self.written)):
             taken, held = np.broadcast_to(counts, (batch,)), np.asarray(self.length)
@@ -93,7 +94,7 @@ class Cache:
                 f"row {b}: rewinding {taken[b]} of {held[b]} tokens; the cache allows going "
                 f"back to length {oldest[b]} (max_rewind={self.max_rewind})"
                 for b in range(batch)
-                if taken[b] < 0 or left[b] < oldest[b]
+                if left[b] < oldest[b]
             ]
             if problems:
                 raise ValueError("; ".join(problems))
@@ -145,6 +146,8 @@ def _checked_rewind(num_tokens: object, batch: int) -> np.ndarray | jax.Array:
             problem = f"num_tokens of dtype {num_tokens.dtype} must be integers"
     else:
         counts, problem = integer_array("num_tokens", num_tokens)
+        if counts is not None and (bad := outside(counts, 0, INT32_MAX)):
+            problem = f"num_tokens {bad} must be in 0..{INT32_MAX}"
     if problem is None and counts.shape not in ((), (batch,)):
         problem = f"num_tokens of shape {counts.shape} must be one count, or {batch}, one a row"
     if problem:

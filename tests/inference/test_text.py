@@ -9,7 +9,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models
 from dsv4_jax.inference.text import KEPT, TextStream, prompt_ids
 from dsv4_jax.training.tokenizer import BOS, BOS_ID, EOS_ID, train_tokenizer
 
-TEXTS = ["héllo wörld, 你好世界 🙂🙃 def main(): return 'naïve'\n" * 3, "日本語のテキスト — ﬁ \u200d👩\u200d💻"]
+TEXTS = ["héllo wörld, 你好世界 🙂🙃 def main(): return 'naïve'\n", "日本語のテキスト — ﬁ \u200d👩\u200d💻"]
 VOCAB = 420
 
 
