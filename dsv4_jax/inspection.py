@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from fractions import Fraction
 
 from dsv4_jax.checkpoint import names, storage
-from dsv4_jax.config import ModelConfig, layer_stacks
+from dsv4_jax.config import ModelConfig, layer_stacks, v4_flash, v4_pro
 from dsv4_jax.config_io import ConfigFile
 from dsv4_jax.config_rules import is_int
 
@@ -20,6 +20,9 @@ INDEX_FP8_GROUP = 128  # channels that share a float32 scale in a stored indexer
 MXFP4_GROUP = 32  # channels that share an E8M0 scale
 SCALE_BYTES_MULTIPLE = 8  # the scales of a KV entry are padded to this: 7 + 1 in the released models
 
+
+PRESETS = {"flash": v4_flash, "pro": v4_pro}
+"""Models that can be inspected by name, without any file."""
 
 STORAGES = {"FP4 experts, FP8 linears": storage.PREVIEW, "BF16": storage.PLAIN}
 

@@ -52,6 +52,18 @@ def checked_seed(seed: Any) -> int:
     return operator.index(seed)
 
 
+def sampling_problems(temperature: Any, top_p: Any) -> list[str]:
+    """What is wrong with the numbers that sampling is told: a temperature that is negative or not finite in
+    float32, a top_p outside (0, 1]."""
+    problems = []
+    heat, mass = as_float(temperature), as_float(top_p)
+    if heat is None or not 0.0 <= heat <= float(np.finfo(np.float32).max):
+        problems.append(f"temperature={shown(temperature)} must be a number, finite and at least 0")
+    if mass is None or not 0.0 < mass <= 1.0:
+        problems.append(f"top_p={shown(top_p)} must be a number in (0, 1]")
+    return problems
+
+
 def integer_array(name: str, values: Any) -> tuple[np.ndarray | None, str | None]:
     """(array of integers, None), or (None, what is wrong).
 

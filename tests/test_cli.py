@@ -217,7 +217,7 @@ def test_inspect_a_context(capsys, config_file):
     code, out, _ = run(capsys, "inspect", str(config_file), "--context", "4096", "--json")
     assert code == 0 and json.loads(out)["context"]["context"] == 4096
     code, _, err = run(capsys, "inspect", str(config_file), "--context", "0")
-    assert code == 2 and "context=0 must be in 1" in err
+    assert code == 2 and "context=0 must be an integer in 1" in err
 
 
 def test_inspect_shows_all_config_problems(capsys, config_file):
@@ -371,3 +371,23 @@ def test_a_closed_pipe_is_quiet(config_file):
     script = f"{inspect} | true; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode in (0, 141) and done.stderr == ""
+
+
+# presets
+
+
+@pytest.mark.parametrize(("name", "total"), [("flash", 284_332_240_471), ("pro", 1_572_997_201_763)])
+def test_released_models_are_inspected_without_a_file(capsys, tmp_path, monkeypatch, name, total):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(capsys, "inspect", name, "--json", "--context", "1048576")
+    assert (code, err) == (0, "")
+    assert json.loads(out)["parameters"]["total"] == total
+    assert json.loads(out)["context"]["context"] == 1048576
+
+
+def test_a_folder_with_the_name_of_a_preset_goes_first(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "flash").mkdir()
+    (tmp_path / "flash" / "config.json").write_text(json.dumps(config_io.official_config_dict(CONFIG)))
+    _, out, _ = run(capsys, "inspect", "flash", "--json")
+    assert json.loads(out)["config"]["hidden_size"] == CONFIG.hidden_size

@@ -7,22 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, Int32
 
-from dsv4_jax.config_rules import shown
-from dsv4_jax.quantities import as_float, checked_seed
+from dsv4_jax.quantities import checked_seed, sampling_problems
 
 
 def checked_sampling(temperature: Any, top_p: Any) -> tuple[np.float32, np.float32]:
     """Both as float32. Raises ValueError for what is not a number, a temperature that is negative or not
     finite in float32, or a top_p outside (0, 1]; all problems at once."""
-    problems = []
-    heat, mass = as_float(temperature), as_float(top_p)
-    if heat is None or not 0.0 <= heat <= float(np.finfo(np.float32).max):
-        problems.append(f"temperature={shown(temperature)} must be a number, finite and at least 0")
-    if mass is None or not 0.0 < mass <= 1.0:
-        problems.append(f"top_p={shown(top_p)} must be a number in (0, 1]")
-    if problems:
+    if problems := sampling_problems(temperature, top_p):
         raise ValueError("; ".join(problems))
-    return np.float32(heat), np.float32(mass)
+    return np.float32(temperature), np.float32(top_p)
 
 
 def key_of(seed: int) -> jax.Array:
