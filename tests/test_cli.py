@@ -217,7 +217,7 @@ def test_inspect_a_context(capsys, config_file):
     code, out, _ = run(capsys, "inspect", str(config_file), "--context", "4096", "--json")
     assert code == 0 and json.loads(out)["context"]["context"] == 4096
     code, _, err = run(capsys, "inspect", str(config_file), "--context", "0")
-    assert code == 2 and "context=0 must be in 1" in err
+    assert code == 2 and "context=0 must be an integer in 1" in err
 
 
 def test_inspect_shows_all_config_problems(capsys, config_file):
