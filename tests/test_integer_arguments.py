@@ -124,6 +124,8 @@ def test_arrays_of_integers(lm, call, message, value):
 def test_arrays_of_other_dtypes(lm):
     with pytest.raises(ValueError, match="segment_ids of dtype float32 must be integers"):
         lm.logits([[1, 2]], segment_ids=np.array([[1, np.nan]], np.float32))
+    with pytest.raises(ValueError, match=r"segment ids \[4294967297\] must be in 0..2147483647"):
+        lm.logits([[1, 2]], segment_ids=np.array([[1, TRUNCATED]]))
     with pytest.raises(ValueError, match="num_valid of dtype float64 must be integers"):
         lm.logits([[1, 2]], num_valid=np.array([1.0]))
     with pytest.raises(ValueError, match="tokens of dtype bool must be integers"):

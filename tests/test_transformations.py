@@ -56,8 +56,8 @@ def test_whole_sequences_take_tracers(lm):
 def test_what_is_known_of_a_tracer_is_checked(lm):
     for call, argument, message in [
         (lm.logits, jnp.zeros(3, jnp.int32), r"shape \(3,\) must be \[B, T\]"),
-        (lm.logits, jnp.zeros((1, 3)), "dtype float32 must be integers"),
-        (lambda n: lm.logits(TOKENS, n), jnp.zeros(2), "num_valid of dtype float32"),
+        (lm.logits, jnp.zeros((1, 3), jnp.float32), "dtype float32 must be integers"),
+        (lambda n: lm.logits(TOKENS, n), jnp.zeros(2, jnp.float32), "num_valid of dtype float32"),
         (lambda n: lm.logits(TOKENS, n), jnp.zeros(3, jnp.int32), "num_valid"),
         (lambda s: lm.logits(TOKENS, segment_ids=s), jnp.zeros((2, 6)), "segment_ids of dtype"),
         (lambda k: lm.new_cache(1, 8).rewind(k), jnp.float32(1), "num_tokens of dtype"),
