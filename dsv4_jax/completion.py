@@ -94,10 +94,8 @@ def complete(model: "LanguageModel", prompt: str | list[int], sampling: Sampling
 def _stream_ids(model: "LanguageModel"):
     def pieces(prompt: list[int], max_new_tokens: int, **sampling: float) -> Iterator[str]:
         separator = ""
-        for step in model.stream([prompt], max_new_tokens, **sampling):
-            if int(step[0]) == model.config.eos_token_id:
-                return
-            yield f"{separator}{int(step[0])}"
+        for token in model.stream_ids(prompt, max_new_tokens, **sampling):
+            yield f"{separator}{token}"
             separator = " "
 
     return pieces

@@ -37,10 +37,9 @@ class FakeModel:
             raise ValueError("max_new_tokens=9999 does not fit")
         yield from ("one", " two", " thrée")
 
-    def stream(self, prompts, max_new_tokens, **sampling):
-        self.calls.append({"prompt": prompts, "max_new_tokens": max_new_tokens} | sampling)
-        for token in (7, 8, CONFIG.eos_token_id):
-            yield np.array([token], np.int32)
+    def stream_ids(self, prompt, max_new_tokens, **sampling):
+        self.calls.append({"prompt": prompt, "max_new_tokens": max_new_tokens} | sampling)
+        yield from (7, 8)
 
 
 @pytest.fixture
@@ -150,7 +149,7 @@ def test_ids_and_every_option(capsys, model):
     assert (code, out) == (0, "7 8\n")  # the stop token is not shown
     assert model.loaded == [(pathlib.Path("some/dir"), "float32", "qat", "fp8+mxfp4")]
     assert model.calls == [
-        {"prompt": [[5, 6]], "max_new_tokens": 9, "temperature": 0.0, "top_p": 0.5, "seed": 3}
+        {"prompt": [5, 6], "max_new_tokens": 9, "temperature": 0.0, "top_p": 0.5, "seed": 3}
     ]
 
 
