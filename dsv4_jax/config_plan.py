@@ -127,7 +127,7 @@ def _kinds_of_ratios(
     beyond = [ratio for ratio in ratios[num_layers:] if ratio != 0]
     if beyond:
         keys.problems.append(
-            f"compress_ratios beyond layer {num_layers - 1} describe draft blocks and must be 0 (or 1);"
+            f"compress_ratios beyond layer {num_layers - 1} describe draft blocks and must be 0;"
             f" found {config_rules.shown(beyond)}"
         )
     ratio_of = {"window": 0} | dict(STANDARD_RATIOS) | dict(rates)

@@ -13,7 +13,7 @@ from types import MappingProxyType
 import numpy as np
 
 from dsv4_jax.checkpoint.folder import Folder
-from dsv4_jax.checkpoint.safetensors import Header, TensorInfo, load_header
+from dsv4_jax.checkpoint.safetensors import Header, TensorInfo, header_of
 from dsv4_jax.checkpoint.shard_index import (
     INDEX_FILE,
     SINGLE_FILE,
@@ -151,7 +151,7 @@ def open_tensors(folder: Folder, *, copy: bool = False) -> CheckpointFiles:
         try:
             _check_shard(folder, name, found)
             with folder.open(name) as file:
-                headers[name] = load_header(file)
+                headers[name] = header_of(file)
         except CheckpointError as error:
             problems += error.problems
     stored = {name: header.tensors for name, header in headers.items()}
@@ -164,7 +164,12 @@ def open_tensors(folder: Folder, *, copy: bool = False) -> CheckpointFiles:
         metadata = header.metadata | metadata
     if index is None:
         return CheckpointFiles(folder, stored[SINGLE_FILE], metadata, [], copy)
-    tensors = {name: stored[shard][name] for name, shard in weight_map.items()}
+    tensors = {
+        name: tensor
+        for shard, held in stored.items()  # in the order of their bytes
+        for name, tensor in held.items()
+        if weight_map.get(name) == shard
+    }
     warnings = [*index.warnings, *shadowed(weight_map, stored)]
     if unnamed := sorted(map(plain, found.difference(named))):
         warnings.append(f"{', '.join(unnamed)}: in the directory but not in {INDEX_FILE}, not used")

@@ -111,12 +111,17 @@ def read_header(path: str | Path) -> dict[str, TensorInfo]:
     Raises:
         CheckpointError: with every broken rule, each naming the file and the tensor.
     """
+    return load_header(path).tensors
+
+
+def load_header(path: str | Path) -> Header:
+    """As `read_header`, with the metadata."""
     with StoredFile(Path(path)) as file:
-        return load_header(file).tensors
+        return header_of(file)
 
 
-def load_header(file: StoredFile) -> Header:
-    """As `read_header`, of an open file, with its metadata."""
+def header_of(file: StoredFile) -> Header:
+    """As `load_header`, of a file that is open."""
     path, size = file.path, file.identity.size
     document, data_start = _read_document(file)
     file.check_unchanged()
