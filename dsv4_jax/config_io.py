@@ -12,12 +12,12 @@ from collections.abc import Mapping
 
 from dsv4_jax import config as config_module
 from dsv4_jax import config_json, config_rules, errors
-from dsv4_jax.checkpoint.folder import Folder
-from dsv4_jax.checkpoint.foreign import foreign_config, foreign_folder
-from dsv4_jax.checkpoint.stored_file import StoredFile
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.config_keys import Keys
 from dsv4_jax.config_plan import LAYER_TYPES, MLP_LAYER_TYPES, read_layer_plan, read_rope
+from dsv4_jax.folder import Folder
+from dsv4_jax.foreign import foreign_config, foreign_folder
+from dsv4_jax.stored_file import StoredFile
 from dsv4_jax.strict_json import JsonError
 
 CONFIG_FILE = "config.json"
@@ -103,7 +103,7 @@ def read_config(
     Args:
         path: a `config.json` (or `inference/config.json`), or the directory with a `config.json`.
         text_only: accept the vision variant and take its text model.
-        allow_links: a folder that links of the directory may lead into, see `checkpoint.folder`.
+        allow_links: a folder that links of the directory may lead into, see `dsv4_jax.folder`.
 
     Raises:
         ConfigError: with every problem at once; nothing is defaulted that a checkpoint determines.
@@ -121,7 +121,7 @@ def read_config_file(
             with StoredFile(path) as file:
                 return _parse_file(file.read_document(config_json.MAX_JSON_BYTES), path, text_only)
         with Folder(path, allow_links) as folder:
-            if problem := foreign_folder(folder.names):
+            if CONFIG_FILE not in folder.names and (problem := foreign_folder(folder.names)):
                 raise errors.ConfigError(f"cannot read {path}", [problem])
             return read_config_in(folder, text_only=text_only)
     except errors.CheckpointError as refused:

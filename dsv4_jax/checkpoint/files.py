@@ -12,7 +12,6 @@ from types import MappingProxyType
 
 import numpy as np
 
-from dsv4_jax.checkpoint.folder import Folder
 from dsv4_jax.checkpoint.safetensors import Header, TensorInfo, header_of
 from dsv4_jax.checkpoint.shard_index import (
     INDEX_FILE,
@@ -23,8 +22,9 @@ from dsv4_jax.checkpoint.shard_index import (
     shadowed,
 )
 from dsv4_jax.checkpoint.staging import REPLACED_PREFIX
-from dsv4_jax.checkpoint.stored_file import StoredFile, refusal
 from dsv4_jax.errors import CheckpointError
+from dsv4_jax.folder import Folder
+from dsv4_jax.stored_file import StoredFile, refusal
 from dsv4_jax.strict_json import plain, shown
 
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors")

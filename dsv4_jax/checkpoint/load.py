@@ -101,7 +101,7 @@ def load_checkpoint(
         require_mtp: refuse a checkpoint without an MTP block.
         scan_weights: look for NaN and infinity in bfloat16 weights too.
         copy: read files instead of mapping them (see `open_checkpoint`).
-        allow_links: a folder that links may lead into (see `checkpoint.folder`).
+        allow_links: a folder that links may lead into (see `dsv4_jax.folder`).
         tokenizer: 'ignore' opens no tokenizer.json and no tokenizer_config.json.
         place: host array and parameter path -> the array to keep; by default `jax.device_put`. Called
             for the elements and for the scales of a quantised weight.

@@ -3,9 +3,9 @@
 import dataclasses
 from collections.abc import Collection, Iterator, Mapping
 
-from dsv4_jax.checkpoint.folder import Folder
 from dsv4_jax.checkpoint.safetensors import MAX_TENSORS, is_tensor_name
-from dsv4_jax.checkpoint.stored_file import refusal
+from dsv4_jax.folder import Folder
+from dsv4_jax.stored_file import refusal
 from dsv4_jax.strict_json import JsonError, parse_json, repeated_keys, shown
 
 SINGLE_FILE = "model.safetensors"

@@ -11,10 +11,10 @@ from typing import Literal
 from tokenizers import Tokenizer
 
 from dsv4_jax import config_json, config_rules
-from dsv4_jax.checkpoint.folder import Folder
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.config_keys import Keys
 from dsv4_jax.errors import CheckpointError
+from dsv4_jax.folder import Folder
 from dsv4_jax.strict_json import JsonError, shown
 
 GENERATION_FILE = "generation_config.json"
@@ -112,7 +112,7 @@ def with_tokenizer(side_files: Mapping[str, bytes], tokenizer: Tokenizer | None)
 def _tokenizer(data: bytes) -> tuple[Tokenizer | None, list[str]]:
     try:
         return Tokenizer.from_buffer(data), []
-    except Exception as error:  # the library raises nothing more specific
+    except ValueError as error:
         return None, [f"is no tokenizer that can be read ({shown(str(error))[1:-1]}); download it again"]
 
 

@@ -10,9 +10,9 @@ from dsv4_jax.checkpoint.dequantize import (
     fp4_scale_shape,
     fp8_scale_shape,
 )
-from dsv4_jax.checkpoint.foreign import OFFICIAL_HOME
 from dsv4_jax.checkpoint.names import TensorSpec
 from dsv4_jax.checkpoint.safetensors import TensorInfo
+from dsv4_jax.foreign import OFFICIAL_HOME
 
 Format = Literal["plain", "fp8", "fp4"]
 

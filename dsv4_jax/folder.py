@@ -10,8 +10,8 @@ import os
 import re
 from pathlib import Path
 
-from dsv4_jax.checkpoint.stored_file import FileIdentity, StoredFile, refusal
 from dsv4_jax.errors import CheckpointError
+from dsv4_jax.stored_file import FileIdentity, StoredFile, refusal
 from dsv4_jax.strict_json import plain, shown
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")

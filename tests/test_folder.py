@@ -1,4 +1,4 @@
-"""One rule for every file of a checkpoint folder: regular, inside, size-capped, unchanged while it is read."""
+"""One rule for every file of a checkpoint folder: regular, inside, size-capped and unchanged."""
 
 import json
 import os
@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from dsv4_jax.checkpoint.convert import convert_checkpoint
-from dsv4_jax.checkpoint.folder import Folder
 from dsv4_jax.checkpoint.load import load_checkpoint
 from dsv4_jax.checkpoint.manifest import Options, open_manifest
 from dsv4_jax.checkpoint.verify import verify_checkpoint
 from dsv4_jax.config_io import read_config, read_config_file
 from dsv4_jax.errors import CheckpointError, ConfigError
+from dsv4_jax.folder import Folder
 from dsv4_jax.numerics.policy import Policy
 from tests.checkpoint import synthetic
 
@@ -63,6 +63,19 @@ def test_links_to_another_disk_can_be_allowed(base: Path) -> None:
         load_checkpoint(base, FLOAT32, allow_links=base.parent / "base")
     with pytest.raises(CheckpointError, match="allow_links='.*nowhere' is no folder"):
         load_checkpoint(base, FLOAT32, allow_links=base.parent / "nowhere")
+
+
+def test_every_file_of_a_hub_cache_may_be_a_link_to_its_blobs(base: Path) -> None:
+    (base / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
+    repository = base.parent / "models--org--tiny"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    for folder in (snapshot, repository / "blobs"):
+        folder.mkdir(parents=True)
+    for number, path in enumerate(sorted(base.iterdir())):
+        path.rename(repository / "blobs" / str(number))
+        (snapshot / path.name).symlink_to(f"../../blobs/{number}")
+    assert set(load_checkpoint(snapshot, FLOAT32).side_files) == {"generation_config.json"}
+    assert read_config(snapshot) == synthetic.smallest_config()
 
 
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer.json"])
