@@ -79,7 +79,7 @@ class ModelConfig:
     num_nextn_predict_layers: int  # MTP blocks, 0 or 1
     max_position_embeddings: int
     bos_token_id: int | None
-    eos_token_id: int | None
+    eos_token_id: int | tuple[int, ...] | None  # any of several ends a text
     initializer_range: float
 
     def __post_init__(self) -> None:

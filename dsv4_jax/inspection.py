@@ -271,10 +271,7 @@ def checkpoint_bytes(config: ModelConfig, dspark_markov_rank: int | None = None)
         releases["FP4 experts, FP8 linears, DSpark draft head"] = dataclasses.replace(
             storage.FLASH_0731, markov_rank=dspark_markov_rank
         )
-    return {
-        name: storage.total_bytes(storage.stored_tensors(config, release))
-        for name, release in releases.items()
-    }
+    return {name: storage.stored_bytes(config, release) for name, release in releases.items()}
 
 
 def _sizes(config: ModelConfig) -> dict[names.Path, int]:

@@ -22,6 +22,7 @@ from dsv4_jax.arguments import (
     checked_tokens,
     refuse_traced,
 )
+from dsv4_jax.checkpoint.side_files import stop_token_ids, with_tokenizer
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.inference import generate as generation
 from dsv4_jax.inference import steps
@@ -49,6 +50,7 @@ class LanguageModel:
         parameters: nested dict as `initial_parameters` or `load_checkpoint` return.
         tokenizer: for text in, text out; None allows token ids only.
         stored: tensor name -> dtype on disk, as loaded; lets `save` write it back unchanged.
+        side_files: small files by name, as loaded, for `save`; `tokenizer` decides about tokenizer.json.
     """
 
     def __init__(
@@ -58,13 +60,14 @@ class LanguageModel:
         parameters: Parameters,
         tokenizer: Tokenizer | None = None,
         stored: Mapping[str, str] | None = None,
+        side_files: Mapping[str, bytes] | None = None,
     ) -> None:
         self.config = config
         self.policy = policy
         self.parameters = parameters
         self.tokenizer = tokenizer
         self.stored = dict(stored or {})
-        self.source: Path | None = None  # folder it was loaded from; `save` copies its tokenizer files
+        self.side_files = dict(side_files or {})
         self._network = Network(config, policy)
 
     @classmethod
@@ -349,10 +352,13 @@ class LanguageModel:
         drawing = (key, index, temperature, top_p, stopped, stops)
         return steps.decode(self._network, self.parameters, cache, logits, *drawing)
 
+    @property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """The ids that end a text by default: the EOS ids of config.json and generation_config.json."""
+        return stop_token_ids(self.config, self.side_files)
+
     def _stops(self, stop_token_ids: Sequence[int] | None) -> tuple[int, ...]:
-        if stop_token_ids is not None:
-            return tuple(stop_token_ids)
-        return () if self.config.eos_token_id is None else (self.config.eos_token_id,)
+        return self.stop_token_ids if stop_token_ids is None else tuple(stop_token_ids)
 
     # ---- disk ------------------------------------------------------------------------------------
 
@@ -377,8 +383,7 @@ class LanguageModel:
             self.parameters,
             layout=layout,
             stored=self.stored,
-            copy_from=self.source,
-            tokenizer=self.tokenizer if self.source is None else None,
+            side_files=with_tokenizer(self.side_files, self.tokenizer),
             overwrite=overwrite,
         )
         for note in notes:
@@ -395,6 +400,8 @@ def load(
     cache: str = "plain",
     draft_head: Literal["refuse", "ignore"] = "refuse",
     text_only: bool = False,
+    tokenizer: Literal["read", "ignore"] = "read",
+    allow_links: str | Path | None = None,
 ) -> LanguageModel:
     """Loads any supported checkpoint folder: official or transformers layout, plain or quantised.
 
@@ -408,6 +415,8 @@ def load(
         cache: how the cache keeps its rows: "plain", "fp8+fp8" or "fp8+mxfp4" (`numerics.cache_formats`).
         draft_head: "ignore" loads the backbone of a checkpoint with a DSpark draft head, without it.
         text_only: load the text model of a vision variant.
+        tokenizer: "ignore" opens no tokenizer.json; the model takes token ids only and saves no tokenizer.
+        allow_links: a folder that links may lead into, besides the folder itself and its hub cache.
 
     Raises:
         CheckpointError, ConfigError: with every problem found; nothing is left half loaded.
@@ -415,15 +424,12 @@ def load(
     from dsv4_jax.checkpoint.load import load_checkpoint
 
     policy = Policy.of(dtype, numerics, kernels=kernels, cache=cache)
-    loaded = load_checkpoint(Path(path), policy, weights=weights, draft_head=draft_head, text_only=text_only)
+    accepted = {"draft_head": draft_head, "text_only": text_only, "allow_links": allow_links}
+    loaded = load_checkpoint(Path(path), policy, weights=weights, tokenizer=tokenizer, **accepted)
     for warning in loaded.warnings:
         LOGGER.warning("%s: %s", path, warning)
     if loaded.experts_in_fp4:
         # On their grid already: rounding them again in every step would change nothing.
         policy = dataclasses.replace(policy, switches=policy.switches - {"expert_fp4"})
-    tokenizer = None
-    if loaded.tokenizer_file is not None:
-        tokenizer = Tokenizer.from_file(str(loaded.tokenizer_file))
-    lm = LanguageModel(loaded.config, policy, loaded.parameters, tokenizer, loaded.stored)
-    lm.source = Path(path)
-    return lm
+    held = (loaded.tokenizer, loaded.stored, loaded.side_files)
+    return LanguageModel(loaded.config, policy, loaded.parameters, *held)

@@ -273,6 +273,7 @@ def _specs(
     root: Path,
     place: tuple[tuple[int, int], ...],
     sizes: dict[str, int],
+    experts: int | None = None,
 ) -> list[TensorSpec]:
     """The tensors of a row; `place`: (index, size) of the leading axes before the row's own."""
     short = row_name(row, layout)
@@ -282,7 +283,8 @@ def _specs(
     words = [word for word in row.path.split("/") if not (word == "#" or word.isdigit())]
     half = [(int(word), 2) for word in row.path.split("/") if word.isdigit()]
     specs = []
-    for expert in range(sizes["E"] if "#" in row.path else 1):
+    listed = sizes["E"] if experts is None else experts
+    for expert in range(listed if "#" in row.path else 1):
         axes = (*place, *([(expert, sizes["E"])] if "#" in row.path else []), *half)
         name = prefix + short.replace("#", str(expert))
         specs.append(
@@ -312,10 +314,18 @@ def _stack_of_layer(config: ModelConfig) -> tuple[tuple[int, LayerStack, int, in
 
 
 @functools.lru_cache(maxsize=8)
-def layout_tensors(config: ModelConfig, layout: Layout = "official") -> tuple[TensorSpec, ...]:
+def layout_tensors(
+    config: ModelConfig, layout: Layout = "official", experts: int | None = None
+) -> tuple[TensorSpec, ...]:
     """Every tensor of a checkpoint of `config` in `layout`: weights only, without block scales.
 
     The transformers layouts hold no MTP block.
+
+    Args:
+        config: of the model.
+        layout: naming.
+        experts: list so many experts of each layer instead of all. They are alike, so that 1 is enough for
+            counting, and takes no longer for a config that claims millions.
     """
     sizes = dim_sizes(config)
     specs = [spec for row in TOP_ROWS for spec in _specs(row, layout, "", (), (), sizes)]
@@ -326,32 +336,44 @@ def layout_tensors(config: ModelConfig, layout: Layout = "official") -> tuple[Te
         sizes = dim_sizes(config, attention)
         for row in LAYER_ROWS:
             if applies(row, attention, router):
-                specs += _specs(row, layout, prefix, root, ((repeat, stack.repeats),), sizes)
+                specs += _specs(row, layout, prefix, root, ((repeat, stack.repeats),), sizes, experts)
     if layout == "official":
         for depth in range(config.num_nextn_predict_layers):
-            specs += mtp_tensors(config, depth)
+            specs += mtp_tensors(config, depth, experts)
     return tuple(specs)
 
 
-def mtp_tensors(config: ModelConfig, depth: int = 0) -> list[TensorSpec]:
+def mtp_tensors(config: ModelConfig, depth: int = 0, experts: int | None = None) -> list[TensorSpec]:
     """The official tensors of one MTP block: its own rows, and a window layer, learned routing."""
     sizes = dim_sizes(config)
     prefix, root = f"mtp.{depth}.", ("mtp", depth)
     specs = [spec for row in MTP_ROWS for spec in _specs(row, "official", prefix, root, (), sizes)]
     for row in LAYER_ROWS:
         if applies(row, "window", "learned"):
-            specs += _specs(row, "official", prefix, (*root, "block"), ((0, 1),), sizes)
+            specs += _specs(row, "official", prefix, (*root, "block"), ((0, 1),), sizes, experts)
     return specs
 
 
-def official_tensors(config: ModelConfig) -> tuple[TensorSpec, ...]:
+def official_tensors(config: ModelConfig, experts: int | None = None) -> tuple[TensorSpec, ...]:
     """`layout_tensors` of the official layout."""
-    return layout_tensors(config, "official")
+    return layout_tensors(config, "official", experts)
+
+
+def is_one_expert(name: str) -> bool:
+    """Whether a tensor is of a single routed expert, one of E alike; False for a stack of them."""
+    return ".experts." in name and name.partition(".experts.")[2].partition(".")[0].isdecimal()
+
+
+def num_tensors(config: ModelConfig, layout: Layout) -> int:
+    """Number of `layout_tensors`, found without listing every expert."""
+    listed = layout_tensors(config, layout, 1)
+    numbered = sum(is_one_expert(spec.name) for spec in listed)
+    return len(listed) + (config.n_routed_experts - 1) * numbered
 
 
 @functools.lru_cache(maxsize=8)
 def _parameters(config: ModelConfig) -> dict[Path, ParameterSpec]:
-    return {s.path: ParameterSpec(s.leading, s.dims, s.shape, s.kind) for s in official_tensors(config)}
+    return {s.path: ParameterSpec(s.leading, s.dims, s.shape, s.kind) for s in official_tensors(config, 1)}
 
 
 def parameters(config: ModelConfig) -> dict[Path, ParameterSpec]:

@@ -15,21 +15,20 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 
 import jax
 import numpy as np
-import tokenizers
 
 from dsv4_jax.checkpoint import names, quantize
-from dsv4_jax.checkpoint.load import TOKENIZER_FILE, memory_dtype
+from dsv4_jax.checkpoint.load import memory_dtype
 from dsv4_jax.checkpoint.safetensors import DTYPES
+from dsv4_jax.checkpoint.side_files import GENERATION_FILE, SIDE_FILES
 from dsv4_jax.checkpoint.storage import Release, StoredTensor
 from dsv4_jax.checkpoint.tensor_rules import FP4_DTYPES
 from dsv4_jax.checkpoint.values import PIECE_ELEMENTS, place_in
 from dsv4_jax.checkpoint.write import Planned, Progress, TensorPlan, write_sharded
 from dsv4_jax.config import ModelConfig
-from dsv4_jax.config_io import official_config_dict, transformers_config_dict
+from dsv4_jax.config_io import CONFIG_FILE, official_config_dict, token_json, transformers_config_dict
 from dsv4_jax.errors import CheckpointError
 from dsv4_jax.numerics.weights import QuantizedWeight
 
-COPIED_FILES = ("generation_config.json", TOKENIZER_FILE, "tokenizer_config.json")
 MAX_SHARD_BYTES = 5_000_000_000
 
 Leaf = jax.Array | np.ndarray | QuantizedWeight
@@ -44,8 +43,7 @@ def save_checkpoint(
     *,
     layout: names.Layout = "official",
     stored: Mapping[str, str] | None = None,
-    copy_from: str | pathlib.Path | None = None,
-    tokenizer: tokenizers.Tokenizer | str | pathlib.Path | None = None,
+    side_files: Mapping[str, bytes] | None = None,
     release: Release | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     overwrite: bool = False,
@@ -59,9 +57,8 @@ def save_checkpoint(
         parameters: the tree of `names.parameters(config)`: nested dicts of arrays.
         layout: naming; 'transformers' is its native one, which its `from_pretrained` loads.
         stored: `Loaded.stored`, the dtypes to keep where that loses nothing.
-        copy_from: a checkpoint directory whose `COPIED_FILES` are copied.
-        tokenizer: to write as `tokenizer.json`, or the path of such a file; instead of the one
-            there.
+        side_files: `Loaded.side_files`, the small files to write beside, by name; a
+            generation_config.json is made of the config if it is not among them.
         release: the formats to store weights in, rounding those that are held otherwise; None keeps
             each as it is held. Official layout only.
         max_shard_bytes: data bytes of a shard at most, unless one tensor is larger.
@@ -77,6 +74,11 @@ def save_checkpoint(
     """
     flat = flattened(parameters)
     problems = [] if layout in names.LAYOUTS else [f"layout={layout!r} must be one of {names.LAYOUTS}"]
+    problems += [
+        f"side file {name!r} must be one of {SIDE_FILES}"
+        for name in side_files or ()
+        if name not in SIDE_FILES
+    ]
     problems += parameter_problems(config, flat)
     if release is not None:
         if layout != "official":
@@ -98,7 +100,7 @@ def save_checkpoint(
         planned,
         max_shard_bytes=max_shard_bytes,
         extra_files=extra_files(
-            config, layout, param_dtype, {plan.dtype for _, plan, _ in planned}, copy_from, tokenizer
+            config, layout, param_dtype, {plan.dtype for _, plan, _ in planned}, side_files or {}
         ),
         overwrite=overwrite,
         progress=progress,
@@ -222,8 +224,7 @@ def extra_files(
     layout: names.Layout,
     param_dtype: str,
     dtypes: Collection[str],
-    copy_from: str | pathlib.Path | None,
-    tokenizer: tokenizers.Tokenizer | str | pathlib.Path | None,
+    side_files: Mapping[str, bytes],
 ) -> dict[str, bytes]:
     """The small files of a checkpoint directory, by name."""
     dtype = {"BF16": "bfloat16", "F32": "float32"}[param_dtype]
@@ -235,21 +236,8 @@ def extra_files(
             fields["expert_dtype"] = "fp4"
     else:
         fields = transformers_config_dict(config) | {"dtype": dtype}
-    generation = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
-    files = {"config.json": _json(fields), "generation_config.json": _json(generation)}
-    sources = {}
-    if copy_from is not None:
-        sources = {name: pathlib.Path(copy_from) / name for name in COPIED_FILES}
-        sources = {name: path for name, path in sources.items() if path.is_file()}
-    if isinstance(tokenizer, tokenizers.Tokenizer):
-        files[TOKENIZER_FILE] = tokenizer.to_str(pretty=True).encode()
-        sources.pop(TOKENIZER_FILE, None)
-    elif tokenizer is not None:
-        sources[TOKENIZER_FILE] = pathlib.Path(tokenizer)
-    try:
-        return files | {name: path.read_bytes() for name, path in sources.items()}
-    except OSError as error:
-        raise CheckpointError("cannot copy the small files of a checkpoint", [str(error)]) from error
+    generation = {"bos_token_id": config.bos_token_id, "eos_token_id": token_json(config.eos_token_id)}
+    return {CONFIG_FILE: _json(fields), GENERATION_FILE: _json(generation)} | dict(side_files)
 
 
 def _json(fields: Mapping[str, object]) -> bytes:

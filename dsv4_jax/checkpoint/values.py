@@ -1,6 +1,6 @@
 """Reading one tensor into its place in a parameter, looking at its values on the way.
 
-Scales, hash tables and all float32 tensors are always scanned; bfloat16 weights when asked. Work
+Scales, hash tables and all float32 and float16 tensors are always scanned; bfloat16 weights when asked. Work
 goes on in pieces of a few MB, so a tensor costs no memory beyond its mapped pages.
 """
 
@@ -26,6 +26,7 @@ class Findings:
     all_zero: list[str] = dataclasses.field(default_factory=list)
     inexact_scales: list[str] = dataclasses.field(default_factory=list)
     dequantized: list[str] = dataclasses.field(default_factory=list)
+    rounded: list[str] = dataclasses.field(default_factory=list)
 
     def warnings(self) -> list[str]:
         """What is odd but harmless, one sentence for all the tensors that it concerns."""
@@ -33,6 +34,7 @@ class Findings:
         for held, what in (
             (self.all_zero, "all zero"),
             (self.inexact_scales, "scales other than powers of two; dequantised all the same"),
+            (self.rounded, "stored as F16, rounded to bfloat16; float32 would hold them exactly"),
             (self.dequantized, "stored in ways that share no array with others; dequantised"),
         ):
             if held:
@@ -75,10 +77,12 @@ def read_entry(
     if entry.spec.kind == "table":
         _copy_table(stored, target, findings, name, num_experts)
     else:
-        scan = scan_weights or stored.dtype == np.float32 or entry.spec.kind != "matrix"
+        scan = scan_weights or stored.dtype != ml_dtypes.bfloat16 or entry.spec.kind != "matrix"
         bad = _copy_floats(stored, target, scan)
         if bad:
             findings.problems.append(f"{name}: {bad} of {stored.size} values are NaN or infinite")
+        if stored.dtype == np.float16 and target.dtype == ml_dtypes.bfloat16:
+            findings.rounded.append(entry.tensor.name)
         if entry.spec.path[-1] in ("bias", "scale") and not target.any():
             findings.all_zero.append(entry.tensor.name)
 
@@ -123,7 +127,7 @@ def _num_non_finite(values: np.ndarray) -> int:
 def _copy_table(
     stored: np.ndarray, target: np.ndarray, findings: Findings, name: str, num_experts: int
 ) -> None:
-    """int64 [V, Ke] to int32: every row must name Ke different experts."""
+    """int64 or int32 [V, Ke] to int32: every row must name Ke different experts."""
     outside = int(((stored < 0) | (stored >= num_experts)).sum())
     if outside:
         findings.problems.append(
