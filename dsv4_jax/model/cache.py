@@ -195,7 +195,7 @@ def num_slots(ring: Stored) -> int:
 
 def read_ring(ring: Stored, repeat: Int32[Array, ""], positions: Int32[Array, "B P"]) -> Stored:
     """Rows [B, P, ...] at these positions; positions it does not hold give some other row (mask them)."""
-    rows = jnp.arange(positions.shape[0])[:, None]
+    rows = jnp.arange(positions.shape[0], dtype=jnp.int32)[:, None]
     slot = positions % num_slots(ring)
     return jax.tree.map(lambda leaf: leaf.at[repeat, rows, slot].get(mode="promise_in_bounds"), ring)
 
@@ -222,8 +222,8 @@ def write_ring(
     # The last min(T, M) valid rows of each row: no slot is then written twice.
     kept = min(num_new, slots)
     first = jnp.maximum(num_valid - kept, 0)
-    token = first[:, None] + jnp.arange(kept)
-    rows = jnp.arange(batch)[:, None]
+    token = first[:, None] + jnp.arange(kept, dtype=jnp.int32)
+    rows = jnp.arange(batch, dtype=jnp.int32)[:, None]
     slot = jnp.where(token < num_valid[:, None], (start[:, None] + token) % slots, slots)
 
     def write(leaf, new):
@@ -245,9 +245,9 @@ def write_entries(
     if isinstance(entries, Fp8Rows):
         return fp8_rows.write(entries, repeat, fp8_rows.words_of(new), first, count)
     batch, num_new = jax.tree.leaves(new)[0].shape[:2]
-    offset = jnp.arange(num_new)
+    offset = jnp.arange(num_new, dtype=jnp.int32)
     slot = jnp.where(offset < count[:, None], first[:, None] + offset, num_slots(entries))
-    rows = jnp.arange(batch)[:, None]
+    rows = jnp.arange(batch, dtype=jnp.int32)[:, None]
 
     def write(leaf, new):
         return leaf.at[repeat, rows, slot].set(cache_formats.as_stored(new, leaf.dtype), mode="drop")

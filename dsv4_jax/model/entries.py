@@ -56,7 +56,7 @@ class Entries(NamedTuple):
             TypeError: for `Fp8Rows`, which only kernels choose from.
         """
         self._refuse_rows()
-        rows = jnp.arange(index.shape[0])[:, None]
+        rows = jnp.arange(index.shape[0], dtype=jnp.int32)[:, None]
         if cache_formats.is_plain(self.stack) and jnp.issubdtype(self.stack.dtype, jnp.floating):
             # Out of the prefix: a gradient has the shape of what is gathered from.
             return self.prefix(size, dtype).at[rows, index].get(mode="promise_in_bounds")

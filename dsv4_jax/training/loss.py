@@ -122,7 +122,7 @@ def _forward(
         nll, softmax = _chunk_nll(hidden, head, ids, weights)
         # d nll / d logits = weights * (softmax - one_hot(ids))
         grad = softmax * weights[:, None]
-        grad = grad.at[jnp.arange(chunk), ids].add(-weights, mode="promise_in_bounds")
+        grad = grad.at[jnp.arange(chunk, dtype=jnp.int32), ids].add(-weights, mode="promise_in_bounds")
         grad_head = grad_head + _product("tv,td->vd", grad, hidden)
         return (total + nll, grad_head), _product("tv,vd->td", grad, head)
 

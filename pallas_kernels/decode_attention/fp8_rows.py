@@ -164,7 +164,7 @@ def prefix(
     rotated, scales = jnp.split(rest, [layout.row - layout.values], axis=-1)
     between = ((0, 0), (0, 0), (0, layout.values - layout.scales))
     own = jnp.concatenate([jnp.pad(scales, between), rotated], axis=-1)
-    order = (plane_order(layout)[:, None] == jnp.arange(layout.num_channels)).astype(dtype)
+    order = (plane_order(layout)[:, None] == jnp.arange(layout.num_channels, dtype=jnp.int32)).astype(dtype)
     return einsum_float32("bsp,pc->bsc", planes(words, own, layout).astype(dtype), order).astype(dtype)
 
 
@@ -183,14 +183,16 @@ def write(
     """Entries first, first + 1, ... become the first `count` of the new ones; the rest is dropped."""
     layout = rows.layout
     batch, num_new, _ = new.shape
-    sequence, offset = jnp.arange(batch)[:, None], jnp.arange(num_new)
+    sequence, offset = jnp.arange(batch, dtype=jnp.int32)[:, None], jnp.arange(num_new, dtype=jnp.int32)
     size, together = rows.words.shape[2], layout.entries_a_row
     slot = jnp.where(offset < count[:, None], first[:, None] + offset, size)
     words = rows.words.at[repeat, sequence, slot].set(new[..., : layout.row], mode="drop")
     # Rows of `rest` are read, changed in part, and written whole: a TPU has no fast write of some lanes.
-    row = first[:, None] // together + jnp.arange(cdiv(num_new + together - 1, together))
+    row = first[:, None] // together + jnp.arange(cdiv(num_new + together - 1, together), dtype=jnp.int32)
     old = rows.rest.at[repeat, sequence, row].get(mode="clip")
-    place = row[..., None] * together + jnp.arange(together) - first[:, None, None]  # among the new ones
+    place = (
+        row[..., None] * together + jnp.arange(together, dtype=jnp.int32) - first[:, None, None]
+    )  # among the new ones
     fresh = jnp.take_along_axis(
         new[:, None, :, layout.row :], jnp.clip(place, 0, num_new - 1)[..., None], axis=2
     )

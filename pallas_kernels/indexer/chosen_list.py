@@ -50,7 +50,7 @@ def _list_row(bits: Bool[Array, "n 128"], k: int) -> Int32[Array, " k"]:
     bits = bits.astype(jnp.bfloat16)
     upto = jnp.cumsum(bits.sum(axis=1, dtype=jnp.float32)).astype(jnp.int32)
     before = jnp.concatenate([jnp.zeros(1, jnp.int32), upto[:-1]])
-    slot = jnp.arange(k)[:, None]
+    slot = jnp.arange(k, dtype=jnp.int32)[:, None]
     own = (before <= slot) & (slot < upto)  # [k, n], true for one group of each slot that has an entry
     own_bits = jnp.dot(own.astype(jnp.bfloat16), bits)
     ranks = jnp.dot(

@@ -33,5 +33,5 @@ def index_select_reference(scores: Float32[Array, "B T S"], k: int) -> Bool[Arra
 
 def visible_entries(lo: Int32[Array, "B T"], hi: Int32[Array, "B T"], size: int) -> Bool[Array, "B T S"]:
     """Entries lo <= s < hi of each query."""
-    s = jnp.arange(size)
+    s = jnp.arange(size, dtype=jnp.int32)
     return (s >= lo[..., None]) & (s < hi[..., None])
