@@ -28,3 +28,8 @@ def quotient(numerator: jax.Array, denominator: int) -> Int32[Array, "..."]:
 def remainder(numerator: jax.Array, denominator: int) -> Int32[Array, "..."]:
     """What `quotient` leaves, with the sign of the numerator, one operation: i32[...]."""
     return lax.rem(numerator, np.int32(denominator))
+
+
+def int32s(*indices: int | jax.Array) -> tuple[np.int32 | jax.Array, ...]:
+    """Start indices of a slice, or bounds of a loop, in one type: Python's integers among i32[]."""
+    return tuple(np.int32(index) if isinstance(index, int) else index for index in indices)

@@ -30,19 +30,19 @@ def sample(
         temperature: divides the logits, with the official floor of 1e-5.
         top_p: probability mass kept, most likely tokens first; 1 keeps all.
     """
-    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    greedy = jax.lax.argmax(logits, 1, jnp.int32)
     scaled = logits / jnp.maximum(temperature, 1e-5)
 
     def nucleus(scaled: jax.Array) -> jax.Array:
         order = jnp.sort(scaled, axis=-1, descending=True)
         mass = jnp.cumsum(jax.nn.softmax(order, axis=-1), axis=-1)
         # Keep a token if the mass before it is below top_p: the most likely one always stays.
-        last = jnp.sum(mass < top_p, axis=-1, keepdims=True)
+        last = jnp.sum(mass < top_p, axis=-1, keepdims=True, dtype=jnp.int32)
         smallest = jnp.take_along_axis(order, jnp.minimum(last, order.shape[-1] - 1), axis=-1)
         return jnp.where(scaled >= smallest, scaled, -jnp.inf)
 
     def draw(scaled: jax.Array) -> jax.Array:
         kept = jax.lax.cond(top_p < 1.0, nucleus, lambda x: x, scaled)
-        return jax.random.categorical(key, kept, axis=-1).astype(jnp.int32)
+        return jax.lax.argmax(kept + jax.random.gumbel(key, kept.shape, kept.dtype), 1, jnp.int32)
 
     return jax.lax.cond(temperature > 0, draw, lambda _: greedy, scaled)

@@ -175,7 +175,7 @@ def row_loads(
 ) -> Float32[Array, "B E"]:
     """How many valid tokens of each row were routed to each expert."""
     chosen = experts[..., None] == jnp.arange(num_experts, dtype=experts.dtype)
-    return jnp.sum(chosen & valid[..., None, None], axis=(1, 2)).astype(jnp.float32)
+    return jnp.sum(chosen & valid[..., None, None], axis=(1, 2), dtype=jnp.int32).astype(jnp.float32)
 
 
 class LossParts(NamedTuple):

@@ -65,7 +65,7 @@ def work_items(
     blocks = quotient(start[1:] - start[:-1] + (rows - 1), rows)
     if every_expert:
         blocks = jnp.maximum(blocks, 1)
-    behind = jnp.cumsum(blocks)
+    behind = jnp.cumsum(blocks, dtype=jnp.int32)
     first, total = behind - blocks, behind[-1]
 
     length = most_items(expert_ids.size, num_experts, rows, every_expert=every_expert)

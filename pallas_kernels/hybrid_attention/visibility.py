@@ -115,7 +115,7 @@ def entry_bias(
 
 
 def _bias(visible: jax.Array) -> jax.Array:
-    return jnp.where(visible, 0.0, -jnp.inf).astype(jnp.float32)
+    return jnp.where(visible, jnp.float32(0), -jnp.inf)
 
 
 def _iota(shape: tuple[int, int], axis: int) -> jax.Array:

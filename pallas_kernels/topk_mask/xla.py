@@ -62,8 +62,8 @@ def ordered_keys(
 
 def count(mask: Bool[Array, "*rows S"]) -> Int32[Array, "*rows 1"]:
     """Marks a row, in two steps: XLA:CPU vectorises a sum over a middle axis, but not one over the last."""
-    parts = mask.astype(jnp.int32).reshape(*mask.shape[:-1], PARTS, -1).sum(axis=-2)
-    return lax.optimization_barrier(parts).sum(axis=-1, keepdims=True)
+    parts = mask.astype(jnp.int32).reshape(*mask.shape[:-1], PARTS, -1).sum(axis=-2, dtype=jnp.int32)
+    return lax.optimization_barrier(parts).sum(axis=-1, keepdims=True, dtype=jnp.int32)
 
 
 def lower_bound(
