@@ -20,13 +20,15 @@ from pallas_kernels.indexer.kernel_tpu import Scoring, chunks_before, scoring_ca
 from pallas_kernels.indexer.tuning import LANES, IndexerBlocks
 
 NOT_ELIGIBLE = -(2**31)  # below the ordered integer of every score above -inf, in its upper half already
+EXPONENT = 0x7F800000  # of a float32; without one it is 0 or subnormal
 LOWEST = -(2**15)
 BITS_A_CHECK = 4  # passes between two looks at whether all rows are done
 
 
 def ordered(scores):
-    """int32 of the same order as the scores; -0 and 0 are one score."""
+    """int32 of the same order as the scores; -0, 0 and all subnormals are one score."""
     bits = lax.bitcast_convert_type(scores, jnp.int32)
+    bits = jnp.where((bits & EXPONENT) == 0, 0, bits)
     return jnp.where(bits < 0, jnp.int32(-(2**31)) - bits, bits)  # -magnitude of negative ones
 
 
