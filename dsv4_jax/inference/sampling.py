@@ -43,7 +43,7 @@ def sample(
         temperature: divides the logits, with the official floor of 1e-5.
         top_p: probability mass kept, most likely tokens first; 1 keeps all.
     """
-    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    greedy = jax.lax.argmax(logits, 1, jnp.int32)
     scaled = logits / jnp.maximum(temperature, 1e-5)
 
     def nucleus(scaled: jax.Array) -> jax.Array:
@@ -56,6 +56,6 @@ def sample(
 
     def draw(scaled: jax.Array) -> jax.Array:
         kept = jax.lax.cond(top_p < 1.0, nucleus, lambda x: x, scaled)
-        return jax.random.categorical(key, kept, axis=-1).astype(jnp.int32)
+        return jax.lax.argmax(kept + jax.random.gumbel(key, kept.shape, kept.dtype), 1, jnp.int32)
 
     return jax.lax.cond(temperature > 0, draw, lambda _: greedy, scaled)
