@@ -28,7 +28,8 @@ def topk_mask(
         impl: "xla" counts against a threshold, "reference" sorts. There is no silent fallback.
 
     Returns:
-        bool[..., S], also without rows or with S = 0, with min(k, number of visible scores that are not NaN) marks a row.
+        bool[..., S] with min(k, number of visible scores that are not NaN) marks a row. There may be no rows,
+        and S may be 0.
 
     Numerics: exact; ties go to the lowest index.
     Gradients: none (a choice of indices); wrap the scores in stop_gradient.

@@ -1,4 +1,4 @@
-"""The indexer's choice: scores that are 0, -0 or subnormal compete by index, in the kernel and its reference."""
+"""The indexer's choice: scores of 0, -0 and subnormals compete by index, in the kernel and its reference."""
 
 import jax.numpy as jnp
 import numpy as np
