@@ -4,7 +4,6 @@ Imports are inside the functions, so that `dsv4 --help` does not wait for JAX.
 """
 
 import json
-import os
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -12,12 +11,15 @@ from typing import Annotated, Literal
 
 import tyro
 
+from dsv4_jax import standard_streams
 from dsv4_jax.errors import CheckpointError, ProblemsError
+from dsv4_jax.standard_streams import note
 
 DESCRIPTION = """\
 DeepSeek-V4 in JAX: train a small model, run and check official checkpoints.
 
-CHECKPOINT is a directory, or hf://org/name@revision.
+CHECKPOINT is a directory, or hf://org/name@revision; with HF_HUB_OFFLINE=1 such an address is
+looked up in the hub's local cache.
 
 examples:
   dsv4 quickstart
@@ -34,6 +36,10 @@ Prompt = Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[PRO
 CompilationCache = Annotated[
     bool, tyro.conf.arg(help="keep compiled programs under ~/.cache/dsv4_jax/compiled")
 ]
+Links = Annotated[
+    pathlib.Path | None,
+    tyro.conf.arg(metavar="DIR", help="accept links of the checkpoint that lead into this directory"),
+]
 Json = Annotated[bool, tyro.conf.arg(name="json", help="print one JSON object")]
 
 
@@ -48,6 +54,7 @@ def generate(
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
     numerics: Literal["reference", "qat"] = "reference",
     cache: Literal["plain", "fp8+fp8", "fp8+mxfp4"] = "plain",
+    allow_links: Links = None,
     as_json: Json = False,
     compilation_cache: CompilationCache = True,
 ) -> None:
@@ -72,11 +79,18 @@ def generate(
     from dsv4_jax import completion, language_model
     from dsv4_jax.checkpoint import hub
 
-    given = completion.checked_prompt(prompt, ids)
     sampling = completion.Sampling(max_new_tokens, temperature, top_p, seed)
+    given = completion.checked_request(prompt, ids, sampling)
     _prepare(compilation_cache)
-    directory = hub.locate(checkpoint, weights=True, announce=_note)
-    model = language_model.load(directory, dtype=dtype, numerics=numerics, cache=cache)
+    directory = hub.locate(checkpoint, weights=True, announce=note)
+    model = language_model.load(
+        directory,
+        dtype=dtype,
+        numerics=numerics,
+        cache=cache,
+        tokenizer="read" if isinstance(given, str) else "ignore",
+        allow_links=allow_links,
+    )
     if as_json:
         print(json.dumps(completion.complete(model, given, sampling)))
         return
@@ -85,13 +99,17 @@ def generate(
     print()
 
 
-def inspect(checkpoint: Checkpoint, context: int | None = None, as_json: Json = False) -> None:
+def inspect(
+    checkpoint: Checkpoint, context: int | None = None, allow_links: Links = None, as_json: Json = False
+) -> None:
     """Show the configuration, parameters by part, cache and checkpoint bytes.
 
     Everything is computed from shapes: a config.json is enough, and of an hf:// address only JSON
-    files are fetched.
+    files are fetched. 'flash' and 'pro' are the released models, without any file; a file or directory
+    of that name goes first.
 
     examples:
+      dsv4 inspect flash
       dsv4 inspect config.json
       dsv4 inspect DIRECTORY --json
       dsv4 inspect config.json --context 1048576
@@ -99,16 +117,17 @@ def inspect(checkpoint: Checkpoint, context: int | None = None, as_json: Json = 
     Args:
         context: also what so many tokens of context cost, beside DeepSeek-V3.2 and a GQA cache.
     """
-    from rich.console import Console
-
-    from dsv4_jax import config_io, context_cost, inspection, inspection_report
+    from dsv4_jax import config_io, context_cost, inspection, inspection_report, terminal
     from dsv4_jax.checkpoint import hub
 
-    path = hub.locate(checkpoint, weights=False, announce=_note)
-    file = config_io.read_config_file(path, text_only=True)
-    result = inspection.inspect_file(file)
-    for note in file.notes:
-        _note(f"note: {note}")
+    path = hub.locate(checkpoint, weights=False, announce=note)
+    if checkpoint in inspection.PRESETS and not path.exists():
+        result = inspection.inspect_config(inspection.PRESETS[checkpoint]())
+    else:
+        file = config_io.read_config_file(path, text_only=True, allow_links=allow_links)
+        result = inspection.inspect_file(file)
+        for remark in file.notes:
+            note(f"note: {remark}")
     try:
         cost = None if context is None else context_cost.context_cost(result.config, context)
     except ValueError as refused:
@@ -119,12 +138,13 @@ def inspect(checkpoint: Checkpoint, context: int | None = None, as_json: Json = 
             plain["context"] = inspection_report.context_as_plain(cost)
         print(json.dumps(plain))
         return
-    inspection_report.print_tables(result, Console())
+    tables = terminal.Tables()
+    inspection_report.print_tables(result, tables)
     if cost is not None:
-        inspection_report.print_context(cost, Console())
+        inspection_report.print_context(cost, tables)
 
 
-def verify(checkpoint: Checkpoint, as_json: Json = False) -> None:
+def verify(checkpoint: Checkpoint, allow_links: Links = None, as_json: Json = False) -> None:
     """Check a checkpoint in full: config, index, headers, and every value. Exit code 2 if unsound.
 
     examples:
@@ -134,9 +154,9 @@ def verify(checkpoint: Checkpoint, as_json: Json = False) -> None:
     from dsv4_jax.checkpoint import hub
     from dsv4_jax.checkpoint.verify import verify_checkpoint
 
-    directory = hub.locate(checkpoint, weights=True, announce=_note)
+    directory = hub.locate(checkpoint, weights=True, announce=note)
     with terminal.byte_progress("verifying") as progress:
-        found = verify_checkpoint(directory, progress=progress)
+        found = verify_checkpoint(directory, progress=progress, allow_links=allow_links)
     if as_json:
         print(json.dumps(verification_report.as_plain(found)))
     else:
@@ -152,6 +172,7 @@ def convert(
     to: Literal["keep", "bfloat16", "float32", "fp8", "fp8-fp4"] = "keep",
     ignore_draft_head: bool = False,
     overwrite: bool = False,
+    allow_links: Links = None,
 ) -> None:
     """Write a checkpoint in another naming layout or number format.
 
@@ -172,7 +193,8 @@ def convert(
     from dsv4_jax.checkpoint import hub
     from dsv4_jax.checkpoint.convert import convert_checkpoint
 
-    directory = hub.locate(checkpoint, weights=True, announce=_note)
+    _require_devices()
+    directory = hub.locate(checkpoint, weights=True, announce=note)
     with terminal.byte_progress("reading") as reading, terminal.byte_progress("writing") as writing:
         warnings = convert_checkpoint(
             directory,
@@ -181,11 +203,12 @@ def convert(
             to=to,
             draft_head="ignore" if ignore_draft_head else "refuse",
             overwrite=overwrite,
+            allow_links=allow_links,
             reading=reading,
             writing=writing,
         )
     for warning in warnings:
-        _note(f"warning: {warning}")
+        note(f"warning: {warning}")
 
 
 def doctor(as_json: Json = False) -> None:
@@ -235,41 +258,62 @@ SUBCOMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point. Exit codes: 0, 2 for a refusal (all its reasons on stderr), 130 for Ctrl-C."""
+    """Entry point. Exit codes: 0; 2 for a refusal, all its reasons on stderr; 130 for Ctrl-C; 141 when nobody
+    reads the output; 1 for a fault of this program."""
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
 
 
 def run(arguments: Sequence[str]) -> int:
     """Runs one command line and returns its exit code."""
     try:
-        tyro.extras.subcommand_cli_from_dict(
-            SUBCOMMANDS,
-            prog="dsv4",
-            description=DESCRIPTION,
-            args=list(arguments),
-            config=(tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff),
-        )
+        with standard_streams.prepared():
+            tyro.extras.subcommand_cli_from_dict(
+                SUBCOMMANDS,
+                prog="dsv4",
+                description=DESCRIPTION,
+                args=list(arguments),
+                config=(tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff),
+            )
+    except BrokenPipeError:  # `dsv4 ... | head`: nobody reads on
+        standard_streams.settle()
+        return 141
     except (ProblemsError, OSError) as refused:
-        if isinstance(refused, BrokenPipeError):  # `dsv4 ... | head`: nobody reads on
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 141
-        print(f"dsv4: {refused}", file=sys.stderr)
+        standard_streams.settle()
+        note(f"dsv4: {refused}")
+        return 2
+    except MemoryError:
+        note("dsv4: this machine has not enough memory for that")
         return 2
     except KeyboardInterrupt:
-        print("dsv4: interrupted", file=sys.stderr)
+        note("dsv4: interrupted")
         return 130
+    except Exception as fault:
+        if sys.flags.dev_mode:
+            raise
+        name = type(fault).__name__
+        note(f"dsv4: a fault of this program, {name}: {fault}\n`python -X dev -m dsv4_jax.cli` shows where")
+        return 1
     return 0
 
 
 def _prepare(keep_programs: bool) -> None:
-    if keep_programs:
-        from dsv4_jax import compilation_cache
+    """A device to compute on, and the place where compiled programs are kept."""
+    _require_devices()
+    if not keep_programs:
+        return
+    from dsv4_jax import compilation_cache
 
+    try:
         compilation_cache.enable()
+    except compilation_cache.NoCache as why:
+        note(f"note: compiled programs are not kept: {why}")
 
 
-def _note(message: str) -> None:
-    print(message, file=sys.stderr)
+def _require_devices() -> None:
+    from dsv4_jax import devices
+
+    if problem := devices.device_problem():
+        raise ProblemsError("cannot compute", [problem])
 
 
 if __name__ == "__main__":

@@ -1,31 +1,57 @@
 """Compiled programs kept between runs: the second start of a command does not compile again."""
 
+import os
 import pathlib
+import tempfile
 
-CACHE_HOME = pathlib.Path(".cache") / "dsv4_jax" / "compiled"
-"""Under the user's home directory."""
+CACHE_NAME = pathlib.Path("dsv4_jax") / "compiled"
+"""Under the user's cache directory: $XDG_CACHE_HOME, or ~/.cache."""
 
 MIN_COMPILE_SECONDS = 0.2
 """Programs that compile faster are not worth a file."""
 
 
+class NoCache(Exception):
+    """There is nowhere to keep compiled programs; the message says why. Commands go on without."""
+
+
 def default_directory() -> pathlib.Path:
-    """Where programs are kept unless told otherwise."""
-    return pathlib.Path.home() / CACHE_HOME
+    """Where programs are kept unless told otherwise.
+
+    Raises:
+        NoCache: the user has no home directory.
+    """
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    if os.path.isabs(given):  # the specification of that variable: others are to be ignored
+        return pathlib.Path(given) / CACHE_NAME
+    try:
+        return pathlib.Path.home() / ".cache" / CACHE_NAME
+    except RuntimeError as failure:
+        raise NoCache("there is no home directory") from failure
 
 
 def enable(directory: pathlib.Path | None = None) -> pathlib.Path:
     """Makes this process read and write compiled programs in `directory`; call before compiling.
 
-    JAX keys each program by its code, its options, the devices and the versions of jaxlib, so a
-    stale entry is never used. Failing to read or write only costs the time to compile.
+    JAX keys each program by its code, its options, the devices and the versions of jaxlib, so a stale entry
+    is never used. An entry that cannot be read is compiled again, with a warning. Several processes may share
+    the directory.
 
     Returns:
         The directory.
+
+    Raises:
+        NoCache: there is no such place, or it cannot be written.
     """
     import jax
 
     directory = directory or default_directory()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):  # permission bits do not tell, for root least of all
+            pass
+    except OSError as failure:
+        raise NoCache(f"{directory} cannot be written ({failure.strerror})") from failure
     jax.config.update("jax_compilation_cache_dir", str(directory))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_SECONDS)
     return directory

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from dsv4_jax import quantities
 from dsv4_jax.errors import ProblemsError
 
 if TYPE_CHECKING:
@@ -21,15 +22,38 @@ class Sampling:
     seed: int
 
 
-def checked_prompt(text: str | None, ids: Sequence[int]) -> str | list[int]:
-    """The one prompt that was given.
+def checked_request(text: str | None, ids: Sequence[int], sampling: Sampling) -> str | list[int]:
+    """The one prompt that was given. What is checked here needs no model, so it is said before one is loaded.
 
     Raises:
-        ProblemsError: if there is none, or both kinds.
+        ProblemsError: for no prompt or both kinds, and for numbers outside their range; all at once.
     """
+    problems = []
     if (text is not None) == bool(ids):
-        raise ProblemsError("cannot generate", ["give a prompt as text, or as --ids, and not both"])
+        problems.append("give a prompt as text, or as --ids, and not both")
+    if text is not None and not _is_unicode(text):
+        problems.append("the prompt holds bytes that are no UTF-8 text")
+    bad = [i for i in ids if i < 0]
+    if bad:
+        problems.append(f"--ids {bad[:5]}: token ids start at 0")
+    checks = (
+        quantities.integer_problem("--max-new-tokens", sampling.max_new_tokens, 0),
+        quantities.seed_problem(sampling.seed),
+        *quantities.sampling_problems(sampling.temperature, sampling.top_p),
+    )
+    problems += [problem for problem in checks if problem]
+    if problems:
+        raise ProblemsError("cannot generate", problems)
     return list(ids) if text is None else text
+
+
+def _is_unicode(text: str) -> bool:
+    """False for bytes of the command line that are no text: they arrive as lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def stream(model: "LanguageModel", prompt: str | list[int], sampling: Sampling) -> Iterator[str]:
@@ -70,10 +94,8 @@ def complete(model: "LanguageModel", prompt: str | list[int], sampling: Sampling
 def _stream_ids(model: "LanguageModel"):
     def pieces(prompt: list[int], max_new_tokens: int, **sampling: float) -> Iterator[str]:
         separator = ""
-        for step in model.stream([prompt], max_new_tokens, **sampling):
-            if int(step[0]) == model.config.eos_token_id:
-                return
-            yield f"{separator}{int(step[0])}"
+        for token in model.stream_ids(prompt, max_new_tokens, **sampling):
+            yield f"{separator}{token}"
             separator = " "
 
     return pieces

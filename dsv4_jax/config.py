@@ -79,7 +79,7 @@ class ModelConfig:
     num_nextn_predict_layers: int  # MTP blocks, 0 or 1
     max_position_embeddings: int
     bos_token_id: int | None
-    eos_token_id: int | None
+    eos_token_id: int | tuple[int, ...] | None  # any of several ends a text
     initializer_range: float
 
     def __post_init__(self) -> None:
@@ -219,8 +219,11 @@ def tiny(
         vocab_size: V.
         overrides: any `ModelConfig` field.
     """
-    if num_layers < 4:
-        raise ValueError(f"num_layers={num_layers} must be at least 4 to hold every layer kind")
+    from dsv4_jax.quantities import integer_problem  # which speaks of the rules of this module
+
+    problem = integer_problem("num_layers", num_layers, 4)
+    if problem:
+        raise ValueError(f"{problem}, to hold every layer kind")
     first = "window" if like == "flash" else "hca"
     kinds = [first, first] + ["csa" if i % 2 == 0 else "hca" for i in range(2, num_layers)]
     fields: dict[str, object] = dict(

@@ -6,6 +6,7 @@ is given under two names must agree with itself, and all problems are reported a
 
 import dataclasses
 import math
+import os
 import pathlib
 from collections.abc import Mapping
 
@@ -14,7 +15,12 @@ from dsv4_jax import config_json, config_rules, errors
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.config_keys import Keys
 from dsv4_jax.config_plan import LAYER_TYPES, MLP_LAYER_TYPES, read_layer_plan, read_rope
+from dsv4_jax.folder import Folder
+from dsv4_jax.foreign import foreign_config, foreign_folder
+from dsv4_jax.stored_file import StoredFile
+from dsv4_jax.strict_json import JsonError
 
+CONFIG_FILE = "config.json"
 MODEL_TYPE = "deepseek_v4"
 ARCHITECTURE = "DeepseekV4ForCausalLM"
 DSPARK_NOTE = (
@@ -89,25 +95,55 @@ class ConfigFile:
     has_dspark: bool
 
 
-def read_config(path: str | pathlib.Path, *, text_only: bool = False) -> ModelConfig:
+def read_config(
+    path: str | pathlib.Path, *, text_only: bool = False, allow_links: str | pathlib.Path | None = None
+) -> ModelConfig:
     """Reads the model configuration of a checkpoint.
 
     Args:
         path: a `config.json` (or `inference/config.json`), or the directory with a `config.json`.
         text_only: accept the vision variant and take its text model.
+        allow_links: a folder that links of the directory may lead into, see `dsv4_jax.folder`.
 
     Raises:
         ConfigError: with every problem at once; nothing is defaulted that a checkpoint determines.
     """
-    return read_config_file(path, text_only=text_only).config
+    return read_config_file(path, text_only=text_only, allow_links=allow_links).config
 
 
-def read_config_file(path: str | pathlib.Path, *, text_only: bool = False) -> ConfigFile:
+def read_config_file(
+    path: str | pathlib.Path, *, text_only: bool = False, allow_links: str | pathlib.Path | None = None
+) -> ConfigFile:
     """`read_config` with the notes and the raw JSON; same arguments and errors."""
     path = pathlib.Path(path)
-    if path.is_dir():
-        path = path / "config.json"
-    raw, problems = config_json.read_object(path, errors.ConfigError)
+    try:
+        if not os.path.isdir(path):
+            with StoredFile(path) as file:
+                return _parse_file(file.read_document(config_json.MAX_JSON_BYTES), path, text_only)
+        with Folder(path, allow_links) as folder:
+            if CONFIG_FILE not in folder.names and (problem := foreign_folder(folder.names)):
+                raise errors.ConfigError(f"cannot read {path}", [problem])
+            return read_config_in(folder, text_only=text_only)
+    except errors.CheckpointError as refused:
+        raise errors.ConfigError(f"cannot read {path}", refused.problems) from refused
+
+
+def read_config_in(folder: Folder, *, text_only: bool = False) -> ConfigFile:
+    """`read_config_file` of an open checkpoint folder.
+
+    Raises:
+        ConfigError: of what the file says.
+        CheckpointError: the file is missing, or no regular file of the folder.
+    """
+    data = folder.read(CONFIG_FILE, config_json.MAX_JSON_BYTES)
+    return _parse_file(data, folder.directory / CONFIG_FILE, text_only)
+
+
+def _parse_file(data: bytes, path: pathlib.Path, text_only: bool) -> ConfigFile:
+    try:
+        raw, problems = config_json.parse_object(data)
+    except JsonError as refused:
+        raise errors.ConfigError(f"cannot read {path}", [f"it {refused}"]) from None
     return parse_config(raw, source=str(path), text_only=text_only, problems=problems)
 
 
@@ -186,7 +222,9 @@ def _refusals(raw: Mapping[str, object], *, text_only: bool) -> list[str]:
     if not text_only and _has_vision(raw):
         refusals.append(VISION_REFUSAL)
     quantization = raw.get("quantization_config")
-    if isinstance(quantization, Mapping):
+    if method := foreign_config(raw):
+        refusals.append(method)
+    elif isinstance(quantization, Mapping):
         method = quantization.get("quant_method")
         if method not in (None, "fp8"):
             refusals.append(
@@ -217,7 +255,7 @@ def _read_lengths_and_tokens(keys: Keys, fields: dict[str, object], *, inference
     initializer_range = keys.real("initializer_range", default=0.02)
     fields["initializer_range"] = initializer_range
     fields["bos_token_id"] = keys.token("bos_token_id")
-    fields["eos_token_id"] = keys.token("eos_token_id")
+    fields["eos_token_id"] = keys.tokens("eos_token_id")
 
 
 def official_config_dict(config: ModelConfig) -> dict[str, object]:
@@ -269,6 +307,11 @@ def transformers_config_dict(config: ModelConfig) -> dict[str, object]:
     }
 
 
+def token_json(ids: int | tuple[int, ...] | None) -> int | list[int] | None:
+    """Token ids as JSON spells them."""
+    return list(ids) if isinstance(ids, tuple) else ids
+
+
 def _compress_rates(config: ModelConfig) -> dict[str, int]:
     return {LAYER_TYPES["csa"]: config.csa_ratio, LAYER_TYPES["hca"]: config.hca_ratio}
 
@@ -285,6 +328,7 @@ def _shared_keys(config: ModelConfig) -> dict[str, object]:
         {"architectures": [ARCHITECTURE], "model_type": MODEL_TYPE}
         | {"num_hidden_layers": config.num_hidden_layers}
         | {name: getattr(config, name) for name in names}
+        | {"eos_token_id": token_json(config.eos_token_id)}
         | {name: values[name] for name in fixed}
         | {"use_cache": True}
     )

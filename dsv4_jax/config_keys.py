@@ -41,6 +41,16 @@ class Keys:
             return None
         return value
 
+    def tokens(self, name: str) -> int | tuple[int, ...] | None:
+        """A token id, a tuple of them where the file has a list, or None if absent or wrong."""
+        value = self.raw.get(name)
+        if isinstance(value, list) and value and all(map(config_rules.is_int, value)):
+            return tuple(value)
+        if value is not None and not config_rules.is_int(value):
+            self.complain(name, value, "a token id or a list of token ids")
+            return None
+        return value
+
     def list_of(self, name: str, accepts: Callable[[object], bool], wanted: str) -> list[object] | None:
         """A list whose items all satisfy `accepts`, or None if absent or wrong."""
         value = self.raw.get(name)

@@ -26,7 +26,6 @@ STANDARD_RATIOS: Mapping[str, int] = {"csa": 4, "hca": 128}
 _LEGACY_RATES = {"csa": "compress_rate_csa", "hca": "compress_rate_hca"}
 _KIND_OF_TYPE = {name: kind for kind, name in LAYER_TYPES.items()}
 _ROUTER_OF_TYPE = {name: kind for kind, name in MLP_LAYER_TYPES.items()}
-_MAX_LAYERS = 10_000  # a plan longer than that is damage; refuse before building tuples of it
 _YARN_KEYS = {"factor", "beta_fast", "beta_slow", "original_max_position_embeddings"}
 _ROPE_KEYS = {"type", "rope_type", "rope_theta", "partial_rotary_factor", "attention_factor"}
 
@@ -38,11 +37,13 @@ def read_layer_plan(keys: Keys) -> dict[str, object]:
     block). A value is None when it cannot be told; the reason is then in `keys.problems`.
     """
     num_layers = keys.integer("num_hidden_layers", "n_layers")
-    if num_layers is not None and not 1 <= num_layers <= _MAX_LAYERS:
-        keys.complain("num_hidden_layers", num_layers, f"in 1 .. {_MAX_LAYERS}")
+    if num_layers is not None and not 1 <= num_layers <= config_rules.MAX_LAYERS:
+        keys.complain("num_hidden_layers", num_layers, f"in 1 .. {config_rules.MAX_LAYERS}")
         num_layers = None
     rates = _read_rates(keys)
-    ratios = keys.list_of("compress_ratios", config_rules.is_int, "an integer ratio")
+    ratios = _uncompressed_as_zero(
+        keys.list_of("compress_ratios", config_rules.is_int, "an integer ratio"), rates
+    )
     types = keys.list_of("layer_types", *_names_of(_KIND_OF_TYPE))
     plan: dict[str, object] = {"attention_kinds": None, "router_kinds": None, "draft_entries": 0}
     if num_layers is not None:
@@ -83,6 +84,16 @@ def _read_rates(keys: Keys) -> dict[str, int]:
         for name in set(block.raw) - set(_KIND_OF_TYPE):
             block.problems.append(f"compress_rates.{name}: no such layer type")
     return rates
+
+
+def _uncompressed_as_zero(ratios: list[int] | None, rates: Mapping[str, int]) -> list[int] | None:
+    """`compress_ratios` with 0 for layers and draft blocks without compression; some files say 1.
+
+    One token an entry is no compression, unless `compress_rates` gives that ratio to a layer kind.
+    """
+    if ratios is None or 1 in rates.values():
+        return ratios
+    return [0 if ratio == 1 else ratio for ratio in ratios]
 
 
 def _kinds_of_types(

@@ -14,6 +14,9 @@ from dsv4_jax import config as config_module
 MAX_DIM = 2**31 - 1
 """Upper bound of every count and size: larger values are damage, not a model."""
 
+MAX_LAYERS = 1000
+"""Upper bound of the layers, which are listed one by one; the released models have up to 61."""
+
 ATTENTION_KINDS: tuple[str, ...] = typing.get_args(config_module.AttentionKind)
 ROUTER_KINDS: tuple[str, ...] = typing.get_args(config_module.RouterKind)
 
@@ -152,9 +155,14 @@ def _value_problem(name: str, value: object) -> str | None:
     elif name == "num_nextn_predict_layers":
         if not is_int(value):
             return f"{said} must be an integer"
-    elif name in _TOKEN_IDS:
+    elif name == "bos_token_id":
         if value is not None and not is_int(value):
             return f"{said} must be an integer or absent"
+    elif name == "eos_token_id":
+        if isinstance(value, tuple) and not (value and all(map(is_int, value))):
+            return f"{said} must hold at least one integer, and nothing else"
+        if not isinstance(value, tuple) and value is not None and not is_int(value):
+            return f"{said} must be an integer, a tuple of integers, or absent"
     elif name == "attention_kinds":
         return _kinds_problem(name, value, ATTENTION_KINDS)
     elif name == "router_kinds":
@@ -167,6 +175,8 @@ def _value_problem(name: str, value: object) -> str | None:
 def _kinds_problem(name: str, value: object, known: tuple[str, ...]) -> str | None:
     if not isinstance(value, tuple) or not value:
         return f"{name}={shown(value)} must be a non-empty tuple, one kind a layer"
+    if len(value) > MAX_LAYERS:
+        return f"{name} names {len(value)} layers; at most {MAX_LAYERS} are accepted"
     first_layer: dict[str, int] = {}
     for layer, kind in enumerate(value):
         if kind not in known:
@@ -211,8 +221,20 @@ def _layer_problems(sound: Mapping[str, typing.Any]) -> list[str]:
 
 def _token_problems(sound: Mapping[str, typing.Any]) -> list[str]:
     vocab = sound.get("vocab_size")
-    return [
-        f"{name}={sound[name]} must lie in the vocabulary, 0 .. {vocab - 1}"
-        for name in _TOKEN_IDS
-        if vocab is not None and sound.get(name) is not None and not 0 <= sound[name] < vocab
-    ]
+    if vocab is None:
+        return []
+    return [p for name in _TOKEN_IDS for p in token_problems(name, sound.get(name), vocab)]
+
+
+def token_ids(value: int | tuple[int, ...] | None) -> tuple[int, ...]:
+    """The ids of a field that may hold one, several or none."""
+    if value is None:
+        return ()
+    return value if isinstance(value, tuple) else (value,)
+
+
+def token_problems(name: str, value: int | tuple[int, ...] | None, vocab_size: int) -> list[str]:
+    """A sentence for ids outside the vocabulary."""
+    if all(0 <= token < vocab_size for token in token_ids(value)):
+        return []
+    return [f"{name}={shown(value)} must lie in the vocabulary, 0 .. {vocab_size - 1}"]

@@ -11,6 +11,7 @@ from fractions import Fraction
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.inspection import allocated_cache, count_parameters
 from dsv4_jax.numerics.cache_formats import CACHE_FORMATS
+from dsv4_jax.quantities import integer_problem
 
 V32_LAYERS = 61
 V32_BYTES_PER_TOKEN = V32_LAYERS * (656 + 132)  # FP8 latent with bf16 rotary, FP8 indexer key
@@ -85,9 +86,9 @@ def context_cost(config: ModelConfig, context: int) -> ContextCost:
     Raises:
         ValueError: for a context below 1 or beyond the model's positions.
     """
-    if not 1 <= context <= config.max_position_embeddings:
-        limit = config.max_position_embeddings
-        raise ValueError(f"context={context} must be in 1 .. {limit} (max_position_embeddings)")
+    problem = integer_problem("context", context, 1, config.max_position_embeddings)
+    if problem:
+        raise ValueError(f"{problem} (max_position_embeddings)")
     ours = [(name, allocated_cache(config, cache_format=name).bytes_per_token) for name in CACHE_FORMATS]
     others = [
         ("DeepSeek-V3.2, fp8", Fraction(V32_BYTES_PER_TOKEN)),

@@ -8,6 +8,7 @@ import platform
 import shutil
 
 from dsv4_jax import compilation_cache
+from dsv4_jax.devices import device_problem
 
 PACKAGES = (
     "dsv4_jax",
@@ -47,9 +48,9 @@ class Diagnosis:
     default_backend: str
     devices: tuple[Device, ...]
     kernels: str
-    compilation_cache: str
+    compilation_cache: str  # its directory, or why there is none
     cached_programs: int
-    free_disk_bytes: int
+    free_disk_bytes: int | None  # where compiled programs are kept
     problems: tuple[str, ...]
 
     def as_plain(self) -> dict[str, object]:
@@ -72,8 +73,11 @@ class Diagnosis:
             "devices": f"{len(devices)}: {', '.join(sorted(set(devices)))}",
             "kernels": self.kernels,
             "compiled": f"{self.cached_programs} programs kept in {self.compilation_cache}",
-            "disk": f"{self.free_disk_bytes / GIB:.1f} GiB free there",
         }
+        if self.free_disk_bytes is None:
+            rows["compiled"] = f"programs are not kept: {self.compilation_cache}"
+        else:
+            rows["disk"] = f"{self.free_disk_bytes / GIB:.1f} GiB free there"
         width = max(map(len, rows))
         return [f"{name:<{width}}  {text}" for name, text in rows.items()]
 
@@ -89,16 +93,16 @@ def diagnose() -> Diagnosis:
         if version == "missing" and name not in OPTIONAL_PACKAGES:
             problems.append(f"{name} is not installed")
     backend, devices = "none", ()
-    try:
+    if problem := device_problem():
+        problems.append(problem)
+    else:
         backend = jax.default_backend()
         devices = tuple(
             Device(device.platform, device.device_kind, _device_memory(device)) for device in jax.devices()
         )
         if int(jax.jit(lambda x: x + 1)(jnp.int32(1))) != 2:
             problems.append(f"{backend}: 1 + 1 is not 2 on the default device")
-    except RuntimeError as failure:  # a backend that is installed but cannot start
-        problems.append(f"JAX cannot use its devices: {failure}")
-    cache = compilation_cache.default_directory()
+    where, num_programs, free = _kept_programs()
     return Diagnosis(
         python=platform.python_version(),
         system=f"{platform.system()} {platform.machine()}",
@@ -108,11 +112,21 @@ def diagnose() -> Diagnosis:
         default_backend=backend,
         devices=devices,
         kernels=_kernels(),
-        compilation_cache=str(cache),
-        cached_programs=sum(1 for _ in cache.glob("*-cache")) if cache.is_dir() else 0,
-        free_disk_bytes=shutil.disk_usage(_existing(cache)).free,
+        compilation_cache=where,
+        cached_programs=num_programs,
+        free_disk_bytes=free,
         problems=tuple(problems),
     )
+
+
+def _kept_programs() -> tuple[str, int, int | None]:
+    """The directory of compiled programs, their number, and the bytes free there; or why there is none."""
+    try:
+        cache = compilation_cache.default_directory()
+        num_programs = sum(1 for _ in cache.glob("*-cache")) if cache.is_dir() else 0
+        return str(cache), num_programs, shutil.disk_usage(_existing(cache)).free
+    except (compilation_cache.NoCache, OSError) as why:
+        return str(why), 0, None
 
 
 def _kernels() -> str:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from fractions import Fraction
 
 from dsv4_jax.checkpoint import storage
-from dsv4_jax.config import ModelConfig, layer_stacks
+from dsv4_jax.config import ModelConfig, layer_stacks, v4_flash, v4_pro
 from dsv4_jax.config_io import ConfigFile
 from dsv4_jax.config_rules import is_int
 from dsv4_jax.parameters import Path, parameters, row_at
@@ -21,6 +21,9 @@ INDEX_FP8_GROUP = 128  # channels that share a float32 scale in a stored indexer
 MXFP4_GROUP = 32  # channels that share an E8M0 scale
 SCALE_BYTES_MULTIPLE = 8  # the scales of a KV entry are padded to this: 7 + 1 in the released models
 
+
+PRESETS = {"flash": v4_flash, "pro": v4_pro}
+"""Models that can be inspected by name, without any file."""
 
 STORAGES = {"FP4 experts, FP8 linears": storage.PREVIEW, "BF16": storage.PLAIN}
 
@@ -270,10 +273,7 @@ def checkpoint_bytes(config: ModelConfig, dspark_markov_rank: int | None = None)
         releases["FP4 experts, FP8 linears, DSpark draft head"] = dataclasses.replace(
             storage.FLASH_0731, markov_rank=dspark_markov_rank
         )
-    return {
-        name: storage.total_bytes(storage.stored_tensors(config, release))
-        for name, release in releases.items()
-    }
+    return {name: storage.stored_bytes(config, release) for name, release in releases.items()}
 
 
 def _sizes(config: ModelConfig) -> dict[Path, int]:

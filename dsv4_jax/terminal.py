@@ -1,10 +1,26 @@
-"""Progress on stderr, so that stdout stays clean for results."""
+"""Tables on stdout, and progress on stderr, so that stdout stays clean for results."""
 
 import contextlib
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+LEAST_COLUMNS = 60
+"""A terminal that says it is narrower gets tables of the usual 80 columns: a letter a line helps nobody."""
+
+
+class Tables(Console):
+    """Standard output for tables."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        if self.width < LEAST_COLUMNS:
+            self.width = 80
+
+    def on_broken_pipe(self) -> None:
+        """The command decides what follows when nobody reads on; rich would leave with code 1."""
+        raise BrokenPipeError
 
 
 @contextlib.contextmanager

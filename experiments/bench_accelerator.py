@@ -25,6 +25,7 @@ import tyro
 from rich.console import Console
 
 from dsv4_jax.config import ModelConfig, v4_flash
+from dsv4_jax.inference.generate import RUNNING, padded_stops
 from dsv4_jax.language_model import LanguageModel
 from dsv4_jax.model.initial import Network
 from dsv4_jax.numerics.policy import Policy
@@ -87,12 +88,12 @@ def decode(lm: LanguageModel, batch: int, context: int, steps: int) -> Callable[
     cache = dataclasses.replace(cache, length=jnp.full((batch,), context, jnp.int32))
     state = [jax.random.normal(jax.random.key(1), (batch, lm.config.vocab_size)), cache]
     key, zero, one = jax.random.key(0), jnp.float32(0), jnp.float32(1)
-    running, stops = jnp.ones((batch,), bool), jnp.array([-1], jnp.int32)
+    going, stops = jnp.full((batch,), RUNNING, jnp.int32), padded_stops(())
 
     def run() -> jax.Array:
         logits, cache = state
         for index in range(steps):
-            _, logits, _, cache = lm.decode(cache, logits, key, jnp.int32(index), zero, one, running, stops)
+            _, logits, _, cache = lm.decode(cache, logits, key, jnp.int32(index), zero, one, going, stops)
         state[:] = logits, dataclasses.replace(cache, length=cache.length - steps)
         return logits
 

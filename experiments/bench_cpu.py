@@ -31,6 +31,7 @@ from rich.table import Table
 
 import dsv4_jax
 from dsv4_jax.config import ModelConfig, v4_flash
+from dsv4_jax.inference.generate import RUNNING, padded_stops
 from dsv4_jax.language_model import LanguageModel
 from dsv4_jax.numerics.policy import Policy
 
@@ -125,12 +126,12 @@ def our_decode(lm: LanguageModel, tokens: np.ndarray, steps: int) -> Callable[[]
     batch = len(tokens)
     state = list(our_prefill(lm, tokens)())
     key, zero, one = jax.random.key(0), jnp.float32(0), jnp.float32(1)
-    running, stops = jnp.ones((batch,), bool), jnp.array([-1], jnp.int32)
+    going, stops = jnp.full((batch,), RUNNING, jnp.int32), padded_stops(())
 
     def run() -> None:
         logits, cache = state
         for index in range(steps):
-            _, logits, _, cache = lm.decode(cache, logits, key, jnp.int32(index), zero, one, running, stops)
+            _, logits, _, cache = lm.decode(cache, logits, key, jnp.int32(index), zero, one, going, stops)
         state[:] = jax.block_until_ready(logits), dataclasses.replace(cache, length=cache.length - steps)
 
     return run

@@ -29,7 +29,23 @@ def shared_compilation_cache(tmp_path_factory):
 
 
 QUICK = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
-"""The older code generator of XLA:CPU, and no threads beside two busy workers: a quarter less on kernels."""
+"""The older code generator of XLA:CPU, and no threads beside two busy workers: a quarter less on kernels.
+
+Not every version of JAX that is allowed has every option; a version that lacks one does without it.
+"""
+
+
+def exists(option: str, value: object) -> bool:
+    """Whether this version's compiler knows the option; asking it is the only way to tell."""
+    import jax
+
+    try:
+        jax.jit(lambda: 0).lower().compile(compiler_options={option: value})
+    except jax.errors.JaxRuntimeError as error:
+        if "No such compile option" not in str(error):
+            raise
+        return False
+    return True
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -38,8 +54,10 @@ def quick_options():
     import jax
     from jax._src import compiler
 
+    known = {name: value for name, value in QUICK.items() if exists(name, value)}
+
     def options(*args, env_options_overrides=None, **more):
-        quick = QUICK if jax.config.read("jax_disable_most_optimizations") else {}
+        quick = known if jax.config.read("jax_disable_most_optimizations") else {}
         return get(*args, env_options_overrides=quick | (env_options_overrides or {}), **more)
 
     get, compiler.get_compile_options = compiler.get_compile_options, options

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import types
 
-import numpy as np
 import pytest
 
 from dsv4_jax import cli, config, config_io
@@ -37,10 +36,9 @@ class FakeModel:
             raise ValueError("max_new_tokens=9999 does not fit")
         yield from ("one", " two", " thrée")
 
-    def stream(self, prompts, max_new_tokens, **sampling):
-        self.calls.append({"prompt": prompts, "max_new_tokens": max_new_tokens} | sampling)
-        for token in (7, 8, CONFIG.eos_token_id):
-            yield np.array([token], np.int32)
+    def stream_ids(self, prompt, max_new_tokens, **sampling):
+        self.calls.append({"prompt": prompt, "max_new_tokens": max_new_tokens} | sampling)
+        yield from (7, 8)
 
 
 @pytest.fixture
@@ -51,8 +49,9 @@ def model(monkeypatch):
     fake = FakeModel()
     fake.loaded = []
 
-    def load(path, dtype, numerics, cache):
+    def load(path, dtype, numerics, cache, tokenizer, allow_links):
         fake.loaded.append((path, dtype, numerics, cache))
+        fake.how = {"tokenizer": tokenizer, "allow_links": allow_links}
         return fake
 
     monkeypatch.setattr(language_model, "load", load)
@@ -150,7 +149,7 @@ def test_ids_and_every_option(capsys, model):
     assert (code, out) == (0, "7 8\n")  # the stop token is not shown
     assert model.loaded == [(pathlib.Path("some/dir"), "float32", "qat", "fp8+mxfp4")]
     assert model.calls == [
-        {"prompt": [[5, 6]], "max_new_tokens": 9, "temperature": 0.0, "top_p": 0.5, "seed": 3}
+        {"prompt": [5, 6], "max_new_tokens": 9, "temperature": 0.0, "top_p": 0.5, "seed": 3}
     ]
 
 
@@ -217,7 +216,7 @@ def test_inspect_a_context(capsys, config_file):
     code, out, _ = run(capsys, "inspect", str(config_file), "--context", "4096", "--json")
     assert code == 0 and json.loads(out)["context"]["context"] == 4096
     code, _, err = run(capsys, "inspect", str(config_file), "--context", "0")
-    assert code == 2 and "context=0 must be in 1" in err
+    assert code == 2 and "context=0 must be an integer in 1" in err
 
 
 def test_inspect_shows_all_config_problems(capsys, config_file):
@@ -266,7 +265,7 @@ def verification(monkeypatch):
 
     result = types.SimpleNamespace(found=None)
 
-    def verify_checkpoint(directory, progress):
+    def verify_checkpoint(directory, progress, allow_links):
         progress("some.tensor", 1, 2)
         return result.found
 
@@ -310,7 +309,7 @@ def test_convert_passes_its_arguments_on(capsys, monkeypatch):
         return ["the MTP block is not saved"]
 
     monkeypatch.setattr(convert, "convert_checkpoint", convert_checkpoint)
-    flags = "--layout transformers --to float32 --ignore-draft-head --overwrite"
+    flags = "--layout transformers --to float32 --ignore-draft-head --overwrite --allow-links disk"
     code, out, err = run(capsys, "convert", "from", "to", *flags.split())
     assert (code, out, err) == (0, "", "warning: the MTP block is not saved\n")
     del seen["reading"], seen["writing"]
@@ -321,6 +320,7 @@ def test_convert_passes_its_arguments_on(capsys, monkeypatch):
         "to": "float32",
         "draft_head": "ignore",
         "overwrite": True,
+        "allow_links": pathlib.Path("disk"),
     }
 
 
@@ -371,3 +371,23 @@ def test_a_closed_pipe_is_quiet(config_file):
     script = f"{inspect} | true; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode in (0, 141) and done.stderr == ""
+
+
+# presets
+
+
+@pytest.mark.parametrize(("name", "total"), [("flash", 284_332_240_471), ("pro", 1_572_997_201_763)])
+def test_released_models_are_inspected_without_a_file(capsys, tmp_path, monkeypatch, name, total):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(capsys, "inspect", name, "--json", "--context", "1048576")
+    assert (code, err) == (0, "")
+    assert json.loads(out)["parameters"]["total"] == total
+    assert json.loads(out)["context"]["context"] == 1048576
+
+
+def test_a_folder_with_the_name_of_a_preset_goes_first(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "flash").mkdir()
+    (tmp_path / "flash" / "config.json").write_text(json.dumps(config_io.official_config_dict(CONFIG)))
+    _, out, _ = run(capsys, "inspect", "flash", "--json")
+    assert json.loads(out)["config"]["hidden_size"] == CONFIG.hidden_size

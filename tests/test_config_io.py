@@ -328,7 +328,10 @@ WRONG = [
     (OFFICIAL | {"swiglu_limit": "10"}, "swiglu_limit='10' must be a finite number"),
     (OFFICIAL | {"rms_norm_eps": float("inf")}, "rms_norm_eps=inf must be a finite number"),
     (OFFICIAL | {"rope_scaling": ["yarn"]}, "rope_scaling=['yarn'] must be an object"),
-    (OFFICIAL | {"eos_token_id": [1, 2]}, "eos_token_id=[1, 2] must be one token id"),
+    (OFFICIAL | {"eos_token_id": [1, "2"]}, "eos_token_id=[1, '2'] must be a token id or a list"),
+    (OFFICIAL | {"eos_token_id": []}, "eos_token_id=[] must be a token id or a list"),
+    (OFFICIAL | {"eos_token_id": [1, 512]}, "eos_token_id=(1, 512) must lie in the vocabulary"),
+    (OFFICIAL | {"bos_token_id": [1, 2]}, "bos_token_id=[1, 2] must be one token id"),
     (OFFICIAL | {"num_experts_per_tok": 9}, "num_experts_per_tok=9 must not exceed n_routed"),
     (OFFICIAL | {"o_groups": 3}, "num_attention_heads=4 must be a multiple of o_groups=3"),
     (OFFICIAL | {"eos_token_id": 512}, "eos_token_id=512 must lie in the vocabulary"),
@@ -356,9 +359,20 @@ def test_an_empty_object_shows_twenty_problems_and_a_count():
         config_io.parse_config({})
 
 
-def test_one_token_id_in_a_list_is_that_id():
-    read = config_io.parse_config(OFFICIAL | {"eos_token_id": [5], "bos_token_id": None}).config
-    assert (read.eos_token_id, read.bos_token_id) == (5, None)
+@pytest.mark.parametrize("eos", [None, 5, [5], [1, 327]])
+def test_end_tokens_are_written_as_they_were_read(eos):
+    read = config_io.parse_config(OFFICIAL | {"eos_token_id": eos, "bos_token_id": [7]}).config
+    assert (read.eos_token_id, read.bos_token_id) == (tuple(eos) if isinstance(eos, list) else eos, 7)
+    for written in (config_io.official_config_dict(read), config_io.transformers_config_dict(read)):
+        assert written["eos_token_id"] == eos
+
+
+def test_a_ratio_of_one_is_no_compression():
+    ratios = [1 if ratio == 0 else ratio for ratio in OFFICIAL["compress_ratios"]]
+    assert 1 in ratios[:2] and ratios[-1] == 1  # two window layers, and the draft entry
+    read = config_io.parse_config(OFFICIAL | {"compress_ratios": ratios}).config
+    assert read == config_io.parse_config(OFFICIAL).config
+    assert config_io.official_config_dict(read)["compress_ratios"] == OFFICIAL["compress_ratios"]
 
 
 # other models

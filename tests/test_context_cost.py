@@ -47,5 +47,5 @@ def test_a_short_context_is_not_charged_for_what_it_does_not_see():
 
 
 def test_the_context_must_fit():
-    with pytest.raises(ValueError, match="context=0 must be in 1 .. 65536"):
+    with pytest.raises(ValueError, match="context=0 must be an integer in 1..65536"):
         context_cost(tiny(), 0)

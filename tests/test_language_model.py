@@ -139,7 +139,7 @@ def test_more_than_the_model_holds_is_refused(lm):
 @pytest.mark.parametrize("index", [-1, 2])
 def test_a_layer_that_is_not_there(lm, index):
     streams = np.zeros((1, 3, lm.config.hc_mult, lm.config.hidden_size), np.float32)
-    with pytest.raises(ValueError, match=f"layer {index} is not in 0 .. 1"):
+    with pytest.raises(ValueError, match=f"index={index} must be an integer in 0..1"):
         lm.layer(index, streams, [[1, 2, 3]])
 
 

@@ -6,10 +6,11 @@ from typing import Literal
 
 from dsv4_jax.checkpoint import names
 from dsv4_jax.checkpoint.load import Weights, load_checkpoint
-from dsv4_jax.checkpoint.manifest import Options, open_manifest
 from dsv4_jax.checkpoint.release import DraftHead
 from dsv4_jax.checkpoint.save import save_checkpoint
 from dsv4_jax.checkpoint.storage import BASE, PREVIEW
+from dsv4_jax.checkpoint.write import target_problems
+from dsv4_jax.errors import CheckpointError
 from dsv4_jax.numerics.policy import Policy
 
 Progress = Callable[[str, int, int], None]
@@ -30,6 +31,7 @@ def convert_checkpoint(
     to: Target = "keep",
     draft_head: DraftHead = "refuse",
     overwrite: bool = False,
+    allow_links: str | pathlib.Path | None = None,
     reading: Progress | None = None,
     writing: Progress | None = None,
 ) -> list[str]:
@@ -47,6 +49,7 @@ def convert_checkpoint(
             stay as they are.
         draft_head: 'ignore' leaves a DSpark draft head out instead of refusing the checkpoint.
         overwrite: replace what is at `destination`.
+        allow_links: a folder that links of `source` may lead into.
         reading, writing: progress of the two halves.
 
     Returns:
@@ -55,10 +58,18 @@ def convert_checkpoint(
     Raises:
         CheckpointError: with all problems; `destination` is then as it was.
     """
-    in_memory = to if to in _STORED_NAME else _widest_matrix(source, draft_head)
-    weights: Weights = "dequantized" if to in _STORED_NAME else "native"
+    problems = _destination_problems(source, destination, overwrite)
+    if problems:  # before hours of reading
+        raise CheckpointError(f"cannot convert to {destination}", problems)
+    policy = Policy.of(to) if to in _STORED_NAME else None
+    weights: Weights = "native" if policy is None else "dequantized"
     loaded = load_checkpoint(
-        source, Policy.of(in_memory), weights=weights, draft_head=draft_head, progress=reading
+        source,
+        policy,
+        weights=weights,
+        draft_head=draft_head,
+        allow_links=allow_links,
+        progress=reading,
     )
     stored = loaded.stored
     if to in _STORED_NAME:
@@ -74,19 +85,20 @@ def convert_checkpoint(
         layout=layout,
         stored=stored,
         release=_RELEASES.get(to),
-        copy_from=source,
+        side_files=loaded.side_files,
         overwrite=overwrite,
         progress=writing,
     )
     return [*loaded.warnings, *warnings]
 
 
-def _widest_matrix(source: str | pathlib.Path, draft_head: DraftHead) -> str:
-    """The dtype that holds every matrix of the checkpoint exactly."""
-    with open_manifest(source, Options(draft_head=draft_head)) as (_, manifest):
-        plain = {
-            entry.tensor.dtype
-            for entry in manifest.entries
-            if entry.format == "plain" and entry.spec.kind == "matrix"
-        }
-    return "bfloat16" if plain <= {"BF16"} else "float32"
+def _destination_problems(
+    source: str | pathlib.Path, destination: str | pathlib.Path, overwrite: bool
+) -> list[str]:
+    try:
+        read, written = pathlib.Path(source).resolve(), pathlib.Path(destination).resolve()
+    except (OSError, ValueError, RuntimeError) as error:  # a NUL in the path; a cycle of links
+        return [f"{destination!r}: {error}"]
+    if read == written or read in written.parents or written in read.parents:
+        return [f"{destination}: is {source} itself, or one lies in the other"]
+    return target_problems(destination, overwrite)

@@ -4,55 +4,55 @@ Either `model.safetensors` alone, or `model.safetensors.index.json` with its sha
 the index and the headers say is checked, over all shards, before one byte of weights is read.
 """
 
-import os
 import re
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
 
-from dsv4_jax.checkpoint.safetensors import Header, TensorInfo, load_header
+from dsv4_jax.checkpoint.safetensors import Header, TensorInfo, header_of
 from dsv4_jax.checkpoint.shard_index import (
     INDEX_FILE,
     SINGLE_FILE,
     ShardIndex,
-    disagreements,
+    not_stored,
     read_index,
-    stored_twice,
+    shadowed,
 )
 from dsv4_jax.checkpoint.staging import REPLACED_PREFIX
-from dsv4_jax.checkpoint.stored_file import StoredFile, refusal
 from dsv4_jax.errors import CheckpointError
+from dsv4_jax.folder import Folder
+from dsv4_jax.stored_file import StoredFile, refusal
 from dsv4_jax.strict_json import plain, shown
 
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors")
 
 
 class CheckpointFiles:
-    """The tensors of an opened checkpoint directory; made by `open_checkpoint`, a context manager.
+    """The tensors of an opened checkpoint directory; made by `open_tensors`, a context manager.
 
     Leaving the context without an error runs `check_unchanged` once more, then closes the files.
 
     Attributes:
-        directory: as given to `open_checkpoint`.
-        tensors: every stored tensor by name.
+        folder: the open directory, of which other files may be read meanwhile.
+        tensors: every tensor by name; with an index, the tensors that it names.
         metadata: `__metadata__` of the shards, merged; the first shard wins.
         warnings: what is odd but harmless, one sentence each.
     """
 
-    def __init__(self, directory: Path, headers: Iterable[Header], warnings: list[str], copy: bool) -> None:
-        tensors: dict[str, TensorInfo] = {}
-        metadata: dict[str, str] = {}
-        self._identities = {}
-        for header in headers:
-            tensors |= header.tensors
-            metadata = header.metadata | metadata
-            self._identities[header.path] = header.identity
-        self.directory = directory
-        self.tensors: Mapping[str, TensorInfo] = MappingProxyType(tensors)
-        self.metadata: Mapping[str, str] = MappingProxyType(metadata)
+    def __init__(
+        self,
+        folder: Folder,
+        tensors: Mapping[str, TensorInfo],
+        metadata: Mapping[str, str],
+        warnings: list[str],
+        copy: bool,
+    ) -> None:
+        self.folder = folder
+        self.tensors: Mapping[str, TensorInfo] = MappingProxyType(dict(tensors))
+        self.metadata: Mapping[str, str] = MappingProxyType(dict(metadata))
         self.warnings = warnings
         self._copy = copy
         self._open: dict[Path, StoredFile] = {}
@@ -85,7 +85,7 @@ class CheckpointFiles:
         with self._lock:
             file = self._open.get(tensor.path)
             if file is None:
-                file = StoredFile(tensor.path, self._identities[tensor.path])
+                file = self.folder.open(tensor.path.name)
                 self._open[tensor.path] = file
         if self._copy:
             array = np.empty(tensor.shape, tensor.numpy_dtype)
@@ -106,92 +106,88 @@ class CheckpointFiles:
             file.drop_pages(tensor.start, tensor.end)
 
     def check_unchanged(self) -> None:
-        """Raises CheckpointError if a file that was read from has been replaced or rewritten."""
-        problems: list[str] = []
-        for file in self._open.values():
-            try:
-                file.check_unchanged()
-            except CheckpointError as error:
-                problems += error.problems
-        if problems:
-            raise _refused(self.directory, problems)
+        """Raises CheckpointError if the folder or a file that was read from was replaced or rewritten."""
+        self.folder.check_unchanged()
 
     def close(self) -> None:
         """Closes all files. Arrays that still view a file keep its mapping alive."""
         for file in self._open.values():
             file.close()
         self._open.clear()
+        self.folder.close()
 
 
-def open_checkpoint(directory: str | Path, *, copy: bool = False) -> CheckpointFiles:
+def open_checkpoint(
+    directory: str | Path, *, copy: bool = False, allow_links: str | Path | None = None
+) -> CheckpointFiles:
     """Opens a checkpoint directory after checking its index and all its headers.
 
     Args:
         directory: holds `model.safetensors`, or an index and its shards.
         copy: read tensors into memory instead of mapping the files: safe against files that another
             process truncates, and works where files cannot be mapped.
+        allow_links: a folder that links may lead into, see `Folder`.
 
     Raises:
         CheckpointError: with the problems of every file, each naming its file and tensor.
     """
-    directory = Path(directory)
-    listing = _listing(directory)
-    found = {name for name in listing if name.endswith(".safetensors")}
-    index, problems = _index_of(directory, listing, found)
+    folder = Folder(directory, allow_links)
+    try:
+        return open_tensors(folder, copy=copy)
+    except BaseException:
+        folder.close()
+        raise
+
+
+def open_tensors(folder: Folder, *, copy: bool = False) -> CheckpointFiles:
+    """As `open_checkpoint`, of an open folder, which the result closes."""
+    found = {name for name in folder.names if name.endswith(".safetensors")}
+    index, problems = _index_of(folder, found)
     weight_map = index.weight_map if index is not None else {}
     named = sorted(set(weight_map.values()))
 
     headers: dict[str, Header] = {}
     for name in named or sorted(found):  # without a usable index, still say what else is wrong
         try:
-            _check_shard(directory, name, found)
-            headers[name] = load_header(directory / name)
+            _check_shard(folder, name, found)
+            with folder.open(name) as file:
+                headers[name] = header_of(file)
         except CheckpointError as error:
             problems += error.problems
-    stored = {name: header.tensors.keys() for name, header in headers.items()}
-    problems += stored_twice(stored)
-    if index is not None:
-        problems += disagreements(weight_map, stored)
-        problems += [
-            f"{plain(name)}: is in the directory but not in {INDEX_FILE}"
-            for name in sorted(found.difference(named))
-        ]
+    stored = {name: header.tensors for name, header in headers.items()}
+    problems += not_stored(weight_map, stored)
     if problems:
-        raise _refused(directory, problems)
+        raise folder.refused(problems)
 
-    warnings = index.warnings if index is not None else []
-    files = CheckpointFiles(directory, headers.values(), warnings, copy)
-    stored_size = sum(tensor.num_bytes for tensor in files.tensors.values())
-    if index is not None and index.total_size not in (None, stored_size):
-        warnings.append(
-            f"{INDEX_FILE}: total_size is {index.total_size}, the tensors have {stored_size} bytes"
-        )
-    return files
-
-
-def _refused(directory: Path, problems: list[str]) -> CheckpointError:
-    return CheckpointError(f"checkpoint {directory} cannot be used", problems)
-
-
-def _listing(directory: Path) -> set[str]:
-    try:
-        return set(os.listdir(directory))
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        problem = f"{directory}: cannot be listed as a directory ({reason})"
-        raise _refused(directory, [problem]) from error
+    metadata: dict[str, str] = {}
+    for header in headers.values():
+        metadata = header.metadata | metadata
+    if index is None:
+        return CheckpointFiles(folder, stored[SINGLE_FILE], metadata, [], copy)
+    tensors = {
+        name: tensor
+        for shard, held in stored.items()  # in the order of their bytes
+        for name, tensor in held.items()
+        if weight_map.get(name) == shard
+    }
+    warnings = [*index.warnings, *shadowed(weight_map, stored)]
+    if unnamed := sorted(map(plain, found.difference(named))):
+        warnings.append(f"{', '.join(unnamed)}: in the directory but not in {INDEX_FILE}, not used")
+    used = sum(tensor.num_bytes for tensor in tensors.values())
+    everything = sum(tensor.num_bytes for held in stored.values() for tensor in held.values())
+    if index.total_size not in (None, used, everything):
+        warnings.append(f"{INDEX_FILE}: total_size is {index.total_size}, the tensors have {used} bytes")
+    return CheckpointFiles(folder, tensors, metadata, warnings, copy)
 
 
-def _index_of(directory: Path, listing: set[str], found: set[str]) -> tuple[ShardIndex | None, list[str]]:
+def _index_of(folder: Folder, found: set[str]) -> tuple[ShardIndex | None, list[str]]:
     """The index if there is a usable one, and what is wrong with it or with its absence."""
-    path = directory / INDEX_FILE
-    try:
-        if INDEX_FILE in listing:
-            _check_link(directory, path)
-            index = read_index(path)
+    if INDEX_FILE in folder.names:
+        try:
+            index = read_index(folder)
             return index, list(index.problems)
-    except CheckpointError as error:
-        return None, list(error.problems)
+        except CheckpointError as error:
+            return None, list(error.problems)
     if SINGLE_FILE in found:
         return None, [
             f"{plain(name)}: is beside {SINGLE_FILE} without a {INDEX_FILE}"
@@ -199,36 +195,16 @@ def _index_of(directory: Path, listing: set[str], found: set[str]) -> tuple[Shar
         ]
     others = f" beside {len(found)} other .safetensors files" if found else ""
     hint = "the checkpoint is incomplete, download or save it again"
-    if replaced := sorted(name for name in listing if name.startswith(REPLACED_PREFIX)):
+    if replaced := sorted(name for name in folder.names if name.startswith(REPLACED_PREFIX)):
         hint = f"a save was interrupted, the former files are in {replaced[-1]}"
     return None, [f"{INDEX_FILE}: is missing, and so is {SINGLE_FILE}{others}; {hint}"]
 
 
-def _check_shard(directory: Path, name: str, found: set[str]) -> None:
-    """Refuses a shard that is missing, has a path for a name, or is a link out of the directory."""
+def _check_shard(folder: Folder, name: str, found: set[str]) -> None:
+    """Refuses a shard that is missing, or has something else than a shard's name."""
     if _SHARD_NAME.fullmatch(name) is None:
         problem = f"shard {shown(name)} is not a plain file name ending in .safetensors"
-        raise refusal(directory / INDEX_FILE, problem)
+        raise refusal(folder.directory / INDEX_FILE, problem)
     if name not in found:
         problem = f"is named in {INDEX_FILE} but missing; download it again"
-        raise refusal(directory / name, problem)
-    _check_link(directory, directory / name)
-
-
-def _check_link(directory: Path, path: Path) -> None:
-    """Links may stay in the directory, or lead to the blobs of the repository in a hub cache.
-
-    That cache is models--org--name/{snapshots/<revision>/<links>, blobs/<files>}.
-    """
-    if not os.path.islink(path):
-        return
-    try:
-        target, home = path.resolve(strict=True), directory.resolve(strict=True)
-    except (OSError, RuntimeError) as error:  # RuntimeError: a cycle, before Python 3.13
-        raise refusal(path, f"is a link that leads nowhere ({error})") from error
-    roots = [home]
-    repository = home.parent.parent
-    if home.parent.name == "snapshots" and repository.name.startswith("models--"):
-        roots.append(repository / "blobs")
-    if not any(target.is_relative_to(root) for root in roots):
-        raise refusal(path, f"is a link that leaves the directory, to {target}")
+        raise refusal(folder.directory / name, problem)

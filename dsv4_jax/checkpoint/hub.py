@@ -32,7 +32,8 @@ def locate(
     """The local directory (or file) that `source` names, downloaded first if it is an address.
 
     Args:
-        source: a path, or `hf://org/name@revision` with a branch, tag or commit.
+        source: a path, or `hf://org/name@revision` with a branch, tag or commit. With HF_HUB_OFFLINE=1 a
+            branch or tag means the commit that it had when the local cache fetched it.
         weights: fetch the tensors too, not only the JSON files.
         announce: told the commit before the download starts; the download shows its own progress.
         resolve: (repository, revision) -> commit; by default asks the hub.
@@ -42,13 +43,16 @@ def locate(
         CheckpointError: for a malformed address, or one that cannot be fetched.
     """
     if not source.startswith(SCHEME):
+        if not source or "\0" in source:
+            raise CheckpointError("cannot use this checkpoint", [f"{source!r} is not a path"])
         return pathlib.Path(source)
     repository, revision = parse_address(source)
     try:
         commit = revision
         if not _COMMIT.fullmatch(revision):
             commit = (resolve or _commit_of)(repository, revision)
-        announce(f"{SCHEME}{repository}@{commit}")
+        offline = " (offline: what the local cache holds)" if _is_offline() else ""
+        announce(f"{SCHEME}{repository}@{commit}{offline}")
         directory = (download or _snapshot_download)(
             repo_id=repository,
             revision=commit,
@@ -78,12 +82,42 @@ def parse_address(address: str) -> tuple[str, str]:
     return match["repository"], match["revision"]
 
 
+def _is_offline() -> bool:
+    """Whether the user forbids the hub's client to use the network (HF_HUB_OFFLINE)."""
+    from huggingface_hub import constants
+
+    return constants.is_offline_mode()
+
+
 def _commit_of(repository: str, revision: str) -> str:
     import huggingface_hub
 
+    if _is_offline():
+        return _cached_commit(repository, revision)
     commit = huggingface_hub.HfApi().model_info(repository, revision=revision).sha
     if commit is None:
         raise ValueError(f"the hub names no commit for revision {revision!r}")
+    return commit
+
+
+def _cached_commit(repository: str, revision: str) -> str:
+    """The commit that a branch or tag had when it was last fetched into the local cache.
+
+    The cache notes it in models--org--name/refs/<revision>.
+    """
+    from huggingface_hub import constants, file_download
+
+    folder = file_download.repo_folder_name(repo_id=repository, repo_type="model")
+    noted = pathlib.Path(constants.HF_HUB_CACHE) / folder / "refs" / revision
+    try:
+        commit = noted.read_text().strip()
+    except OSError as failure:
+        cache = constants.HF_HUB_CACHE
+        raise ValueError(
+            f"offline, and the local cache {cache} does not know {revision!r} of {repository}"
+        ) from failure
+    if not _COMMIT.fullmatch(commit):
+        raise ValueError(f"{noted} holds no commit")
     return commit
 
 

@@ -18,6 +18,8 @@ from dsv4_jax.checkpoint import names, native
 from dsv4_jax.checkpoint.files import CheckpointFiles
 from dsv4_jax.checkpoint.manifest import Manifest, Options, open_manifest
 from dsv4_jax.checkpoint.release import DraftHead
+from dsv4_jax.checkpoint.safetensors import DTYPES
+from dsv4_jax.checkpoint.side_files import UseTokenizer
 from dsv4_jax.checkpoint.tensor_rules import Entry
 from dsv4_jax.checkpoint.values import Findings, place_in, read_entry
 from dsv4_jax.checkpoint.write import Progress
@@ -26,12 +28,12 @@ from dsv4_jax.errors import CheckpointError
 from dsv4_jax.numerics.weights import QuantizedWeight
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
     from dsv4_jax.numerics.policy import Policy
 
 ALIGNMENT = 64
 """Bytes; JAX on a CPU takes over host buffers so aligned instead of copying them."""
-
-TOKENIZER_FILE = "tokenizer.json"
 
 Weights = Literal["native", "dequantized"]
 """What becomes of quantised weights: kept as they are, or made arrays of the param dtype."""
@@ -51,7 +53,8 @@ class Loaded:
             `save` uses it to write back what was read.
         warnings: sentences for the user.
         layout: the naming that was found.
-        tokenizer_file: path of `tokenizer.json`, if there is one.
+        tokenizer: of `tokenizer.json`, if there is one.
+        side_files: the small files beside the weights, by name; `save` writes them back.
         experts_in_fp4: whether every routed expert came from FP4, so that its values are on that grid.
     """
 
@@ -60,13 +63,14 @@ class Loaded:
     stored: Mapping[str, str]
     warnings: tuple[str, ...]
     layout: names.Layout
-    tokenizer_file: pathlib.Path | None
+    tokenizer: "Tokenizer | None"
+    side_files: Mapping[str, bytes]
     experts_in_fp4: bool
 
 
 def load_checkpoint(
     directory: str | pathlib.Path,
-    policy: "Policy",
+    policy: "Policy | None",
     *,
     weights: Weights = "dequantized",
     draft_head: DraftHead = "refuse",
@@ -74,19 +78,21 @@ def load_checkpoint(
     require_mtp: bool = False,
     scan_weights: bool = False,
     copy: bool = False,
+    allow_links: str | pathlib.Path | None = None,
+    tokenizer: UseTokenizer = "read",
     place: Callable[[np.ndarray, names.Path], object] | None = None,
     progress: Progress | None = None,
 ) -> Loaded:
     """Loads a checkpoint in any layout.
 
-    Config, index, headers, names, shapes and dtypes are checked in full before any data is read.
+    Config, index, headers, names, shapes, dtypes and side files are checked in full before any data is read.
     Scales, hash tables and float32 tensors are scanned while reading. Nothing from the directory is
     executed.
 
     Args:
         directory: with `config.json` and safetensors files.
         policy: gives the dtype of matrices; norms, sinks, mHC, biases and position biases are
-            float32.
+            float32. None takes the narrower of bfloat16 and float32 that holds every matrix exactly.
         weights: 'native' keeps FP8 and FP4 weights as `QuantizedWeight`; 'dequantized' makes them arrays of
             the param dtype.
         draft_head: 'ignore' loads a DSpark release without its draft head; 'refuse' does not load
@@ -95,6 +101,8 @@ def load_checkpoint(
         require_mtp: refuse a checkpoint without an MTP block.
         scan_weights: look for NaN and infinity in bfloat16 weights too.
         copy: read files instead of mapping them (see `open_checkpoint`).
+        allow_links: a folder that links may lead into (see `dsv4_jax.folder`).
+        tokenizer: 'ignore' opens no tokenizer.json and no tokenizer_config.json.
         place: host array and parameter path -> the array to keep; by default `jax.device_put`. Called
             for the elements and for the scales of a quantised weight.
         progress: called after each tensor with (its name, bytes read, bytes of all tensors).
@@ -102,12 +110,13 @@ def load_checkpoint(
     Raises:
         CheckpointError: with all problems at once; nothing is loaded then.
     """
-    options = Options(draft_head, text_only, require_mtp, copy)
+    options = Options(draft_head, text_only, require_mtp, copy, allow_links, tokenizer)
     with open_manifest(directory, options) as (files, manifest):
         findings = Findings()
         flat: dict[names.Path, object] = {}
+        param_dtype = exact_dtype(manifest) if policy is None else policy.param_dtype
         for path, value in read_parameters(
-            files, manifest, policy.param_dtype, findings, scan_weights, progress, weights
+            files, manifest, param_dtype, findings, scan_weights, progress, weights
         ):
             if findings.problems:
                 flat.clear()  # reading goes on only to report everything
@@ -118,18 +127,28 @@ def load_checkpoint(
         files.check_unchanged()
     if findings.problems:
         raise CheckpointError(f"checkpoint {directory} cannot be used", findings.problems)
-    tokenizer = pathlib.Path(directory) / TOKENIZER_FILE
     return Loaded(
         config=manifest.config,
         parameters=nested(flat),
         stored=stored_dtypes(manifest, flat),
         warnings=(*manifest.warnings, *findings.warnings()),
         layout=manifest.layout,
-        tokenizer_file=tokenizer if tokenizer.is_file() else None,
+        tokenizer=manifest.side_files.tokenizer,
+        side_files=manifest.side_files.contents,
         experts_in_fp4=all(
             entry.format == "fp4" for entry in manifest.entries if entry.spec.parameter.role == "expert"
         ),
     )
+
+
+def exact_dtype(manifest: Manifest) -> np.dtype:
+    """The narrower of bfloat16 and float32 that holds every matrix of a checkpoint exactly."""
+    plain = {
+        entry.tensor.dtype
+        for entry in manifest.entries
+        if entry.format == "plain" and entry.spec.kind == "matrix"
+    }
+    return DTYPES["BF16" if plain <= {"BF16"} else "F32"]
 
 
 def read_parameters(

@@ -6,14 +6,21 @@ import pathlib
 from collections.abc import Iterator, Mapping
 
 from dsv4_jax.checkpoint import names
-from dsv4_jax.checkpoint.files import CheckpointFiles, open_checkpoint
+from dsv4_jax.checkpoint.files import CheckpointFiles, open_tensors
 from dsv4_jax.checkpoint.layout import identify
-from dsv4_jax.checkpoint.release import OFFICIAL_HOME, DraftHead, recognise
+from dsv4_jax.checkpoint.release import DraftHead, recognise
+from dsv4_jax.checkpoint.side_files import SideFiles, UseTokenizer, read_side_files
 from dsv4_jax.checkpoint.tensor_rules import Entry, check_tensor
 from dsv4_jax.checkpoint.tensor_set import missing_problems, unexpected_problems
 from dsv4_jax.config import ModelConfig
-from dsv4_jax.config_io import ConfigFile, read_config_file
+from dsv4_jax.config_io import CONFIG_FILE, ConfigFile, read_config_in
 from dsv4_jax.errors import CheckpointError, ConfigError
+from dsv4_jax.folder import Folder
+from dsv4_jax.foreign import foreign_folder
+
+# A config may claim this many times the tensors that are there, and some more, before the claim is refused
+# as a whole instead of being listed tensor by tensor.
+_CLAIM_FACTOR, _CLAIM_SLACK = 4, 10_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +31,8 @@ class Options:
     text_only: bool = False
     require_mtp: bool = False
     copy: bool = False
+    allow_links: str | pathlib.Path | None = None
+    tokenizer: UseTokenizer = "read"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,12 +44,14 @@ class Manifest:
         layout: its naming.
         entries: one for each tensor of that layout, in the order of the rename table.
         warnings: what was left out, and disagreements that the tensors settle.
+        side_files: the small files beside the weights.
     """
 
     config: ModelConfig
     layout: names.Layout
     entries: tuple[Entry, ...]
     warnings: tuple[str, ...]
+    side_files: SideFiles
 
 
 @contextlib.contextmanager
@@ -52,36 +63,36 @@ def open_manifest(
     Raises:
         CheckpointError: every problem of config, files, names, shapes and dtypes at once.
     """
-    directory = pathlib.Path(directory)
-    what = f"checkpoint {directory} cannot be used"
     problems: list[str] = []
     with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(Folder(directory, options.allow_links))
+        if foreign := foreign_folder(folder.names):
+            raise folder.refused([foreign])
         config_file = files = None
         try:
-            config_file = read_config_file(directory, text_only=options.text_only)
-        except ConfigError as error:
-            problems += [f"config.json: {problem}" for problem in error.problems]
-        try:
-            _refuse_gguf(directory)
-            files = stack.enter_context(open_checkpoint(directory, copy=options.copy))
+            config_file = read_config_in(folder, text_only=options.text_only)
         except CheckpointError as error:
             problems += error.problems
-        if config_file is None or files is None:
-            raise CheckpointError(what, problems)
-        manifest, problems = build_manifest(files, config_file, options)
-        if manifest is None:
-            raise CheckpointError(what, problems)
+        except ConfigError as error:
+            problems += [f"{CONFIG_FILE}: {problem}" for problem in error.problems]
+        vocab_size = None if config_file is None else config_file.config.vocab_size
+        side_files, found = read_side_files(folder, vocab_size, options.tokenizer)
+        problems += found
+        try:
+            files = stack.enter_context(open_tensors(folder, copy=options.copy))
+        except CheckpointError as error:
+            problems += error.problems
+        manifest = None
+        if config_file is not None and files is not None:
+            manifest, found = build_manifest(files, config_file, side_files, options)
+            problems += found
+        if manifest is None or problems:
+            raise folder.refused(problems)
         yield files, manifest
 
 
-def _refuse_gguf(directory: pathlib.Path) -> None:
-    if directory.is_dir() and any(directory.glob("*.gguf")) and not any(directory.glob("*.safetensors")):
-        problem = f"the weights are quantised by GGUF, which is not supported; {OFFICIAL_HOME}"
-        raise CheckpointError(f"checkpoint {directory} cannot be used", [problem])
-
-
 def build_manifest(
-    files: CheckpointFiles, config_file: ConfigFile, options: Options
+    files: CheckpointFiles, config_file: ConfigFile, side_files: SideFiles, options: Options
 ) -> tuple[Manifest | None, list[str]]:
     """Matches the tensors of the files with those of the config.
 
@@ -110,6 +121,13 @@ def build_manifest(
     if options.require_mtp and config.num_nextn_predict_layers == 0:
         problems.append(f"an MTP block was asked for; this checkpoint ({naming.layout} layout) has none")
 
+    claimed, most = names.num_tensors(config, naming.layout), _CLAIM_FACTOR * len(tensors) + _CLAIM_SLACK
+    if claimed > most:
+        problems.append(
+            f"{CONFIG_FILE} describes {claimed} tensors (num_hidden_layers={config.num_hidden_layers},"
+            f" n_routed_experts={config.n_routed_experts}), the files hold {len(tensors)}"
+        )
+        return None, problems
     specs = names.layout_tensors(config, naming.layout)
     known = {spec.name for spec in specs} | {spec.scale_name for spec in specs}
     problems += missing_problems(specs, naming.names)
@@ -130,7 +148,7 @@ def build_manifest(
     # the DSpark note may come from the config and from the tensors
     warnings = [*files.warnings, *config_file.notes, *release.warnings]
     warnings += storage_warnings(entries, config_file.raw)
-    return Manifest(config, naming.layout, tuple(entries), tuple(dict.fromkeys(warnings))), []
+    return Manifest(config, naming.layout, tuple(entries), tuple(dict.fromkeys(warnings)), side_files), []
 
 
 def storage_warnings(entries: list[Entry], raw: Mapping[str, object]) -> list[str]:

@@ -206,7 +206,13 @@ def scale_name(name: str, layout: Layout) -> str:
 
 
 def _specs(
-    row: Row, layout: Layout, prefix: str, table: dict[Path, Parameter], root: Path, repeat: int | None
+    row: Row,
+    layout: Layout,
+    prefix: str,
+    table: dict[Path, Parameter],
+    root: Path,
+    repeat: int | None,
+    experts: int | None = None,
 ) -> list[TensorSpec]:
     """The tensors of a row in one place; none without such a parameter, or without a name in the layout."""
     short, parameter = row_name(row, layout), table.get((*root, *row.words))
@@ -215,7 +221,7 @@ def _specs(
     before = () if repeat is None else (repeat,)
     half = tuple(int(word) for word in row.path.split("/") if word.isdigit())
     if "#" in row.path:
-        num_experts = parameter.shape[len(before)]
+        num_experts = parameter.shape[len(before)] if experts is None else experts
         indices = [(*before, expert, *half) for expert in range(num_experts)]
     else:
         indices = [(*before, *half)]
@@ -242,10 +248,18 @@ def _stack_of_layer(config: ModelConfig) -> tuple[tuple[int, LayerStack, int, in
 
 
 @functools.lru_cache(maxsize=8)
-def layout_tensors(config: ModelConfig, layout: Layout = "official") -> tuple[TensorSpec, ...]:
+def layout_tensors(
+    config: ModelConfig, layout: Layout = "official", experts: int | None = None
+) -> tuple[TensorSpec, ...]:
     """Every tensor of a checkpoint of `config` in `layout`: weights only, without block scales.
 
     The transformers layouts hold no MTP block.
+
+    Args:
+        config: of the model.
+        layout: naming.
+        experts: list so many experts of each layer instead of all. They are alike, so that 1 is enough for
+            counting, and takes no longer for a config that claims millions.
     """
     table = parameters.parameters(config)
     specs = [spec for row in TOP_ROWS for spec in _specs(row, layout, "", table, (), None)]
@@ -253,23 +267,35 @@ def layout_tensors(config: ModelConfig, layout: Layout = "official") -> tuple[Te
         root: Path = ("stacks", number, "blocks", block)
         prefix = f"{LAYER_PREFIX[layout]}{layer}."
         for row in LAYER_ROWS:
-            specs += _specs(row, layout, prefix, table, root, repeat)
+            specs += _specs(row, layout, prefix, table, root, repeat, experts)
     if layout == "official":
         for depth in range(config.num_nextn_predict_layers):
-            specs += mtp_tensors(config, depth)
+            specs += mtp_tensors(config, depth, experts)
     return tuple(specs)
 
 
-def mtp_tensors(config: ModelConfig, depth: int = 0) -> list[TensorSpec]:
+def mtp_tensors(config: ModelConfig, depth: int = 0, experts: int | None = None) -> list[TensorSpec]:
     """The official tensors of one MTP block: its own rows, and a window layer, learned routing."""
     table = parameters.mtp_parameters(config, depth)
     prefix, root = f"mtp.{depth}.", ("mtp", depth)
     specs = [spec for row in MTP_ROWS for spec in _specs(row, "official", prefix, table, root, None)]
     for row in LAYER_ROWS:
-        specs += _specs(row, "official", prefix, table, (*root, "block"), 0)
+        specs += _specs(row, "official", prefix, table, (*root, "block"), 0, experts)
     return specs
 
 
-def official_tensors(config: ModelConfig) -> tuple[TensorSpec, ...]:
+def official_tensors(config: ModelConfig, experts: int | None = None) -> tuple[TensorSpec, ...]:
     """`layout_tensors` of the official layout."""
-    return layout_tensors(config, "official")
+    return layout_tensors(config, "official", experts)
+
+
+def is_one_expert(name: str) -> bool:
+    """Whether a tensor is of a single routed expert, one of E alike; False for a stack of them."""
+    return ".experts." in name and name.partition(".experts.")[2].partition(".")[0].isdecimal()
+
+
+def num_tensors(config: ModelConfig, layout: Layout) -> int:
+    """Number of `layout_tensors`, found without listing every expert."""
+    listed = layout_tensors(config, layout, 1)
+    numbered = sum(is_one_expert(spec.name) for spec in listed)
+    return len(listed) + (config.n_routed_experts - 1) * numbered

@@ -5,25 +5,14 @@ in DSpark releases too), so tensor names decide as well.
 """
 
 import dataclasses
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from typing import Literal
 
 from dsv4_jax.checkpoint.layout import own_name
 from dsv4_jax.config_io import DSPARK_NOTE, VISION_NOTE, VISION_REFUSAL
+from dsv4_jax.foreign import foreign_quantization, refused_method
 
 DraftHead = Literal["refuse", "ignore"]
-
-OFFICIAL_HOME = "the official checkpoints are under https://huggingface.co/deepseek-ai"
-
-# Name endings that only a third-party quantiser writes; the first match names the method.
-_FOREIGN_ENDINGS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("GPTQ", (".g_idx",)),
-    ("AWQ or GPTQ", (".qweight", ".qzeros", ".scales")),
-    ("NVFP4", (".weight_scale_2", ".input_scale", ".weight_global_scale", ".input_global_scale")),
-    ("compressed-tensors", (".weight_packed", ".weight_zero_point", ".weight_shape")),
-    ("bitsandbytes", (".SCB", ".absmax", ".quant_map", ".nested_absmax")),
-    ("int8 per-channel", (".weight_scale",)),
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +52,7 @@ def recognise(
     refusals, warnings = [], []
     method = foreign_quantization(names)
     if method is not None:
-        refusals.append(f"the weights are quantised by {method}, which is not supported; {OFFICIAL_HOME}")
+        refusals.append(refused_method(method))
     kept = [name for name in names if not name.removeprefix("model.").startswith("vision.")]
     if len(kept) < len(names):
         if text_only:
@@ -87,12 +76,3 @@ def recognise(
     else:
         copies = {name for name, own in draft.items() if "emb" in own or own.endswith("head.weight")}
     return Release([name for name in kept if name not in copies], has_dspark, refusals, warnings)
-
-
-def foreign_quantization(names: Iterable[str]) -> str | None:
-    """The third-party method whose extra tensors are among `names`, or None."""
-    endings = {"." + name.rpartition(".")[2] for name in names}
-    for method, marks in _FOREIGN_ENDINGS:
-        if endings.intersection(marks):
-            return method
-    return None

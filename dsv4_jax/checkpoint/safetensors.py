@@ -16,8 +16,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from dsv4_jax.checkpoint.stored_file import FileIdentity, StoredFile, refusal
 from dsv4_jax.errors import CheckpointError
+from dsv4_jax.stored_file import StoredFile, refusal
 from dsv4_jax.strict_json import JsonError, parse_json, repeated_keys, shown
 
 DTYPES: Mapping[str, np.dtype] = {
@@ -90,7 +90,6 @@ class Header:
     """The validated header of one file: tensors by name in the order of their bytes."""
 
     path: Path
-    identity: FileIdentity
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str]
     data_start: int
@@ -116,12 +115,16 @@ def read_header(path: str | Path) -> dict[str, TensorInfo]:
 
 
 def load_header(path: str | Path) -> Header:
-    """As `read_header`, with the metadata and the identity the file had when it was read."""
-    path = Path(path)
-    with StoredFile(path) as file:
-        identity = file.identity
-        document, data_start = _read_document(file)
-        file.check_unchanged()
+    """As `read_header`, with the metadata."""
+    with StoredFile(Path(path)) as file:
+        return header_of(file)
+
+
+def header_of(file: StoredFile) -> Header:
+    """As `load_header`, of a file that is open."""
+    path, size = file.path, file.identity.size
+    document, data_start = _read_document(file)
+    file.check_unchanged()
     try:
         parsed = parse_json(document, max_depth=3, max_items=MAX_TENSORS * (MAX_RANK + 4))
     except JsonError as error:
@@ -145,10 +148,10 @@ def load_header(path: str | Path) -> Header:
             tensors.append(TensorInfo(name, entry["dtype"], tuple(entry["shape"]), path, begin, end))
     if len(tensors) == len(parsed):  # with an unreadable entry, its bytes would look like a hole
         tensors.sort(key=lambda tensor: (tensor.start, tensor.end))
-        problems += _layout_problems(path, tensors, data_start, identity.size)
+        problems += _layout_problems(path, tensors, data_start, size)
     if problems:
         raise CheckpointError(f"{path} cannot be used", problems)
-    return Header(path, identity, {t.name: t for t in tensors}, dict(metadata), data_start)
+    return Header(path, {t.name: t for t in tensors}, dict(metadata), data_start)
 
 
 def _read_document(file: StoredFile) -> tuple[bytes, int]:

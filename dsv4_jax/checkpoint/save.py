@@ -15,22 +15,26 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 
 import jax
 import numpy as np
-import tokenizers
 
 from dsv4_jax import parameters as table
 from dsv4_jax.checkpoint import names, quantize
-from dsv4_jax.checkpoint.load import TOKENIZER_FILE
 from dsv4_jax.checkpoint.safetensors import DTYPES
+from dsv4_jax.checkpoint.side_files import GENERATION_FILE, SIDE_FILES
 from dsv4_jax.checkpoint.storage import Release, StoredTensor
 from dsv4_jax.checkpoint.tensor_rules import FP4_DTYPES
-from dsv4_jax.checkpoint.values import PIECE_ELEMENTS, place_in
+from dsv4_jax.checkpoint.values import (
+    PIECE_ELEMENTS,
+    num_non_finite,
+    place_in,
+    quantized_problem,
+    scale_problem,
+)
 from dsv4_jax.checkpoint.write import Planned, Progress, TensorPlan, write_sharded
 from dsv4_jax.config import ModelConfig
-from dsv4_jax.config_io import official_config_dict, transformers_config_dict
+from dsv4_jax.config_io import CONFIG_FILE, official_config_dict, token_json, transformers_config_dict
 from dsv4_jax.errors import CheckpointError
-from dsv4_jax.numerics.weights import QuantizedWeight
+from dsv4_jax.numerics.weights import QuantizedWeight, elements, scale
 
-COPIED_FILES = ("generation_config.json", TOKENIZER_FILE, "tokenizer_config.json")
 MAX_SHARD_BYTES = 5_000_000_000
 
 Leaf = jax.Array | np.ndarray | QuantizedWeight
@@ -45,8 +49,8 @@ def save_checkpoint(
     *,
     layout: names.Layout = "official",
     stored: Mapping[str, str] | None = None,
-    copy_from: str | pathlib.Path | None = None,
-    tokenizer: tokenizers.Tokenizer | str | pathlib.Path | None = None,
+    side_files: Mapping[str, bytes] | None = None,
+    more_files: Mapping[str, bytes] | None = None,
     release: Release | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     overwrite: bool = False,
@@ -60,9 +64,9 @@ def save_checkpoint(
         parameters: the tree of the table (`dsv4_jax.parameters`): nested dicts of arrays.
         layout: naming; 'transformers' is its native one, which its `from_pretrained` loads.
         stored: `Loaded.stored`, the dtypes to keep where that loses nothing.
-        copy_from: a checkpoint directory whose `COPIED_FILES` are copied.
-        tokenizer: to write as `tokenizer.json`, or the path of such a file; instead of the one
-            there.
+        side_files: `Loaded.side_files`, the small files to write beside, by name; a
+            generation_config.json is made of the config if it is not among them.
+        more_files: further files by name, such as the record of a training, that appear with the rest.
         release: the formats to store weights in, rounding those that are held otherwise; None keeps
             each as it is held. Official layout only.
         max_shard_bytes: data bytes of a shard at most, unless one tensor is larger.
@@ -73,16 +77,23 @@ def save_checkpoint(
         Warnings: what the layout cannot hold.
 
     Raises:
-        CheckpointError: parameters that are not those of the config, an unknown layout, or a
-            directory that must not be written; nothing is changed then.
+        CheckpointError: parameters that are not those of the config, or that hold NaN or infinity (what
+            `load` or `verify` would refuse does not replace a sound checkpoint); an unknown layout; a
+            directory that must not be written. Nothing is changed then.
     """
     flat = flattened(parameters)
     problems = [] if layout in names.LAYOUTS else [f"layout={layout!r} must be one of {names.LAYOUTS}"]
+    problems += [
+        f"side file {name!r} must be one of {SIDE_FILES}"
+        for name in side_files or ()
+        if name not in SIDE_FILES
+    ]
     problems += parameter_problems(config, flat)
     if release is not None:
         if layout != "official":
             problems.append(f"layout={layout!r} cannot hold {release.experts} weights, only 'official' can")
         problems += quantize.quantizing_problems(names.official_tensors(config), release)
+    problems = problems or non_finite_problems(flat)
     if problems:
         raise CheckpointError(f"cannot save to {directory}", problems)
     warnings = []
@@ -99,8 +110,9 @@ def save_checkpoint(
         planned,
         max_shard_bytes=max_shard_bytes,
         extra_files=extra_files(
-            config, layout, param_dtype, {plan.dtype for _, plan, _ in planned}, copy_from, tokenizer
-        ),
+            config, layout, param_dtype, {plan.dtype for _, plan, _ in planned}, side_files or {}
+        )
+        | dict(more_files or {}),
         overwrite=overwrite,
         progress=progress,
     )
@@ -136,6 +148,25 @@ def parameter_problems(config: ModelConfig, flat: Mapping[names.Path, Leaf]) -> 
         if dtype not in {spec.dtype(d) for d in known}:
             wanted = " or ".join(sorted({spec.dtype(d).name for d in _NAME_OF_DTYPE}))
             problems.append(f"{_joined(path)}: dtype {dtype.name}, expected {wanted}")
+    return problems
+
+
+def non_finite_problems(flat: Mapping[names.Path, Leaf]) -> list[str]:
+    """Parameters that hold numbers which reading would refuse, one line each."""
+    problems = []
+    for path, leaf in flat.items():
+        if isinstance(leaf, QuantizedWeight):
+            stored, codes = np.asarray(elements(leaf)), np.asarray(scale(leaf))
+            problem = scale_problem(codes)
+            if problem is None and stored.dtype == DTYPES["F8_E4M3"] and np.isnan(stored).any():
+                problem = quantized_problem(stored)
+        else:
+            values = np.asarray(leaf).reshape(-1)
+            starts = range(0, values.size, PIECE_ELEMENTS) if values.dtype in _NAME_OF_DTYPE else ()
+            bad = sum(num_non_finite(values[start : start + PIECE_ELEMENTS]) for start in starts)
+            problem = f"{bad} of {values.size} values are NaN or infinite" if bad else None
+        if problem is not None:
+            problems.append(f"{_joined(path)}: {problem}")
     return problems
 
 
@@ -223,8 +254,7 @@ def extra_files(
     layout: names.Layout,
     param_dtype: str,
     dtypes: Collection[str],
-    copy_from: str | pathlib.Path | None,
-    tokenizer: tokenizers.Tokenizer | str | pathlib.Path | None,
+    side_files: Mapping[str, bytes],
 ) -> dict[str, bytes]:
     """The small files of a checkpoint directory, by name."""
     dtype = {"BF16": "bfloat16", "F32": "float32"}[param_dtype]
@@ -236,21 +266,8 @@ def extra_files(
             fields["expert_dtype"] = "fp4"
     else:
         fields = transformers_config_dict(config) | {"dtype": dtype}
-    generation = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
-    files = {"config.json": _json(fields), "generation_config.json": _json(generation)}
-    sources = {}
-    if copy_from is not None:
-        sources = {name: pathlib.Path(copy_from) / name for name in COPIED_FILES}
-        sources = {name: path for name, path in sources.items() if path.is_file()}
-    if isinstance(tokenizer, tokenizers.Tokenizer):
-        files[TOKENIZER_FILE] = tokenizer.to_str(pretty=True).encode()
-        sources.pop(TOKENIZER_FILE, None)
-    elif tokenizer is not None:
-        sources[TOKENIZER_FILE] = pathlib.Path(tokenizer)
-    try:
-        return files | {name: path.read_bytes() for name, path in sources.items()}
-    except OSError as error:
-        raise CheckpointError("cannot copy the small files of a checkpoint", [str(error)]) from error
+    generation = {"bos_token_id": config.bos_token_id, "eos_token_id": token_json(config.eos_token_id)}
+    return {CONFIG_FILE: _json(fields), GENERATION_FILE: _json(generation)} | dict(side_files)
 
 
 def _json(fields: Mapping[str, object]) -> bytes:

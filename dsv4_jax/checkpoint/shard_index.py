@@ -1,17 +1,18 @@
-"""`model.safetensors.index.json`: which shard holds which tensor, and whether the shards agree."""
+"""`model.safetensors.index.json`: which shard holds which tensor, and what else the shards hold."""
 
 import dataclasses
 from collections.abc import Collection, Iterator, Mapping
-from pathlib import Path
 
 from dsv4_jax.checkpoint.safetensors import MAX_TENSORS, is_tensor_name
-from dsv4_jax.checkpoint.stored_file import StoredFile, refusal
+from dsv4_jax.folder import Folder
+from dsv4_jax.stored_file import refusal
 from dsv4_jax.strict_json import JsonError, parse_json, repeated_keys, shown
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_INDEX_BYTES = 200_000_000  # V4-Pro: 15 MB
 MAX_SHARDS = 10_000
+_SHOWN_COPIES = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,19 +25,13 @@ class ShardIndex:
     warnings: list[str]
 
 
-def read_index(path: Path) -> ShardIndex:
-    """Reads an index file.
+def read_index(folder: Folder) -> ShardIndex:
+    """Reads the index file of a folder.
 
     Raises:
         CheckpointError: nothing of it can be used (unreadable, not JSON, no weight_map).
     """
-    with StoredFile(path) as file:
-        if file.identity.size > MAX_INDEX_BYTES:
-            problem = f"has {file.identity.size} bytes; at most {MAX_INDEX_BYTES} are accepted"
-            raise refusal(path, problem)
-        document = file.read(0, file.identity.size)
-    if document.startswith(b"version https://git-lfs"):
-        raise refusal(path, "is a git-LFS pointer, not the data; download the real files")
+    document, path = folder.read(INDEX_FILE, MAX_INDEX_BYTES), folder.directory / INDEX_FILE
     try:
         index = parse_json(document, max_depth=8, max_items=2 * MAX_TENSORS)
     except JsonError as error:
@@ -45,7 +40,8 @@ def read_index(path: Path) -> ShardIndex:
         value = index.get("weight_map") if isinstance(index, dict) else index
         raise refusal(path, f"has {shown(value)} where the object weight_map is expected")
 
-    listed, metadata = index["weight_map"], index.get("metadata", {})
+    listed, metadata = index["weight_map"], index.get("metadata")
+    metadata = {} if metadata is None else metadata
     if not 0 < len(listed) <= MAX_TENSORS:
         raise refusal(path, f"lists {len(listed)} tensors, expected 1 to {MAX_TENSORS}")
     problems = [
@@ -74,8 +70,8 @@ def read_index(path: Path) -> ShardIndex:
     return ShardIndex(weight_map, total_size, problems, warnings)
 
 
-def disagreements(weight_map: Mapping[str, str], stored: Mapping[str, Collection[str]]) -> Iterator[str]:
-    """Where an index and its shards contradict each other.
+def not_stored(weight_map: Mapping[str, str], stored: Mapping[str, Collection[str]]) -> Iterator[str]:
+    """Where an index names a tensor in a shard that lacks it.
 
     Args:
         weight_map: tensor name -> shard file name, from the index.
@@ -86,17 +82,23 @@ def disagreements(weight_map: Mapping[str, str], stored: Mapping[str, Collection
         if shard in stored and name not in stored[shard]:
             where = f"; it is in {owners[name]}" if name in owners else ""
             yield f"{shard}: tensor {shown(name)} is listed in {INDEX_FILE} but not stored{where}"
-    for name, shard in owners.items():
-        if name not in weight_map:
-            yield f"{shard}: tensor {shown(name)} is stored but not listed in {INDEX_FILE}"
 
 
-def stored_twice(stored: Mapping[str, Collection[str]]) -> Iterator[str]:
-    """Tensors that occur in several files; arguments as in `disagreements`."""
-    owners: dict[str, list[str]] = {}
-    for shard, names in stored.items():
-        for name in names:
-            owners.setdefault(name, []).append(shard)
-    for name, shards in owners.items():
-        if len(shards) > 1:
-            yield f"{shards[0]}: tensor {shown(name)} is also stored in {', '.join(shards[1:])}"
+def shadowed(weight_map: Mapping[str, str], stored: Mapping[str, Collection[str]]) -> list[str]:
+    """One warning about the stored tensors that the index does not name, or names in another shard.
+
+    A derived model may ship so: new tensors in a shard of their own, and the base model's shards with
+    the stale copies still in them. Arguments as in `not_stored`.
+    """
+    copies = [
+        f"{name} in {shard}"
+        for shard, names in stored.items()
+        for name in names
+        if weight_map.get(name) != shard
+    ]
+    if not copies:
+        return []
+    more = f" and {len(copies) - _SHOWN_COPIES} more" if len(copies) > _SHOWN_COPIES else ""
+    what = "1 stored tensor is" if len(copies) == 1 else f"{len(copies)} stored tensors are"
+    listed = ", ".join(copies[:_SHOWN_COPIES])
+    return [f"{what} not used, {INDEX_FILE} names another shard for it or none: {listed}{more}"]

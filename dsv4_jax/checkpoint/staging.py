@@ -8,7 +8,6 @@ are in `.replaced-*`.
 """
 
 import contextlib
-import fcntl
 import os
 import secrets
 import shutil
@@ -16,6 +15,11 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from dsv4_jax.errors import CheckpointError
+
+try:
+    import fcntl
+except ImportError:  # Windows, where this package can be imported and read, but writes no checkpoint
+    fcntl = None  # type: ignore[assignment]
 
 INCOMING_PREFIX = ".incoming-"
 REPLACED_PREFIX = ".replaced-"
@@ -43,6 +47,8 @@ class StagedFiles:
         self._replaced = directory / f"{REPLACED_PREFIX}{token}"
         self._descriptor = -1
         self._created = not os.path.lexists(directory)
+        if fcntl is None:
+            raise self.refused("writing checkpoints needs Linux or macOS (on Windows: WSL)")
         try:
             with self._reporting():
                 os.makedirs(directory, exist_ok=True)

@@ -66,17 +66,30 @@ PLAIN = Release("bf16", "bf16", "mtp")
 """An unquantised export."""
 
 
-def stored_tensors(config: ModelConfig, release: Release) -> Iterator[StoredTensor]:
-    """Every tensor of an official checkpoint of `config`, weights before their scales."""
+def stored_tensors(
+    config: ModelConfig, release: Release, experts: int | None = None
+) -> Iterator[StoredTensor]:
+    """Every tensor of an official checkpoint of `config`, weights before their scales.
+
+    With `experts` so many experts of each layer, see `names.layout_tensors`.
+    """
     backbone = dataclasses.replace(config, num_nextn_predict_layers=0)
-    for spec in names.official_tensors(backbone):
+    for spec in names.official_tensors(backbone, experts):
         yield from _stored(spec, release)
     if release.draft == "mtp":
         for depth in range(config.num_nextn_predict_layers):
-            for spec in names.mtp_tensors(config, depth):
+            for spec in names.mtp_tensors(config, depth, experts):
                 yield from _stored(spec, release)
     elif release.draft == "dspark":
-        yield from _dspark(config, release)
+        yield from _dspark(config, release, experts)
+
+
+def stored_bytes(config: ModelConfig, release: Release) -> int:
+    """`total_bytes` of all `stored_tensors`, found without listing every expert."""
+    return sum(
+        tensor.num_bytes * (config.n_routed_experts if names.is_one_expert(tensor.name) else 1)
+        for tensor in stored_tensors(config, release, 1)
+    )
 
 
 def total_bytes(tensors: Iterable[StoredTensor]) -> int:
@@ -96,8 +109,11 @@ def resident_bytes(config: ModelConfig, release: Release) -> int:
         return 8 * spec.parameter.dtype(ml_dtypes.bfloat16).itemsize
 
     return sum(
-        math.prod(tensor.shape) * bits(spec, tensor) // 8
-        for spec in names.official_tensors(config)
+        math.prod(tensor.shape)
+        * bits(spec, tensor)
+        // 8
+        * (config.n_routed_experts if names.is_one_expert(spec.name) else 1)
+        for spec in names.official_tensors(config, 1)
         for tensor in _stored(spec, release)
     )
 
@@ -123,14 +139,14 @@ def quantized(name: str, scale_name: str, shape: tuple[int, ...], how: Format) -
         yield StoredTensor(scale_name, "F8_E8M0", fp4_scale_shape(shape))
 
 
-def _dspark(config: ModelConfig, release: Release) -> Iterator[StoredTensor]:
+def _dspark(config: ModelConfig, release: Release, experts: int | None) -> Iterator[StoredTensor]:
     """Three window blocks, a projection of three layers' states, a Markov and a confidence head."""
     d, v, rank = config.hidden_size, config.vocab_size, release.markov_rank
     only_mtp = {row.official for row in names.MTP_ROWS}
     last = DSPARK_STAGES - 1
     for stage in range(DSPARK_STAGES):
         prefix = f"mtp.{stage}."
-        for spec in names.mtp_tensors(config, stage):
+        for spec in names.mtp_tensors(config, stage, experts):
             short = spec.name.removeprefix(prefix)
             kept = short == "norm.weight" or short.startswith("hc_head_")
             if short not in only_mtp or (stage == last and kept):

@@ -11,12 +11,13 @@ from dsv4_jax.checkpoint.dequantize import (
     fp8_scale_shape,
 )
 from dsv4_jax.checkpoint.names import TensorSpec
-from dsv4_jax.checkpoint.release import OFFICIAL_HOME
 from dsv4_jax.checkpoint.safetensors import TensorInfo
+from dsv4_jax.foreign import OFFICIAL_HOME
 
 Format = Literal["plain", "fp8", "fp4"]
 
-PLAIN_DTYPES = ("BF16", "F32")
+PLAIN_DTYPES = ("BF16", "F16", "F32")
+TABLE_DTYPES = ("I64", "I32")
 FP4_DTYPES = ("I8", "U8")
 SCALE_DTYPES = ("F8_E8M0", "F32")
 
@@ -50,13 +51,13 @@ def check_tensor(
     problems: list[str] = []
     how: Format = "plain"
     if spec.kind == "table":
-        if tensor.dtype != "I64":
-            problems.append(f"{where}: dtype {tensor.dtype}, expected I64")
+        if tensor.dtype not in TABLE_DTYPES:
+            problems.append(f"{where}: dtype {tensor.dtype}, expected I64 or I32")
         expected = spec.shape
     elif tensor.dtype in PLAIN_DTYPES:
         expected = spec.shape
     elif spec.scale_name is None:
-        problems.append(f"{where}: dtype {tensor.dtype}, expected BF16 or F32")
+        problems.append(f"{where}: dtype {tensor.dtype}, expected BF16, F16 or F32")
         expected = spec.shape
     elif tensor.dtype == "F8_E4M3":
         how, expected = "fp8", spec.shape
@@ -71,7 +72,7 @@ def check_tensor(
         elif spec.shape[-1] % FP4_GROUP:
             problems.append(f"{where}: FP4 needs rows of a multiple of {FP4_GROUP}, not {spec.shape[-1]}")
     else:
-        problems.append(f"{where}: dtype {tensor.dtype}, expected BF16, F32, F8_E4M3, or I8 (FP4)")
+        problems.append(f"{where}: dtype {tensor.dtype}, expected BF16, F16, F32, F8_E4M3, or I8 (FP4)")
         expected = spec.shape
     if tensor.shape != expected:
         problems.append(

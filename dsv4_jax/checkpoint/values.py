@@ -1,6 +1,6 @@
 """Reading one tensor into its place in a parameter, looking at its values on the way.
 
-Scales, hash tables and all float32 tensors are always scanned; bfloat16 weights when asked. Work
+Scales, hash tables and all float32 and float16 tensors are always scanned; bfloat16 weights when asked. Work
 goes on in pieces of a few MB, so a tensor costs no memory beyond its mapped pages.
 """
 
@@ -26,6 +26,7 @@ class Findings:
     all_zero: list[str] = dataclasses.field(default_factory=list)
     inexact_scales: list[str] = dataclasses.field(default_factory=list)
     dequantized: list[str] = dataclasses.field(default_factory=list)
+    rounded: list[str] = dataclasses.field(default_factory=list)
 
     def warnings(self) -> list[str]:
         """What is odd but harmless, one sentence for all the tensors that it concerns."""
@@ -33,6 +34,7 @@ class Findings:
         for held, what in (
             (self.all_zero, "all zero"),
             (self.inexact_scales, "scales other than powers of two; dequantised all the same"),
+            (self.rounded, "stored as F16, rounded to bfloat16; float32 would hold them exactly"),
             (self.dequantized, "stored in ways that share no array with others; dequantised"),
         ):
             if held:
@@ -75,10 +77,12 @@ def read_entry(
     if entry.spec.kind == "table":
         _copy_table(stored, target, findings, name, num_experts)
     else:
-        scan = scan_weights or stored.dtype == np.float32 or entry.spec.kind != "matrix"
+        scan = scan_weights or stored.dtype != ml_dtypes.bfloat16 or entry.spec.kind != "matrix"
         bad = _copy_floats(stored, target, scan)
         if bad:
             findings.problems.append(f"{name}: {bad} of {stored.size} values are NaN or infinite")
+        if stored.dtype == np.float16 and target.dtype == ml_dtypes.bfloat16:
+            findings.rounded.append(entry.tensor.name)
         if entry.spec.parameter.role in ("selection_bias", "mixing_gate") and not target.any():
             findings.all_zero.append(entry.tensor.name)
 
@@ -88,7 +92,7 @@ def checked_scale(
 ) -> np.ndarray | None:
     """Block scales as stored, or None if they are not usable, which `findings` then says."""
     scale = read(tensor.name)
-    problem = _scale_problem(scale)
+    problem = scale_problem(scale)
     if problem is not None:
         findings.problems.append(f"{tensor.path.name}: {tensor.name}: {problem}")
         return None
@@ -110,11 +114,12 @@ def _copy_floats(stored: np.ndarray, target: np.ndarray, scan: bool) -> int:
             with np.errstate(over="ignore", invalid="ignore"):
                 piece[...] = source[row : row + rows]
             if scan:  # of the result: narrowing float32 may overflow what was finite
-                bad += _num_non_finite(piece)
+                bad += num_non_finite(piece)
     return bad
 
 
-def _num_non_finite(values: np.ndarray) -> int:
+def num_non_finite(values: np.ndarray) -> int:
+    """How many of float numbers are NaN or infinite."""
     if values.dtype == ml_dtypes.bfloat16:  # by bits: numpy's own test is slow for this dtype
         return int(np.count_nonzero((values.view(np.uint16) & 0x7F80) == 0x7F80))
     return values.size - int(np.count_nonzero(np.isfinite(values)))
@@ -123,7 +128,7 @@ def _num_non_finite(values: np.ndarray) -> int:
 def _copy_table(
     stored: np.ndarray, target: np.ndarray, findings: Findings, name: str, num_experts: int
 ) -> None:
-    """int64 [V, Ke] to int32: every row must name Ke different experts."""
+    """int64 or int32 [V, Ke] to int32: every row must name Ke different experts."""
     outside = int(((stored < 0) | (stored >= num_experts)).sum())
     if outside:
         findings.problems.append(
@@ -137,7 +142,8 @@ def _copy_table(
         findings.problems.append(f"{name}: {repeated} of {len(stored)} tokens name an expert twice")
 
 
-def _scale_problem(scale: np.ndarray) -> str | None:
+def scale_problem(scale: np.ndarray) -> str | None:
+    """What is wrong with block scales: float32, or E8M0 codes."""
     if scale.dtype == np.float32:
         bad = int((~(np.isfinite(scale) & (scale > 0))).sum())
         return f"{bad} of {scale.size} scales are NaN, infinite, zero or negative" if bad else None

@@ -46,19 +46,24 @@ class Verification:
 def verify_checkpoint(
     directory: str | pathlib.Path,
     *,
+    allow_links: str | pathlib.Path | None = None,
     progress: Progress | None = None,
 ) -> Verification:
-    """Checks config, headers and every value of a checkpoint; memory is one matrix.
+    """Checks config, headers, side files and every value of a checkpoint; memory is one matrix.
 
     A draft head that loading needs a word for (DSpark) is a warning here: the model itself is
     checked. Never raises for a bad checkpoint.
 
     Args:
         directory: the checkpoint.
+        allow_links: a folder that links may lead into.
         progress: called after each tensor with (its name, bytes read, bytes of all tensors).
     """
     try:
-        with open_manifest(directory, Options(draft_head="ignore")) as (files, manifest):
+        with open_manifest(directory, Options(draft_head="ignore", allow_links=allow_links)) as (
+            files,
+            manifest,
+        ):
             findings = _scan(files, manifest, progress)
     except CheckpointError as error:
         return Verification(error.problems)

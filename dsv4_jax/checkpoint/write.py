@@ -4,10 +4,12 @@ One shard is `model.safetensors` alone; several are `model-00001-of-00002.safete
 with an index, as in the official checkpoints. Tensors are produced one at a time, in disk order.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import re
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -24,7 +26,7 @@ from dsv4_jax.checkpoint.safetensors import (
 from dsv4_jax.checkpoint.shard_index import INDEX_FILE, SINGLE_FILE
 from dsv4_jax.checkpoint.staging import INCOMING_PREFIX, StagedFiles, StagedOutput
 from dsv4_jax.errors import CheckpointError
-from dsv4_jax.strict_json import shown
+from dsv4_jax.strict_json import plain, shown
 
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _EXTRA_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
@@ -83,7 +85,7 @@ def write_sharded(
     extra_files = dict(extra_files or {})
     metadata = {"format": "pt"} if metadata is None else dict(metadata)
     problems = list(_plan_problems(planned, extra_files, max_shard_bytes))
-    problems += _directory_problems(directory, overwrite)
+    problems += target_problems(directory, overwrite)
     if problems:
         raise CheckpointError(f"checkpoint {directory} cannot be written", problems)
 
@@ -95,7 +97,7 @@ def write_sharded(
     others = sum(map(len, headers.values())) + sum(map(len, extra_files.values())) + len(index)
 
     with StagedFiles(directory) as staged:
-        if problems := _directory_problems(directory, overwrite):  # changed before it was locked
+        if problems := target_problems(directory, overwrite):  # changed before it was locked
             raise CheckpointError(f"checkpoint {directory} cannot be written", problems)
         _check_space(staged, total + others)
         written = 0
@@ -147,21 +149,51 @@ def _plan_problems(
             yield f"extra file {shown(name)}: not a plain name, or one that tensors take"
 
 
-def _directory_problems(directory: Path, overwrite: bool) -> list[str]:
+def target_problems(directory: str | Path, overwrite: bool) -> list[str]:
+    """Why a checkpoint cannot be written to a directory; nothing if it can, as far as can be tried now.
+
+    Whoever works for long before saving asks this first: it is what `write_sharded` itself refuses. Nothing
+    stays behind, but a file is created and removed in the directory, or where it would be made.
+
+    Args:
+        directory: of the checkpoint, existing or not.
+        overwrite: whether what is there may be replaced.
+    """
+    directory = Path(directory)
     try:
-        present = os.listdir(directory)
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        return [f"{directory}: cannot be listed as a directory ({error.strerror})"]
-    present = sorted(name for name in present if not name.startswith(INCOMING_PREFIX))
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.lstat(directory)  # raises for names that cannot be, such as too long ones
+        # The nearest part of the path that is there, be it a link that leads nowhere.
+        place = next(part for part in (directory, *directory.absolute().parents) if os.path.lexists(part))
+        if not place.exists():
+            return [f"{place}: is a link that leads nowhere"]
+        if not place.is_dir():
+            return [f"{place}: is not a directory"]
+        if place == directory and (problems := _present_problems(directory, overwrite)):
+            return problems
+        with tempfile.TemporaryFile(dir=place):  # permission bits do not tell all, least of all to root
+            pass
+    except (OSError, ValueError) as error:  # ValueError: a path with a NUL
+        return [f"{plain(str(directory))}: cannot be written ({getattr(error, 'strerror', None) or error})"]
+    return []
+
+
+def _present_problems(directory: Path, overwrite: bool) -> list[str]:
+    """What in an existing directory is in the way."""
+    present = sorted(name for name in os.listdir(directory) if not name.startswith(INCOMING_PREFIX))
     if present and not overwrite:
         return [f"{directory}: is not empty ({shown(present)}); overwrite=True replaces it"]
-    return [
-        f"{name}: is no file of a checkpoint written here and would make it ambiguous; move it"
-        for name in present
-        if name.endswith(".safetensors") and name != SINGLE_FILE and not _SHARD.fullmatch(name)
-    ]
+    problems = []
+    for name in present:
+        if not name.endswith((".safetensors", INDEX_FILE)):
+            continue
+        if name not in (SINGLE_FILE, INDEX_FILE) and not _SHARD.fullmatch(name):
+            problems.append(
+                f"{name}: is no file of a checkpoint written here and would make it ambiguous; move it"
+            )
+        elif not (directory / name).is_file():
+            problems.append(f"{name}: would be replaced, but is not a file; move it")
+    return problems
 
 
 def _shards(planned: list[Planned], max_shard_bytes: float) -> dict[str, list[Planned]]:

@@ -7,11 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsv4_jax.inference.sampling import check_sampling
+from dsv4_jax.inference.sampling import checked_sampling, key_of
 from dsv4_jax.model.cache import Cache
 
 PREFILL_CHUNKS = (2048, 512, 128, 32)
 """Compiled chunk lengths, longest first; the rest of a prompt is padded up to the shortest that holds it."""
+
+RUNNING = -1
+"""In place of a stop token: this row goes on. No token has this id."""
+
+STOPS_GROUP = 8
+"""Stop ids are padded to a multiple of it, so that runs with other lists share their compiled step."""
 
 
 class Steps(Protocol):
@@ -31,10 +37,13 @@ class Steps(Protocol):
         index: jax.Array,
         temperature: jax.Array,
         top_p: jax.Array,
-        running: jax.Array,
+        stopped: jax.Array,
         stops: jax.Array,
     ) -> tuple[jax.Array, jax.Array, jax.Array, Cache]:
-        """Draws a token a row, appends it, and returns (token, next logits, still running, cache)."""
+        """Draws a token a row, appends it, and returns (token, next logits, stopped, cache).
+
+        `stopped` i32[B] is the stop token that a row drew, RUNNING while it drew none.
+        """
         ...
 
 
@@ -85,24 +94,30 @@ def stream(
 ) -> Iterator[np.ndarray]:
     """Yields i32[B] a step, until every row has stopped or the budget is spent.
 
-    A row that drew a stop token keeps yielding its first stop token: its output is padded with it.
+    A row that drew a stop token keeps yielding that token: its output is padded with it.
     The draw of step i depends on (seed, i, row) alone.
 
     Raises:
-        ValueError: for sampling values outside their range.
+        ValueError: for a seed or sampling values outside their range.
     """
-    check_sampling(temperature, top_p)
-    if max_new_tokens <= 0:
+    heat, nucleus = checked_sampling(temperature, top_p)
+    key = key_of(seed)
+    if max_new_tokens == 0:
         return
     logits, cache = prefill(steps, cache, prompts, vocab_size)
-    key = jax.random.key(seed)
-    stops = jnp.asarray(list(stop_token_ids) or [-1], jnp.int32)
-    running = jnp.ones((len(prompts),), bool)
-    heat, nucleus = jnp.float32(temperature), jnp.float32(top_p)
+    stops = padded_stops(stop_token_ids)
+    stopped = jnp.full((len(prompts),), RUNNING, jnp.int32)
+    heat, nucleus = jnp.asarray(heat), jnp.asarray(nucleus)
     for index in range(max_new_tokens):
-        token, logits, running, cache = steps.decode(
-            cache, logits, key, jnp.int32(index), heat, nucleus, running, stops
+        token, logits, stopped, cache = steps.decode(
+            cache, logits, key, jnp.int32(index), heat, nucleus, stopped, stops
         )
         yield np.asarray(token)
-        if stop_token_ids and not bool(running.any()):
+        if stop_token_ids and (np.asarray(stopped) != RUNNING).all():
             return
+
+
+def padded_stops(stop_token_ids: Sequence[int]) -> jax.Array:
+    """i32[n], n a positive multiple of STOPS_GROUP, filled up with what no row can draw."""
+    padding = STOPS_GROUP - len(stop_token_ids) % STOPS_GROUP
+    return jnp.asarray([*stop_token_ids, *[RUNNING] * padding], jnp.int32)

@@ -163,7 +163,7 @@ class Attention(nnx.Module):
         new = cache_formats.store_entries(kv, self.policy.cache_format, num_rotary)
 
         def read(ring, count):
-            rows = read_ring(ring, repeat, first + jnp.arange(count))
+            rows = read_ring(ring, repeat, first + jnp.arange(count, dtype=jnp.int32))
             return cache_formats.read(rows, kv.dtype)
 
         if fits_in_ring(num_past, num_new, num_slots(ring)):

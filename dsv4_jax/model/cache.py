@@ -20,6 +20,7 @@ from jaxtyping import Array, Int32
 from dsv4_jax.config import AttentionKind, ModelConfig, layer_stacks
 from dsv4_jax.numerics import cache_formats
 from dsv4_jax.numerics.cache_formats import CacheFormat, Stored
+from dsv4_jax.quantities import INT32_MAX, integer_array, integer_problem, outside
 from pallas_kernels.arithmetic import round_up
 from pallas_kernels.decode_attention import Fp8Rows, fp8_rows
 from pallas_kernels.decode_attention.tuning import rows_pay
@@ -77,22 +78,81 @@ class Cache:
             num_tokens: one count for all rows, or i32[B].
 
         Raises:
-            ValueError: if a row would go below zero or further back than its ring still holds. Checked
-                when the lengths are concrete; under a jit the caller answers for it.
+            ValueError: if a row would go below zero or further back than its ring still holds (under a jit
+                the caller answers for it), for counts that are no integers or not one a row, or for a
+                cache that an earlier call consumed.
         """
-        length = self.length - jnp.asarray(num_tokens, jnp.int32)
-        if not isinstance(length, jax.core.Tracer):
-            taken, left = np.broadcast_to(np.asarray(num_tokens), length.shape), np.asarray(length)
+        check_not_consumed(self)
+        batch = len(self.length)
+        counts = _checked_rewind(num_tokens, batch)
+        length = self.length - counts.astype(jnp.int32)
+        if not any(isinstance(x, jax.core.Tracer) for x in (counts, self.length, self.written)):
+            taken, held = np.broadcast_to(counts, (batch,)), np.asarray(self.length)
+            left = held - taken.astype(np.int64)
             oldest = np.maximum(np.asarray(self.written) - self.max_rewind, 0)
             problems = [
-                f"row {b}: rewinding {taken[b]} of {int(self.length[b])} tokens; the cache allows going "
+                f"row {b}: rewinding {taken[b]} of {held[b]} tokens; the cache allows going "
                 f"back to length {oldest[b]} (max_rewind={self.max_rewind})"
-                for b in range(len(left))
-                if taken[b] < 0 or left[b] < oldest[b]
+                for b in range(batch)
+                if left[b] < oldest[b]
             ]
             if problems:
                 raise ValueError("; ".join(problems))
         return dataclasses.replace(self, length=length)
+
+
+def check_not_consumed(cache: Cache) -> None:
+    """Raises ValueError if an earlier call took over this cache's arrays (donation), or those of a copy."""
+    if not isinstance(cache, Cache):
+        raise ValueError(f"a cache comes from new_cache or extend; this is a {type(cache).__name__}")
+    for leaf in jax.tree.leaves(cache):
+        if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) and leaf.is_deleted():
+            raise ValueError(
+                "this cache was consumed by an earlier call, which returned the one to go on with "
+                "(rewound copies share their arrays and go with it)"
+            )
+
+
+def check_room(cache: Cache, num_new: Int32[Array, "B"]) -> None:
+    """Raises ValueError if a row would exceed `max_length`; traced lengths and counts are not known."""
+    if any(isinstance(x, jax.core.Tracer) for x in (cache.length, num_new)):
+        return
+    after = np.asarray(cache.length, np.int64) + np.asarray(num_new)
+    if (after > cache.max_length).any():
+        row = int(after.argmax())
+        raise ValueError(
+            f"row {row} would hold {after[row]} tokens; the cache was made for max_length={cache.max_length}"
+        )
+
+
+def check_sizes(config: ModelConfig, batch: int, max_length: int, max_rewind: int) -> None:
+    """Raises ValueError for sizes that are no integers or out of range, all at once."""
+    most = config.max_position_embeddings
+    length = integer_problem("max_length", max_length, 1, most)
+    problems = [
+        integer_problem("batch", batch, 1, INT32_MAX),
+        length and f"{length} (max_position_embeddings)",
+        integer_problem("max_rewind", max_rewind, 0, INT32_MAX),
+    ]
+    if any(problems):
+        raise ValueError("; ".join(filter(None, problems)))
+
+
+def _checked_rewind(num_tokens: object, batch: int) -> np.ndarray | jax.Array:
+    """Integers without axes, or [batch]."""
+    if isinstance(num_tokens, jax.core.Tracer):
+        counts, problem = num_tokens, None
+        if not jnp.issubdtype(num_tokens.dtype, jnp.integer):
+            problem = f"num_tokens of dtype {num_tokens.dtype} must be integers"
+    else:
+        counts, problem = integer_array("num_tokens", num_tokens)
+        if counts is not None and (bad := outside(counts, 0, INT32_MAX)):
+            problem = f"num_tokens {bad} must be in 0..{INT32_MAX}"
+    if problem is None and counts.shape not in ((), (batch,)):
+        problem = f"num_tokens of shape {counts.shape} must be one count, or {batch}, one a row"
+    if problem:
+        raise ValueError(problem)
+    return counts
 
 
 def new_cache(
@@ -120,18 +180,9 @@ def new_cache(
             take the numbers themselves, and CSA entries in FP8, if there can be many, as rows of words.
 
     Raises:
-        ValueError: for sizes below 1, or beyond `max_position_embeddings`.
+        ValueError: for sizes below 1, beyond `max_position_embeddings`, or not integers.
     """
-    problems = []
-    if batch < 1:
-        problems.append(f"batch={batch} must be at least 1")
-    if not 1 <= max_length <= config.max_position_embeddings:
-        limit = config.max_position_embeddings
-        problems.append(f"max_length={max_length} must be in 1..{limit} (max_position_embeddings)")
-    if max_rewind < 0:
-        problems.append(f"max_rewind={max_rewind} must not be negative")
-    if problems:
-        raise ValueError("; ".join(problems))
+    check_sizes(config, batch, max_length, max_rewind)
 
     def empty(shape: tuple[int, ...], store: Callable[[jax.Array], Stored], dtype=dtype) -> Stored:
         kept = lambda x: cache_formats.bits(store(x)) if as_bits else store(x)  # noqa: E731
@@ -195,7 +246,7 @@ def num_slots(ring: Stored) -> int:
 
 def read_ring(ring: Stored, repeat: Int32[Array, ""], positions: Int32[Array, "B P"]) -> Stored:
     """Rows [B, P, ...] at these positions; positions it does not hold give some other row (mask them)."""
-    rows = jnp.arange(positions.shape[0])[:, None]
+    rows = jnp.arange(positions.shape[0], dtype=jnp.int32)[:, None]
     slot = positions % num_slots(ring)
     return jax.tree.map(lambda leaf: leaf.at[repeat, rows, slot].get(mode="promise_in_bounds"), ring)
 
@@ -222,8 +273,8 @@ def write_ring(
     # The last min(T, M) valid rows of each row: no slot is then written twice.
     kept = min(num_new, slots)
     first = jnp.maximum(num_valid - kept, 0)
-    token = first[:, None] + jnp.arange(kept)
-    rows = jnp.arange(batch)[:, None]
+    token = first[:, None] + jnp.arange(kept, dtype=jnp.int32)
+    rows = jnp.arange(batch, dtype=jnp.int32)[:, None]
     slot = jnp.where(token < num_valid[:, None], (start[:, None] + token) % slots, slots)
 
     def write(leaf, new):
@@ -245,9 +296,9 @@ def write_entries(
     if isinstance(entries, Fp8Rows):
         return fp8_rows.write(entries, repeat, fp8_rows.words_of(new), first, count)
     batch, num_new = jax.tree.leaves(new)[0].shape[:2]
-    offset = jnp.arange(num_new)
+    offset = jnp.arange(num_new, dtype=jnp.int32)
     slot = jnp.where(offset < count[:, None], first[:, None] + offset, num_slots(entries))
-    rows = jnp.arange(batch)[:, None]
+    rows = jnp.arange(batch, dtype=jnp.int32)[:, None]
 
     def write(leaf, new):
         return leaf.at[repeat, rows, slot].set(cache_formats.as_stored(new, leaf.dtype), mode="drop")

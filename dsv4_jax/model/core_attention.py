@@ -150,12 +150,16 @@ def _window_visible(position: Int32[Array, "B c"], window: int) -> Bool[Array, "
     """Which of the c + W - 1 window entries each query sees: the last W of its own segment."""
     count = position.shape[1]
     # Query a stands at place window - 1 + a, so the key at place j lies `distance` tokens before it.
-    distance = jnp.arange(count)[:, None] + (window - 1) - jnp.arange(count + window - 1)
+    distance = (
+        jnp.arange(count, dtype=jnp.int32)[:, None]
+        + (window - 1)
+        - jnp.arange(count + window - 1, dtype=jnp.int32)
+    )
     return (distance >= 0) & (distance <= jnp.minimum(position, window - 1)[..., None])
 
 
 def _entries_visible(queries: Queries, size: int) -> Bool[Array, "B c size"]:
-    index = jnp.arange(size)
+    index = jnp.arange(size, dtype=jnp.int32)
     return (index >= queries.lo[..., None]) & (index < queries.hi[..., None])
 
 

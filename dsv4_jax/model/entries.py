@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int32
 from dsv4_jax.model.cache import num_slots
 from dsv4_jax.numerics import cache_formats
 from dsv4_jax.numerics.cache_formats import Stored
+from pallas_kernels.arithmetic import int32s
 from pallas_kernels.decode_attention import Fp8Rows, fp8_rows
 
 
@@ -37,7 +38,7 @@ class Entries(NamedTuple):
 
         def cut(leaf: jax.Array) -> jax.Array:
             _, batch, _, width = leaf.shape
-            return jax.lax.dynamic_slice(leaf, (self.repeat, 0, start, 0), (1, batch, count, width))[0]
+            return jax.lax.dynamic_slice(leaf, int32s(self.repeat, 0, start, 0), (1, batch, count, width))[0]
 
         return jax.tree.map(cut, self.stack)
 
@@ -56,7 +57,7 @@ class Entries(NamedTuple):
             TypeError: for `Fp8Rows`, which only kernels choose from.
         """
         self._refuse_rows()
-        rows = jnp.arange(index.shape[0])[:, None]
+        rows = jnp.arange(index.shape[0], dtype=jnp.int32)[:, None]
         if cache_formats.is_plain(self.stack) and jnp.issubdtype(self.stack.dtype, jnp.floating):
             # Out of the prefix: a gradient has the shape of what is gathered from.
             return self.prefix(size, dtype).at[rows, index].get(mode="promise_in_bounds")

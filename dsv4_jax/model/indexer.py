@@ -15,7 +15,7 @@ from dsv4_jax.model.rope import Rotation, rotate
 from dsv4_jax.model.span import Blocks, Span
 from dsv4_jax.numerics import cache_formats, qat
 from dsv4_jax.numerics.policy import Policy
-from pallas_kernels.arithmetic import cdiv
+from pallas_kernels.arithmetic import cdiv, int32s
 from pallas_kernels.topk_mask import topk_mask
 
 KEYS_AT_ONCE = 4096
@@ -103,7 +103,7 @@ def index_scores(
     def step(i, scores):
         # The last piece moves back to be whole; what two pieces share they score alike.
         start = jnp.minimum(i * piece, size - piece)
-        return jax.lax.dynamic_update_slice(scores, score(start, piece), (0, 0, start))
+        return jax.lax.dynamic_update_slice(scores, score(start, piece), int32s(0, 0, start))
 
     return jax.lax.fori_loop(0, cdiv(size, piece), step, jnp.zeros((batch, length, size), jnp.float32))
 

@@ -12,6 +12,7 @@ from dsv4_jax.config import ModelConfig
 from dsv4_jax.model.transformer import Transformer
 from dsv4_jax.numerics.policy import Policy
 from dsv4_jax.parameters import INITIAL_VALUE, Parameter, parameters
+from dsv4_jax.quantities import checked_seed
 
 Parameters = dict[str, Any]
 """Nested dict of arrays, the pure state of `Transformer`; list positions are int keys."""
@@ -48,8 +49,12 @@ def initial_parameters(config: ModelConfig, policy: Policy, seed: int) -> Parame
     normal(0, initializer_range), biases and sinks 0, norms 1, mHC scale 0.01 (mHC paper).
 
     Args:
-        seed: any int >= 0.
+        seed: in 0 .. 2^63 - 1.
+
+    Raises:
+        ValueError: for any other seed.
     """
+    seed = checked_seed(seed)
     drawn: Parameters = {}
     for path, parameter in parameters(config).items():
         stream = np.random.default_rng([seed, zlib.crc32("/".join(map(str, path)).encode())])

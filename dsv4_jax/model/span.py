@@ -160,5 +160,5 @@ def block_rows(
         batch, length = rows.shape[:2]
         num_blocks = length // ratio
         return rows[:, : num_blocks * ratio].reshape(batch, num_blocks, ratio, *rows.shape[2:])
-    batch = jnp.arange(rows.shape[0])[:, None, None]
+    batch = jnp.arange(rows.shape[0], dtype=jnp.int32)[:, None, None]
     return rows.at[batch, source].get(mode="promise_in_bounds")

@@ -99,7 +99,7 @@ def read(stored: Stored, dtype: jax.typing.DTypeLike) -> Float[Array, "*rows wid
         rotary = jnp.pad(stored.rotary, [(0, 0)] * (stored.rotary.ndim - 1) + [(still, 0)])
         rotary = _bfloat16_value(rotary)
         # A choice is one loop over the result; joining the two parts would first make each of them.
-        return jnp.where(jnp.arange(width) < still, values, rotary).astype(dtype)
+        return jnp.where(jnp.arange(width, dtype=jnp.int32) < still, values, rotary).astype(dtype)
     if isinstance(stored, Fp8Keys):
         return (formats.e4m3_value(stored.values) * stored.scales).astype(dtype)
     assert isinstance(stored, Mxfp4Keys)

@@ -134,7 +134,7 @@ def e2m1_value(code: UInt8[Array, "*shape"]) -> Float32[Array, "*shape"]:
     exponent, fraction = (bits >> 1) & 3, bits & 1
     # A normal number's float32 bits: exponent 1 is 2^0. Exponent 0 holds 0 and 0.5.
     normal = jax.lax.bitcast_convert_type(((exponent + 126) << 23) | (fraction << 22), jnp.float32)
-    size = jnp.where(exponent == 0, 0.5 * fraction, normal)
+    size = jnp.where(exponent == 0, 0.5 * fraction.astype(jnp.float32), normal)
     return jnp.where(bits & 8, -size, size)
 
 

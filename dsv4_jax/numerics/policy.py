@@ -7,6 +7,7 @@ from typing import Literal
 import jax.numpy as jnp
 import numpy as np
 
+from dsv4_jax.config_rules import shown
 from dsv4_jax.errors import ConfigError
 from dsv4_jax.numerics.cache_formats import CACHE_FORMATS, CacheFormat
 from dsv4_jax.numerics.qat import SWITCHES
@@ -97,7 +98,10 @@ class Policy:
                 problems at once.
         """
         problems = []
-        name = str(dtype) if isinstance(dtype, str) else jnp.dtype(dtype).name
+        try:
+            name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
+        except TypeError:  # no dtype at all
+            name = shown(dtype)
         if name not in DTYPES:
             problems.append(f"dtype={name!r} must be one of {', '.join(DTYPES)}")
         if numerics not in ("reference", "qat"):

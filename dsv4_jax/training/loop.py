@@ -1,4 +1,4 @@
-"""The training loop: steps until they are done, somebody presses Ctrl-C, or the clock says stop."""
+"""The training loop: steps until they are done, somebody asks it to stop, or the clock says so."""
 
 import dataclasses
 import signal
@@ -16,26 +16,37 @@ from dsv4_jax.training.data import TrainingRows
 from dsv4_jax.training.optimizer import AdamW, Schedule
 from dsv4_jax.training.step import StepReport, TrainState, train_step
 
-Ending = Literal["finished", "interrupted", "out of time"]
+Ending = Literal["finished", "interrupted", "terminated", "out of time"]
 
 
 class InterruptRequest:
-    """Within its `with` block the first Ctrl-C only sets `requested`; the second acts as usual.
+    """Within its `with` block the first Ctrl-C or SIGTERM is only noted; the next one acts as usual.
 
     Outside the main thread, where signals cannot be caught, it does nothing.
 
     Args:
-        announce: called once, from the signal handler, at the first Ctrl-C.
+        announce: called once, from the signal handler, at the first of them.
     """
 
     def __init__(self, announce: Callable[[], None] = lambda: None) -> None:
-        self.requested = False
+        self.received: int | None = None
         self._announce = announce
-        self._previous: object = None
+        self._previous: dict[int, object] = {}
+
+    @property
+    def requested(self) -> bool:
+        """Whether somebody asked to stop."""
+        return self.received is not None
+
+    @property
+    def ending(self) -> Ending:
+        """What to call a run that stopped for it."""
+        return "terminated" if self.received == signal.SIGTERM else "interrupted"
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGINT, self._handle)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(
@@ -44,12 +55,12 @@ class InterruptRequest:
         self._restore()
 
     def _restore(self) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)  # type: ignore[arg-type]
-            self._previous = None
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+        self._previous = {}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
+        self.received = number
         self._restore()
         self._announce()
 
@@ -100,7 +111,7 @@ def train(
         if step + 1 == schedule.num_steps:
             break
         if interrupt is not None and interrupt.requested:
-            ending = "interrupted"
+            ending = interrupt.ending
             break
         if stop_at is not None and time.monotonic() > stop_at:
             ending = "out of time"

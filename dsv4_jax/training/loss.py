@@ -122,7 +122,7 @@ def _forward(
         nll, softmax = _chunk_nll(hidden, head, ids, weights)
         # d nll / d logits = weights * (softmax - one_hot(ids))
         grad = softmax * weights[:, None]
-        grad = grad.at[jnp.arange(chunk), ids].add(-weights, mode="promise_in_bounds")
+        grad = grad.at[jnp.arange(chunk, dtype=jnp.int32), ids].add(-weights, mode="promise_in_bounds")
         grad_head = grad_head + _product("tv,td->vd", grad, hidden)
         return (total + nll, grad_head), _product("tv,vd->td", grad, head)
 
@@ -175,7 +175,7 @@ def row_loads(
 ) -> Float32[Array, "B E"]:
     """How many valid tokens of each row were routed to each expert."""
     chosen = experts[..., None] == jnp.arange(num_experts, dtype=experts.dtype)
-    return jnp.sum(chosen & valid[..., None, None], axis=(1, 2)).astype(jnp.float32)
+    return jnp.sum(chosen & valid[..., None, None], axis=(1, 2), dtype=jnp.int32).astype(jnp.float32)
 
 
 class LossParts(NamedTuple):

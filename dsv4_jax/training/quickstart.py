@@ -9,7 +9,9 @@ import dataclasses
 import json
 import math
 import os
+import secrets
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,10 +22,15 @@ import numpy as np
 from rich.console import Console
 from tokenizers import Tokenizer
 
-from dsv4_jax.errors import ProblemsError
+from dsv4_jax.checkpoint.save import save_checkpoint
+from dsv4_jax.checkpoint.side_files import with_tokenizer
+from dsv4_jax.checkpoint.staging import INCOMING_PREFIX, REPLACED_PREFIX
+from dsv4_jax.checkpoint.write import target_problems
+from dsv4_jax.errors import CheckpointError, ProblemsError
 from dsv4_jax.language_model import LanguageModel, load
 from dsv4_jax.model.initial import Network, initial_parameters
 from dsv4_jax.numerics.policy import Policy
+from dsv4_jax.quantities import seed_problem
 from dsv4_jax.training.corpus import Corpus, gather_corpus
 from dsv4_jax.training.data import TrainingRows, validation_batches
 from dsv4_jax.training.loop import InterruptRequest, TrainingResult, train
@@ -50,7 +57,7 @@ class QuickstartResult:
     """What a quickstart measured and wrote. Losses are nats per token on the same validation tokens."""
 
     out: Path
-    ending: str  # 'finished', 'interrupted' or 'out of time'
+    ending: str  # 'finished', 'interrupted', 'terminated' or 'out of time'
     steps: int  # done
     validation_loss: float
     unigram_loss: float
@@ -79,8 +86,9 @@ def quickstart(
     number of steps follows from `minutes` by a fixed rule, not from a clock. Only a run that is far behind
     is stopped by the clock, and says so.
 
-    The first Ctrl-C during training ends it after the current step and keeps what was trained; the second
-    one ends the program.
+    The first Ctrl-C or SIGTERM during training ends it after the current step and keeps what was trained; the
+    second one ends the program. After a SIGTERM, or a Ctrl-C during the save, the program ends once the
+    folder is complete, with exit code 143 or 130.
 
     Args:
         minutes: about how long everything takes on two CPU cores.
@@ -93,7 +101,8 @@ def quickstart(
         results: where the measured losses and the completion go (default: stdout); progress goes to stderr.
 
     Raises:
-        ProblemsError: for arguments that cannot work, before anything is done.
+        ProblemsError: for arguments that cannot work, before anything is done; for a training that diverged;
+            for a result that could not be written to `out`, which is then kept in a place that is named.
         CorpusError: if this Python has no sources.
     """
     start = time.monotonic()
@@ -111,12 +120,18 @@ def quickstart(
     console.print(f"tokenizer: {recipe.config.vocab_size} entries, {num_tokens / 1e6:.2f}M training tokens")
 
     trained = _train(training, recipe, num_steps, seed, stop_at, console)
+    if not math.isfinite(trained.reports[-1].loss):
+        first = next(i for i, report in enumerate(trained.reports) if not math.isfinite(report.loss))
+        raise ProblemsError("the training diverged", [f"from step {first} on its loss is no number"])
     model = LanguageModel(recipe.config, recipe.policy, trained.state.params, tokenizer)
-    out.mkdir(parents=True, exist_ok=True)
-    model.save(out, overwrite=(out / RECORD_FILE).exists())
     record = _record(trained, num_steps, seed, minutes, recipe)
-    _write_record(out, record)
+    with InterruptRequest(lambda: os.write(2, b"\nstopping when the result is saved\n")) as asked:
+        _save_somewhere(model, record, out)
     _say_how_it_ended(trained, num_steps, out, console)
+    if "terminated" in (trained.ending, asked.requested and asked.ending):
+        raise SystemExit(143)  # what a shell reports of a program that SIGTERM ended
+    if asked.requested:
+        raise KeyboardInterrupt
 
     batches = validation_batches(validation, recipe.batch_size, recipe.seq_len)
     batches = spread(batches, recipe.validation_batches)
@@ -146,24 +161,61 @@ def check_arguments(minutes: float, out: Path, seed: int, max_new_tokens: int, s
     problems = []
     if not (math.isfinite(minutes) and minutes > 0):
         problems.append(f"minutes={minutes} must be a positive number")
-    if not 0 <= seed < 2**63:
-        problems.append(f"seed={seed} must be in 0 .. 2^63 - 1")
+    if problem := seed_problem(seed):
+        problems.append(problem)
     if max_new_tokens < 0:
         problems.append(f"max_new_tokens={max_new_tokens} must not be negative")
     if steps is not None and steps < 1:
         problems.append(f"steps={steps} must be at least 1")
-    if out.exists() and not out.is_dir():
-        problems.append(f"out={out} is a file, not a folder")
-    elif out.is_dir() and any(out.iterdir()) and not (out / RECORD_FILE).is_file():
-        problems.append(
-            f"out={out} holds files of something else (no {RECORD_FILE}); choose a new or empty folder"
-        )
-    else:
-        existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-        if not os.access(existing, os.W_OK):
-            problems.append(f"out={out} cannot be written: no permission in {existing}")
+    ours = is_former_quickstart(out)
+    problems += [f"out={out} cannot take the result: {why}" for why in target_problems(out, overwrite=ours)]
     if problems:
         raise ProblemsError("cannot start the quickstart", problems)
+
+
+def is_former_quickstart(out: Path) -> bool:
+    """Whether a folder is an earlier quickstart's, which may be replaced; also after a save was cut short."""
+    try:
+        return (out / RECORD_FILE).is_file() or any(out.glob(f"{REPLACED_PREFIX}*/{RECORD_FILE}"))
+    except (OSError, ValueError):
+        return False
+
+
+def _save_somewhere(model: LanguageModel, record: dict, out: Path) -> None:
+    """Writes the folder with its record, all of it or nothing; if `out` does not take it, elsewhere.
+
+    Raises:
+        ProblemsError: the result is not in `out`; it says where it is.
+    """
+
+    def save(place: Path, overwrite: bool) -> None:
+        side_files = with_tokenizer({}, model.tokenizer)
+        more_files = {RECORD_FILE: _record_text(record)}
+        save_checkpoint(
+            place,
+            model.config,
+            model.parameters,
+            side_files=side_files,
+            more_files=more_files,
+            overwrite=overwrite,
+        )
+
+    try:
+        return save(out, is_former_quickstart(out))
+    except (CheckpointError, OSError) as failure:
+        refused, problems = failure, [str(failure)]
+    token = secrets.token_hex(3)
+    for place in (
+        out.absolute().with_name(f"{out.name}-unsaved-{token}"),
+        Path(tempfile.mkdtemp()) / "model",
+    ):
+        try:
+            save(place, False)
+        except (CheckpointError, OSError) as failure:
+            problems.append(str(failure))
+            continue
+        raise ProblemsError(f"the trained model is in {place}, not in {out}", problems) from refused
+    raise ProblemsError(f"the trained model could not be written to {out}, nor elsewhere", problems)
 
 
 def tokenized(corpus: Corpus, recipe: Recipe) -> tuple[Tokenizer, list[np.ndarray], list[np.ndarray]]:
@@ -225,8 +277,8 @@ def _say_how_it_ended(result: TrainingResult, num_steps: int, out: Path, console
             f"{num_steps}, before the learning rate came down. Where the clock stops is not reproducible; "
             f"use --steps for a run that is."
         )
-    elif result.ending == "interrupted":
-        console.print(f"interrupted at step {done} of {num_steps}")
+    elif result.ending in ("interrupted", "terminated"):
+        console.print(f"{result.ending} at step {done} of {num_steps}")
     console.print(f"trained {done} steps in {clock(result.seconds)}; saved to {out}")
 
 
@@ -247,8 +299,15 @@ def _record(result: TrainingResult, num_steps: int, seed: int, minutes: float, r
     }
 
 
+def _record_text(record: dict) -> bytes:
+    return (json.dumps(record, indent=1) + "\n").encode()
+
+
 def _write_record(out: Path, record: dict) -> None:
-    (out / RECORD_FILE).write_text(json.dumps(record, indent=1) + "\n")
+    """Replaces the record in one step: a reader finds the old one or the new one."""
+    incoming = out / f"{INCOMING_PREFIX}{RECORD_FILE}"
+    incoming.write_bytes(_record_text(record))
+    os.replace(incoming, out / RECORD_FILE)
 
 
 def _complete(out: Path, policy: Policy, prompt: str, max_new_tokens: int, seed: int, results: TextIO) -> str:

@@ -122,7 +122,8 @@ def train_step(
         return parts.total(), (parts, [layer.loads() for layer in routed])
 
     (total, (parts, loads)), grads = jax.value_and_grad(loss, has_aux=True)(state.trained)
-    updates, moments = optimizer.transform().update(grads, state.moments, state.trained)
+    with jax.enable_x64(False):  # Optax leaves the type of Adam's bias correction to JAX's default.
+        updates, moments = optimizer.transform().update(grads, state.moments, state.trained)
     report = StepReport(
         total,
         parts.main,

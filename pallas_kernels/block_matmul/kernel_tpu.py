@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Float32, Int32, UInt8
 
-from pallas_kernels.arithmetic import cdiv
+from pallas_kernels.arithmetic import cdiv, quotient, remainder
 from pallas_kernels.block_matmul.reference import E4M3_MAX, SMALLEST
 from pallas_kernels.block_matmul.tuning import VMEM_LIMIT, MatmulBlocks
 from pallas_kernels.low_precision import BLOCK, e8m0_value
@@ -97,13 +97,13 @@ class Tiles(NamedTuple):
 
     def x(self, t, n, k, _):
         """Of x [T, G K]."""
-        return t, lax.div(n, jnp.int32(self.outer)) * self.summed + k
+        return t, quotient(n, self.outer) * self.summed + k
 
     def weight(self, t, n, k, repeat):
         """Of the stack [R, G O, I]."""
         if self.axis == "output":
             return repeat[0], n, k
-        group, own = lax.div(n, jnp.int32(self.outer)), lax.rem(n, jnp.int32(self.outer))
+        group, own = quotient(n, self.outer), remainder(n, self.outer)
         return repeat[0], group * self.summed + k, own
 
     def y(self, t, n, k, _):

@@ -93,7 +93,7 @@ def compressor(
         is_first = jnp.zeros((batch, num_entries), bool)
     if impl == "reference":
         if starts is None:
-            starts = jnp.broadcast_to(jnp.arange(num_entries) * ratio, (batch, num_entries))
+            starts = jnp.broadcast_to(jnp.arange(num_entries, dtype=jnp.int32) * ratio, (batch, num_entries))
         return reference.compressor_reference(kv, gate, ape, norm, cos, sin, is_first, starts, eps=eps)
 
     kv, gate = (x.reshape(*x.shape[:2], branches * width) for x in (kv, gate))
@@ -154,7 +154,7 @@ def _in_list_order(
     """The rows of all blocks of a list behind one another."""
     index = starts[..., None] + jnp.arange(ratio, dtype=jnp.int32)
     index = jnp.clip(index, 0, rows.shape[1] - 1).reshape(starts.shape[0], -1)
-    batch = jnp.arange(rows.shape[0])[:, None]
+    batch = jnp.arange(rows.shape[0], dtype=jnp.int32)[:, None]
     return rows.at[batch, index].get(mode="promise_in_bounds")
 
 

@@ -19,8 +19,8 @@ def compressor_reference(
 ) -> Float[Array, "B P Dc"]:
     """The definition; the contract is in `op.compressor`."""
     ratio, branches, _ = ape.shape
-    batch = jnp.arange(kv.shape[0])[:, None, None]
-    rows = jnp.clip(starts[..., None] + jnp.arange(ratio), 0, kv.shape[1] - 1)  # [B, P, m]
+    batch = jnp.arange(kv.shape[0], dtype=jnp.int32)[:, None, None]
+    rows = jnp.clip(starts[..., None] + jnp.arange(ratio, dtype=jnp.int32), 0, kv.shape[1] - 1)  # [B, P, m]
     values = kv.astype(jnp.float32)[batch, rows]  # [B, P, m, w, Dc]
     logits = gate.astype(jnp.float32)[batch, rows] + ape
 

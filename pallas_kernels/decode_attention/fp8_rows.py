@@ -24,7 +24,7 @@ import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int32, UInt32
 
-from pallas_kernels.arithmetic import cdiv, round_up
+from pallas_kernels.arithmetic import cdiv, int32s, round_up
 from pallas_kernels.decode_attention.fp8_entries import GROUP, Fp8Entries, scale_bytes
 from pallas_kernels.low_precision import e8m0_value
 from pallas_kernels.precision import einsum_float32
@@ -156,7 +156,7 @@ def prefix(
     layout = rows.layout
 
     def cut(x: jax.Array, count: int) -> Int32[Array, "B count row"]:
-        piece = jax.lax.dynamic_slice(x, (repeat, 0, 0, 0), (1, x.shape[1], count, x.shape[3]))[0]
+        piece = jax.lax.dynamic_slice(x, int32s(repeat, 0, 0, 0), (1, x.shape[1], count, x.shape[3]))[0]
         return jax.lax.bitcast_convert_type(piece, jnp.int32)
 
     words, rest = cut(rows.words, size), cut(rows.rest, layout.rest_rows(size))
@@ -164,7 +164,7 @@ def prefix(
     rotated, scales = jnp.split(rest, [layout.row - layout.values], axis=-1)
     between = ((0, 0), (0, 0), (0, layout.values - layout.scales))
     own = jnp.concatenate([jnp.pad(scales, between), rotated], axis=-1)
-    order = (plane_order(layout)[:, None] == jnp.arange(layout.num_channels)).astype(dtype)
+    order = (plane_order(layout)[:, None] == jnp.arange(layout.num_channels, dtype=jnp.int32)).astype(dtype)
     return einsum_float32("bsp,pc->bsc", planes(words, own, layout).astype(dtype), order).astype(dtype)
 
 
@@ -183,14 +183,16 @@ def write(
     """Entries first, first + 1, ... become the first `count` of the new ones; the rest is dropped."""
     layout = rows.layout
     batch, num_new, _ = new.shape
-    sequence, offset = jnp.arange(batch)[:, None], jnp.arange(num_new)
+    sequence, offset = jnp.arange(batch, dtype=jnp.int32)[:, None], jnp.arange(num_new, dtype=jnp.int32)
     size, together = rows.words.shape[2], layout.entries_a_row
     slot = jnp.where(offset < count[:, None], first[:, None] + offset, size)
     words = rows.words.at[repeat, sequence, slot].set(new[..., : layout.row], mode="drop")
     # Rows of `rest` are read, changed in part, and written whole: a TPU has no fast write of some lanes.
-    row = first[:, None] // together + jnp.arange(cdiv(num_new + together - 1, together))
+    row = first[:, None] // together + jnp.arange(cdiv(num_new + together - 1, together), dtype=jnp.int32)
     old = rows.rest.at[repeat, sequence, row].get(mode="clip")
-    place = row[..., None] * together + jnp.arange(together) - first[:, None, None]  # among the new ones
+    place = (
+        row[..., None] * together + jnp.arange(together, dtype=jnp.int32) - first[:, None, None]
+    )  # among the new ones
     fresh = jnp.take_along_axis(
         new[:, None, :, layout.row :], jnp.clip(place, 0, num_new - 1)[..., None], axis=2
     )
@@ -202,11 +204,11 @@ def write(
 
 
 def plane_order(layout: Layout) -> np.ndarray:
-    """i64[Dh]: which channel stands at each place of the planes."""
+    """i32[Dh]: which channel stands at each place of the planes."""
     plane, lane = np.divmod(np.arange(layout.num_channels), layout.row)
     pair = 2 * (lane - layout.values + plane // 2 * (layout.row - layout.values))
     rotary = layout.num_channels - layout.num_rotary + pair + plane % 2
-    return np.where(lane < layout.values, PLANES * lane + plane, rotary)
+    return np.where(lane < layout.values, PLANES * lane + plane, rotary).astype(np.int32)
 
 
 def own_words(
@@ -235,18 +237,18 @@ def planes(
     """
     first_rotary, last = layout.values, words.ndim - 1
     lane = jax.lax.broadcasted_iota(jnp.int32, words.shape, last)
-    group = jax.lax.shift_right_logical(lane, GROUP_WORDS.bit_length() - 1)
+    group = jax.lax.shift_right_logical(lane, np.int32(GROUP_WORDS.bit_length() - 1))
     exponents = jnp.zeros_like(words)
     for w in range(layout.scales):
         column = jnp.broadcast_to(own[..., w : w + 1], words.shape)
-        exponents = jnp.where(jax.lax.shift_right_logical(group, 2) == w, column, exponents)
+        exponents = jnp.where(jax.lax.shift_right_logical(group, np.int32(2)) == w, column, exponents)
     scale = e8m0_value(jax.lax.shift_right_logical(exponents, 8 * (group & 3)) & 0xFF)
 
     def plane(p: int) -> jax.Array:
         source = words if p < 2 else own
         half = source << 16 if p % 2 == 0 else source & jnp.int32(-0x10000)
         rotated = jax.lax.bitcast_convert_type(half, jnp.float32)
-        value = e4m3_value(jax.lax.shift_right_logical(words, 8 * p)) * scale
+        value = e4m3_value(jax.lax.shift_right_logical(words, np.int32(8 * p))) * scale
         return jnp.where(lane < first_rotary, value, rotated)
 
     return jnp.concatenate([plane(p) for p in range(PLANES)], axis=last)
@@ -259,7 +261,9 @@ def e4m3_value(code: Int32[Array, "*n"]) -> Float[Array, "*n"]:
     """
     magnitude = code & 0x7F
     is_normal = magnitude >= 8
-    bits = (magnitude << 20) + jnp.where(is_normal, 120 << 23, 121 << 23)
-    size = jax.lax.bitcast_convert_type(bits, jnp.float32) - jnp.where(is_normal, 0.0, 2.0**-6)
+    bits = (magnitude << 20) + jnp.where(is_normal, jnp.int32(120 << 23), jnp.int32(121 << 23))
+    size = jax.lax.bitcast_convert_type(bits, jnp.float32) - jnp.where(
+        is_normal, jnp.float32(0), jnp.float32(2.0**-6)
+    )
     signed = jax.lax.bitcast_convert_type(size, jnp.int32) | ((code & 0x80) << 24)
     return jax.lax.bitcast_convert_type(signed, jnp.float32)

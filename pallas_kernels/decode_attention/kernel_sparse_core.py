@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import tpu_sc as plsc
 
-from pallas_kernels.arithmetic import cdiv
+from pallas_kernels.arithmetic import cdiv, remainder
 
 CHUNK_BYTES = 64 * 2**10
 """Of one indirect copy. A subcore holds two chunks and, of pairs, two halves of chunks; the smallest (v6e)
@@ -114,11 +114,11 @@ def _body(m: Machine, subcore: jax.Array, num_chunks: int, r: _Refs) -> None:
         return pl.ds(pl.multiple_of(c * chunk, chunk), chunk)
 
     def fetched(c: jax.Array) -> list[Any]:
-        slot = jax.lax.rem(c, 2)
+        slot = remainder(c, 2)
         return m.copies(table, r.rows.at[of_chunk(c)], r.words.at[slot], r.arrived.at[slot])
 
     def stored(c: jax.Array) -> Any:
-        slot, count = jax.lax.rem(c, 2), results.shape[1]
+        slot, count = remainder(c, 2), results.shape[1]
         place = pl.ds(pl.multiple_of((subcore * num_chunks + c) * count, count), count)
         return pltpu.make_async_copy(results.at[slot], r.out.at[place], r.written.at[slot])
 
@@ -146,7 +146,7 @@ def _body(m: Machine, subcore: jax.Array, num_chunks: int, r: _Refs) -> None:
             def _():
                 stored(c - 2).wait()
 
-            slot = jax.lax.rem(c, 2)
+            slot = remainder(c, 2)
             _pick_halves(m, r.words.at[slot], r.shifts.at[of_chunk(c)], r.picked.at[slot])
         stored(c).start()
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.arithmetic import quotient
 from pallas_kernels.decode_attention import online_softmax, stored, visibility
 from pallas_kernels.decode_attention.online_softmax import Softmax
 from pallas_kernels.decode_attention.tuning import SUBLANES, VMEM_LIMIT, Geometry
@@ -24,7 +25,7 @@ def clear_from(ref, keep: jax.Array) -> None:
     """Zeroes a block's rows from `keep` on: nobody sees them, and nobody may ever have written them."""
     num_rows = ref.shape[0]
 
-    @pl.loop(jax.lax.div(jnp.clip(keep, 0, num_rows), SUBLANES), num_rows // SUBLANES)
+    @pl.loop(quotient(jnp.clip(keep, 0, num_rows), SUBLANES), num_rows // SUBLANES)
     def _(tile):
         first = pl.multiple_of(tile * SUBLANES, SUBLANES)
         row = first + jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, 1), 0)
@@ -130,7 +131,7 @@ def stream(
     """
 
     def block(b, e, extent):
-        return jnp.minimum(e, jax.lax.div(jnp.maximum(extent[b] - 1, 0), g.entries))
+        return jnp.minimum(e, quotient(jnp.maximum(extent[b] - 1, 0), g.entries))
 
     def own_entries(s, part):
         def at(i, e, repeat, extent):

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.arithmetic import cdiv
+from pallas_kernels.arithmetic import cdiv, quotient
 from pallas_kernels.decode_attention import online_softmax, stored, visibility
 from pallas_kernels.decode_attention.tuning import VMEM_LIMIT, Geometry
 
@@ -68,7 +68,7 @@ def attend_fetched(
 
     def own_ring(part, k):
         def at(i, repeat):
-            return repeat[0], jax.lax.div(jnp.minimum(i * together + k, steps - 1), g.queries), 0, 0
+            return repeat[0], quotient(jnp.minimum(i * together + k, steps - 1), g.queries), 0, 0
 
         return pl.BlockSpec((None, None, *part.shape[2:]), at)
 

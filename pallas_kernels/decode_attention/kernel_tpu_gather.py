@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.arithmetic import cdiv
+from pallas_kernels.arithmetic import cdiv, quotient
 from pallas_kernels.decode_attention import fp8_rows, online_softmax, stored, visibility
 from pallas_kernels.decode_attention.online_softmax import Softmax
 from pallas_kernels.decode_attention.tuning import LANES, VMEM_LIMIT, Geometry
@@ -74,7 +74,7 @@ def _body(
 
     def start(row_refs, of_query: jax.Array, chunk) -> None:
         """The copies of a chunk of a query."""
-        sequence = jax.lax.div(of_query, g.queries)
+        sequence = quotient(of_query, g.queries)
         for k in range(chunk_rows):
             for words, row_ref, fetched_ref in zip(in_words, row_refs, fetched_refs, strict=True):
                 row = row_ref[0, 0, chunk * chunk_rows + k]
@@ -165,14 +165,16 @@ def gather(
     if isinstance(entries, fp8_rows.Fp8Rows):
         layout, sources, words = entries.layout, (entries.words, entries.rest), jnp.uint32
         together = layout.entries_a_row
-        rows = (entry, jax.lax.div(entry, together))
+        rows = (entry, quotient(entry, together))
         # Products with it put channels in the order of the planes, or back.
-        orders = ((jnp.arange(g.width)[:, None] == fp8_rows.plane_order(layout)).astype(q.dtype),)
+        orders = (
+            (jnp.arange(g.width, dtype=jnp.int32)[:, None] == fp8_rows.plane_order(layout)).astype(q.dtype),
+        )
     else:
         layout, sources, orders = None, (entries,), ()
         together = rows_a_copy(q.dtype)
         words = jnp.float32 if together == 1 else jnp.uint32
-        rows = (jax.lax.div(entry, together),)
+        rows = (quotient(entry, together),)
     place = jnp.where(index < 0, -1, index % together)
 
     parts = 2 if queries % 2 == 0 else 1
@@ -188,7 +190,7 @@ def gather(
 
     def own_ring(part):
         def at(p, i, repeat):
-            return repeat[0], jax.lax.div(p * steps + i, g.queries), 0, 0
+            return repeat[0], quotient(p * steps + i, g.queries), 0, 0
 
         return pl.BlockSpec((None, 1, *part.shape[2:]), at)
 

@@ -23,12 +23,14 @@ def decode_attention_reference(
     keys = stored.decoded(ring)[repeat].astype(q.dtype)
     slots = keys.shape[1]
     last = position.max(axis=1, keepdims=True)
-    held = last - (last - jnp.arange(slots)) % slots  # [B, M]: the position of the row in each slot
+    held = (
+        last - (last - jnp.arange(slots, dtype=jnp.int32)) % slots
+    )  # [B, M]: the position of the row in each slot
     distance = position[:, :, None] - held[:, None]
     visible = (distance >= 0) & (distance <= jnp.minimum(position, window - 1)[..., None])
     if entries is not None:
         rows = stored.decoded(entries)[repeat].astype(q.dtype)
-        slot = jnp.arange(rows.shape[1])
+        slot = jnp.arange(rows.shape[1], dtype=jnp.int32)
         if index is None:
             chosen = slot < hi[..., None]
         else:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, UInt8
 
+from pallas_kernels.arithmetic import quotient
 from pallas_kernels.decode_attention import fp8_rows
 from pallas_kernels.decode_attention.fp8_entries import GROUP, Fp8Entries
 from pallas_kernels.decode_attention.fp8_rows import Fp8Rows
@@ -76,7 +77,7 @@ def decoded_ring(parts: Sequence[jax.Array], dtype: jnp.dtype) -> Float[Array, "
     width, num_groups = still + num_rotary, still // GROUP
     channel = jax.lax.broadcasted_iota(jnp.int32, (num_groups + num_rotary, width), 1)
     # Group by group, then one rotated channel after the other.
-    place = jnp.where(channel < still, jax.lax.div(channel, GROUP), channel - still + num_groups)
+    place = jnp.where(channel < still, quotient(channel, GROUP), channel - still + num_groups)
     ones = (place == jax.lax.broadcasted_iota(jnp.int32, place.shape, 0)).astype(dtype)
     factors = _turned(e8m0_value(scales)[:num_groups].astype(dtype), ones[:num_groups])
     turned = _turned(rotary.astype(dtype), ones[num_groups:])

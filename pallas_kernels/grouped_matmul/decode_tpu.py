@@ -35,8 +35,8 @@ def fp4_scale(codes: UInt8[Array, "N G"]) -> Float[Array, "N G"]:
 
 def spreading(num_groups: int) -> Float[Array, "G L"]:
     """0s and 1s: a row of G scales times this is the scale of every byte. The product is exact."""
-    byte = jnp.arange(num_groups * GROUP_BYTES)
-    return (byte // GROUP_BYTES == jnp.arange(num_groups)[:, None]).astype(jnp.bfloat16)
+    byte = jnp.arange(num_groups * GROUP_BYTES, dtype=jnp.int32)
+    return (byte // GROUP_BYTES == jnp.arange(num_groups, dtype=jnp.int32)[:, None]).astype(jnp.bfloat16)
 
 
 def decode_fp4(values, scale: jax.Array, spread, decoded, *, across: bool) -> None:

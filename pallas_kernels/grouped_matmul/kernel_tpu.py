@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Float32, Int32
 
+from pallas_kernels.arithmetic import quotient
 from pallas_kernels.grouped_matmul.decode_tpu import (
     GROUP_BYTES,
     decode_fp4,
@@ -188,7 +189,7 @@ def _output_body(expert, count, total, *refs, names, product: Product) -> None:
     def _compute() -> None:
         if product.formulation == "masked rows":
             sums_ref, wide_ref, plain_ref = named["sums"], named["wide"], named["plain_rows"]
-            used = lax.div(count[item] + (ROWS_AT_ONCE - 1), ROWS_AT_ONCE)
+            used = quotient(count[item] + (ROWS_AT_ONCE - 1), ROWS_AT_ONCE)
 
             @pl.when(step == 0)
             def _lay_out() -> None:

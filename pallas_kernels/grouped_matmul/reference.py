@@ -32,7 +32,7 @@ def expert_ffn_reference(
     if swiglu_limit:
         gate, up = jnp.minimum(gate, swiglu_limit), jnp.clip(up, -swiglu_limit, swiglu_limit)
     hidden = jax.nn.silu(gate) * up
-    chosen = expert_ids[:, :, None] == jnp.arange(num_experts)  # [T, Ke, E]
+    chosen = expert_ids[:, :, None] == jnp.arange(num_experts, dtype=jnp.int32)  # [T, Ke, E]
     share = (chosen * weights[:, :, None]).sum(axis=1)
     if round_hidden is not None:
         # One expert is chosen at most once by a token, so weighting first and summing after are one thing.

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float32, Int32
 
+from pallas_kernels.arithmetic import int32s
 from pallas_kernels.grouped_matmul.stored import Stack
 from pallas_kernels.low_precision import (
     BLOCK,
@@ -53,7 +54,7 @@ def stream_product(
     while width // lanes > max_terms and width % (2 * lanes) == 0:
         lanes *= 2
     product = {"plain": _plain, "fp8": _fp8, "mxfp4": _mxfp4}[stack.format]
-    return _sums(product(stack, index, x, lanes), jnp.ones(lanes))
+    return _sums(product(stack, index, x, lanes), jnp.ones(lanes, jnp.float32))
 
 
 def _loops(width: int, lanes: int):
@@ -77,7 +78,7 @@ def _plain(stack: Stack, index, x, lanes):
         if here.dtype == jnp.bfloat16:
             here = lax.bitcast_convert_type(here, jnp.uint16)
         for start in loop:
-            columns = lax.dynamic_slice(here, (index, 0, start), (1, num, lanes))[0]
+            columns = lax.dynamic_slice(here, int32s(index, 0, start), (1, num, lanes))[0]
             if columns.dtype == jnp.uint16:  # bfloat16 is the upper half of a float32
                 columns = lax.bitcast_convert_type(columns.astype(jnp.uint32) << 16, jnp.float32)
             partial += columns * x[start : start + lanes]
@@ -98,7 +99,7 @@ def _fp8(stack: Stack, index, x, lanes):
         here, index, x, partial = lax.optimization_barrier((values, index, x, partial))
         here = lax.bitcast_convert_type(here, jnp.uint8)
         for start in loop:
-            columns = lax.dynamic_slice(here, (index, 0, 0, start), (1, num_blocks, tall, lanes))[0]
+            columns = lax.dynamic_slice(here, int32s(index, 0, 0, start), (1, num_blocks, tall, lanes))[0]
             columns = e4m3_halves(columns).astype(jnp.float32)
             partial += columns * x[:, None, start : start + lanes]
     return partial.reshape(-1, lanes)
@@ -114,8 +115,8 @@ def _mxfp4(stack: Stack, index, x, lanes):
     for loop in _loops(stack.shape[-1], lanes):
         here, scales, index, x, partial = lax.optimization_barrier((values, scale, index, x, partial))
         for start in loop:
-            packed = lax.dynamic_slice(here, (index, 0, start // 2), (1, num, half))[0]
-            scaling = lax.dynamic_slice(scales, (index, 0, start // GROUP), (1, num, groups))[0]
+            packed = lax.dynamic_slice(here, int32s(index, 0, start // 2), (1, num, half))[0]
+            scaling = lax.dynamic_slice(scales, int32s(index, 0, start // GROUP), (1, num, groups))[0]
             scaling = e8m0_value(scaling)
             if groups > 1:
                 scaling = jnp.repeat(scaling, GROUP // 2, axis=1)
@@ -123,7 +124,7 @@ def _mxfp4(stack: Stack, index, x, lanes):
                 sums + numbers.astype(jnp.float32) * scaling * factor[start // 2 : start // 2 + half]
                 for sums, numbers, factor in zip(partial, e2m1_halves(packed), x, strict=True)
             ]
-    places = jnp.eye(lanes)
+    places = jnp.eye(lanes, dtype=jnp.float32)
     return _sums(partial[0], places[0::2]) + _sums(partial[1], places[1::2])
 
 

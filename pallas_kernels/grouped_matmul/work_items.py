@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int32
 
+from pallas_kernels.arithmetic import quotient
 from pallas_kernels.grouped_matmul.routing import sort_pairs
 
 
@@ -61,10 +62,10 @@ def work_items(
     keys, shift = pairs.keys, pairs.shift
     bounds = jnp.arange(num_experts + 1, dtype=jnp.int32) << shift
     start = jnp.searchsorted(keys, bounds).astype(jnp.int32)
-    blocks = lax.div(start[1:] - start[:-1] + (rows - 1), rows)
+    blocks = quotient(start[1:] - start[:-1] + (rows - 1), rows)
     if every_expert:
         blocks = jnp.maximum(blocks, 1)
-    behind = jnp.cumsum(blocks)
+    behind = jnp.cumsum(blocks, dtype=jnp.int32)
     first, total = behind - blocks, behind[-1]
 
     length = most_items(expert_ids.size, num_experts, rows, every_expert=every_expert)
@@ -73,7 +74,7 @@ def work_items(
     expert = jnp.minimum(expert, num_experts - 1)
     begin = start[expert] + (number - first[expert]) * rows
     count = jnp.clip(start[expert + 1] - begin, 0, rows)
-    count = jnp.where(jnp.arange(length) < total, count, 0)
+    count = jnp.where(jnp.arange(length, dtype=jnp.int32) < total, count, 0)
 
     sorted_place = begin[:, None] + jnp.arange(rows, dtype=jnp.int32)
     last = max(expert_ids.size - 1, 0)
@@ -90,7 +91,7 @@ def work_items(
 
 def token_rows(x: Array, items: WorkItems) -> Array:
     """[items, rows, C]: the token's row at every place in use, any token's at the others."""
-    return x.at[lax.div(items.pair, items.place.shape[1])].get(mode="promise_in_bounds")
+    return x.at[quotient(items.pair, items.place.shape[1])].get(mode="promise_in_bounds")
 
 
 def sum_rows(rows: Array, items: WorkItems, weights: Array | None = None) -> Array:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.arithmetic import quotient
 from pallas_kernels.grouped_matmul.routing import sort_pairs
 from pallas_kernels.grouped_matmul.stored import Stack
 from pallas_kernels.grouped_matmul.stream import stream_product
@@ -57,7 +58,7 @@ def expert_ffn_forward(
     def stream_pair(place, y):
         index = first_expert + pairs.expert_at(place)
         number = pairs.pairs_at(place, 1)[0]
-        token = lax.div(number, top_k)
+        token = quotient(number, top_k)
         both = stream_product(gate_up, index, x[token].astype(jnp.float32))
         hidden = hidden_of.before(both, weights[number], x.dtype)
         out = stream_product(down, index, hidden) * hidden_of.after(weights[number])
@@ -68,7 +69,7 @@ def expert_ffn_forward(
 
         def block(number, y):
             numbers, own = _block(pairs, start, end, number, blocks.rows)
-            tokens = lax.div(numbers, top_k)
+            tokens = quotient(numbers, top_k)
             rows = x.at[tokens].get(mode="promise_in_bounds").astype(dtype)
             hidden = hidden_of.before(dot(w13, rows, 1, 1), weights[numbers], x.dtype)
             out = dot(w2, hidden.astype(dtype), 1, 0)
@@ -115,7 +116,7 @@ def expert_ffn_backward(
         def block(number, sums):
             dx, d_w13, d_w2, d_weights = sums
             numbers, own = _block(pairs, start, end, number, blocks.rows)
-            tokens = lax.div(numbers, top_k)
+            tokens = quotient(numbers, top_k)
 
             def own_rows(a):  # zero rows add nothing to any gradient
                 return jnp.where(own, a.at[tokens].get(mode="promise_in_bounds"), 0).astype(dtype)
@@ -179,7 +180,7 @@ def _for_each_expert(pairs, step, state):
 
 
 def _num_blocks(start, end, rows):
-    return lax.div(end - start + (rows - 1), rows)
+    return quotient(end - start + (rows - 1), rows)
 
 
 def _block(pairs, start, end, number, rows):

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.arithmetic import quotient
 from pallas_kernels.decode_attention.kernel_tpu_gather import along_lanes, chosen_rows, rows_a_copy
 from pallas_kernels.hybrid_attention.kernel_tpu import ROWS_BY_KEYS, dot
 from pallas_kernels.hybrid_attention.tuning import SUBLANES, VMEM_LIMIT, GatherGeometry
@@ -47,7 +48,7 @@ def _body(
 
     def start(row_ref, of_query, chunk, first, count: int) -> None:
         """The copies of some rows of a chunk of a query. All but their number may be traced."""
-        source = words.at[repeat_ref[0], jax.lax.div(of_query, g.length)]
+        source = words.at[repeat_ref[0], quotient(of_query, g.length)]
         for k in range(count):
             row = row_ref[0, 0, chunk * g.chunk + first + k]
             pltpu.make_async_copy(
@@ -118,7 +119,7 @@ def gathered_forward(
         index: i32[B * T, chunks, chunk] in -1 .. S - 1.
     """
     together = rows_a_copy(q.dtype)
-    row = jax.lax.div(jnp.maximum(index, 0), together).reshape(g.queries, 1, -1)
+    row = quotient(jnp.maximum(index, 0), together).reshape(g.queries, 1, -1)
 
     def own(*shape):
         return pl.BlockSpec((1, *shape), lambda i, _: (i, *(0 for _ in shape)))

@@ -21,11 +21,13 @@ def hybrid_attention_reference(
     """The definition; the contract is in `op.hybrid_attention`."""
     length = q.shape[1]
     # Query t stands at place t + W - 1 of the line; the key at place j is `distance` tokens older.
-    distance = jnp.arange(length)[:, None] + window - 1 - jnp.arange(line.shape[1])
+    distance = (
+        jnp.arange(length, dtype=jnp.int32)[:, None] + window - 1 - jnp.arange(line.shape[1], dtype=jnp.int32)
+    )
     visible = (distance >= 0) & (distance <= jnp.minimum(position, window - 1)[..., None])
     keys = line
     if entries is not None:
-        index = jnp.arange(entries.shape[1])
+        index = jnp.arange(entries.shape[1], dtype=jnp.int32)
         chosen = (index >= lo[..., None]) & (index < hi[..., None])
         if selected is not None:
             chosen &= selected
@@ -48,7 +50,7 @@ def gathered_attention_reference(
     repeat: Int32[Array, ""],
 ) -> tuple[Float[Array, "B T H Dh"], Float32[Array, "B T H"]]:
     """The definition; the contract is in `gathered.gathered_attention`."""
-    batch = jnp.arange(q.shape[0])[:, None, None]
+    batch = jnp.arange(q.shape[0], dtype=jnp.int32)[:, None, None]
     keys = entries[repeat][batch, jnp.maximum(index, 0)]  # [B, T, K, Dh]
     logits = einsum_float32("bthd,btkd->bthk", q, keys)
     logits = jnp.where((index >= 0)[:, :, None], logits * q.shape[-1] ** -0.5, -jnp.inf)

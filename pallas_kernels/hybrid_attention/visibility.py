@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int32
 
-from pallas_kernels.arithmetic import cdiv
+from pallas_kernels.arithmetic import cdiv, quotient
 
 REACH, LO, HI = range(3)
 """Columns of a view: tokens seen before the query itself, then its entries lo <= s < hi."""
@@ -54,10 +54,10 @@ def entry_blocks_of_queries(view: Int32[Array, "B padded_T 3"], query_block: int
 def query_blocks_of_entries(blocks: Range, batch: int, num_entry_blocks: int) -> Range:
     """The turned table: first and last query block that visits each entry block."""
     first, last = (x.reshape(batch, 1, -1) for x in blocks)
-    entry = jnp.arange(num_entry_blocks)[:, None]
+    entry = jnp.arange(num_entry_blocks, dtype=jnp.int32)[:, None]
     visits = (first <= entry) & (entry <= last)  # [B, entry blocks, query blocks]
     num_query_blocks = visits.shape[-1]
-    query = jnp.arange(num_query_blocks)
+    query = jnp.arange(num_query_blocks, dtype=jnp.int32)
     return Range(
         jnp.where(visits, query, num_query_blocks).min(axis=-1).reshape(-1).astype(jnp.int32),
         jnp.where(visits, query, -1).max(axis=-1).reshape(-1).astype(jnp.int32),
@@ -82,14 +82,14 @@ class LineBlocks(NamedTuple):
         place = j * self.size - (self.window - 1)
         if isinstance(j, int):
             return max(place, 0) // self.query_block
-        return jax.lax.div(jnp.maximum(place, 0), self.query_block)
+        return quotient(jnp.maximum(place, 0), self.query_block)
 
     def last(self, j):
         """The last query block; j may be traced."""
         place = (j + 1) * self.size - 1
         if isinstance(j, int):
             return min(place // self.query_block, self.num_query_blocks - 1)
-        return jnp.minimum(jax.lax.div(place, self.query_block), self.num_query_blocks - 1)
+        return jnp.minimum(quotient(place, self.query_block), self.num_query_blocks - 1)
 
     def steps(self, line_length: int) -> int:
         """Query blocks of the line block that has most of them."""
@@ -115,7 +115,7 @@ def entry_bias(
 
 
 def _bias(visible: jax.Array) -> jax.Array:
-    return jnp.where(visible, 0.0, -jnp.inf).astype(jnp.float32)
+    return jnp.where(visible, jnp.float32(0), -jnp.inf)
 
 
 def _iota(shape: tuple[int, int], axis: int) -> jax.Array:

@@ -327,7 +327,7 @@ def _pull(static, residuals, d_out: dict):
         n, rows = operands["streams"].shape[0], operands["fn"].shape[0]
         d_affine = grads.pop("d_affine")
         scores = saved["saved"][:, kernel_tpu.score_rows(rows)]
-        parts = jnp.array([scale_index(i, n) for i in range(rows)])
+        parts = jnp.array([scale_index(i, n) for i in range(rows)], jnp.int32)
         grads["d_base"] = d_affine.sum(axis=0)
         d_scale = jnp.zeros_like(operands["scale"])
         grads["d_scale"] = d_scale.at[parts].add((d_affine * scores).sum(axis=0))

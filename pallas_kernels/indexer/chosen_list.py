@@ -50,13 +50,13 @@ def _list_row(bits: Bool[Array, "n 128"], k: int) -> Int32[Array, " k"]:
     bits = bits.astype(jnp.bfloat16)
     upto = jnp.cumsum(bits.sum(axis=1, dtype=jnp.float32)).astype(jnp.int32)
     before = jnp.concatenate([jnp.zeros(1, jnp.int32), upto[:-1]])
-    slot = jnp.arange(k)[:, None]
+    slot = jnp.arange(k, dtype=jnp.int32)[:, None]
     own = (before <= slot) & (slot < upto)  # [k, n], true for one group of each slot that has an entry
     own_bits = jnp.dot(own.astype(jnp.bfloat16), bits)
-    ranks = jnp.dot(
-        own_bits, jnp.triu(jnp.ones((GROUP, GROUP), jnp.bfloat16)), preferred_element_type=jnp.float32
-    )
-    rank = slot - (own * before).sum(axis=1, keepdims=True)
-    place = (ranks <= rank).sum(axis=1)
-    group = (upto <= slot).sum(axis=1)
+    at = jnp.arange(GROUP, dtype=jnp.int32)
+    upto_here = (at[:, None] <= at).astype(jnp.bfloat16)
+    ranks = jnp.dot(own_bits, upto_here, preferred_element_type=jnp.float32)
+    rank = slot - (own * before).sum(axis=1, keepdims=True, dtype=jnp.int32)
+    place = (ranks <= rank).sum(axis=1, dtype=jnp.int32)
+    group = (upto <= slot).sum(axis=1, dtype=jnp.int32)
     return jnp.where(slot[:, 0] < upto[-1], group * GROUP + place, -1).astype(jnp.int32)

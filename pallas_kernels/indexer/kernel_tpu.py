@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.arithmetic import cdiv, round_up
+from pallas_kernels.arithmetic import cdiv, quotient, round_up
 from pallas_kernels.indexer import key_tiles
 from pallas_kernels.indexer.formats import Format, format_of, shape_of
 from pallas_kernels.indexer.tuning import LANES, IndexerBlocks
@@ -87,7 +87,7 @@ class Scoring:
 
 def chunks_before(end, size: int, chunk: int):
     """How many of the chunks of `size` entries begin before entry `end`."""
-    return lax.div(jnp.clip(end, 0, size) + (chunk - 1), chunk)
+    return quotient(jnp.clip(end, 0, size) + (chunk - 1), chunk)
 
 
 def visible_in(lo, hi, first, num_keys: int):
@@ -142,8 +142,8 @@ def scoring_call(
         return pl.BlockSpec((blocks.rows, *shape), lambda r, s, *_: (r, *(0 for _ in shape)))
 
     def own_keys(r, s, repeat, ends):
-        last = jnp.maximum(lax.div(ends[r] + (blocks.keys - 1), blocks.keys) - 1, 0)
-        return repeat[0], lax.div(r, blocks_per_sequence), jnp.minimum(s, last)
+        last = jnp.maximum(quotient(ends[r] + (blocks.keys - 1), blocks.keys) - 1, 0)
+        return repeat[0], quotient(r, blocks_per_sequence), jnp.minimum(s, last)
 
     return pl.pallas_call(
         functools.partial(body, form=form, blocks=blocks),

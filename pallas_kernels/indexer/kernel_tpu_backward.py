@@ -13,7 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.arithmetic import cdiv
+from pallas_kernels.arithmetic import cdiv, quotient
 from pallas_kernels.indexer.kernel_tpu import visible_in
 from pallas_kernels.indexer.key_tiles import products
 from pallas_kernels.indexer.tuning import IndexerBlocks
@@ -108,7 +108,7 @@ def index_scores_bwd(
         operands = [per_row(heads, width), per_row(heads), key_spec, per_row(1), per_row(1), d_spec]
         return operands, per_row(heads, width), per_row(heads), key_spec
 
-    operands, dq_spec, dw_spec, _ = specs(lambda r, s: r, lambda r, s: (lax.div(r, per_sequence), s))
+    operands, dq_spec, dw_spec, _ = specs(lambda r, s: r, lambda r, s: (quotient(r, per_sequence), s))
     dq, dw = pl.pallas_call(
         functools.partial(_queries_body, blocks=blocks, size=size),
         grid=(num_blocks, num_tiles),

@@ -20,19 +20,21 @@ from pallas_kernels.indexer.kernel_tpu import Scoring, chunks_before, scoring_ca
 from pallas_kernels.indexer.tuning import LANES, IndexerBlocks
 
 NOT_ELIGIBLE = -(2**31)  # below the ordered integer of every score above -inf, in its upper half already
+EXPONENT = 0x7F800000  # of a float32; without one it is 0 or subnormal
 LOWEST = -(2**15)
 BITS_A_CHECK = 4  # passes between two looks at whether all rows are done
 
 
 def ordered(scores):
-    """int32 of the same order as the scores; -0 and 0 are one score."""
+    """int32 of the same order as the scores; -0, 0 and all subnormals are one score."""
     bits = lax.bitcast_convert_type(scores, jnp.int32)
+    bits = jnp.where((bits & EXPONENT) == 0, 0, bits)
     return jnp.where(bits < 0, jnp.int32(-(2**31)) - bits, bits)  # -magnitude of negative ones
 
 
 def halves(keys):
     """(upper, lower) int16 of int32 keys; the lower one shifted so that signed comparison orders it."""
-    return lax.shift_right_arithmetic(keys, 16).astype(jnp.int16), (keys ^ 0x8000).astype(jnp.int16)
+    return (keys >> 16).astype(jnp.int16), (keys ^ 0x8000).astype(jnp.int16)
 
 
 def _select_body(repeat_ref, ends_ref, q_ref, weights_ref, *refs, form, blocks, k):
@@ -133,7 +135,7 @@ def _drop_late(upper_ref, lower_ref, upper_cut, lower_cut, left, each, count) ->
 
     def further(step, end):
         # The greatest end with at most `left` level entries before it.
-        tried = end + lax.shift_left(jnp.int32(1), num_bits - 1 - step)
+        tried = end + (jnp.int32(1) << (num_bits - 1 - step))
         return jnp.where(count(lambda here: is_level(here) & is_before(here, tried)) <= left, tried, end)
 
     end = lax.fori_loop(0, num_bits, further, jnp.zeros_like(left))
@@ -188,7 +190,7 @@ def _refine(digits_ref, count, cut, above, at_least, *, spread, k: int):
     """
 
     def bit(step, cut, at_least):
-        higher = cut + lax.shift_left(jnp.int32(1), 15 - step)
+        higher = cut + (jnp.int32(1) << (15 - step))
         tried = spread(higher)
         found = above + count(lambda here: digits_ref[:, here] >= tried)
         take = found >= k

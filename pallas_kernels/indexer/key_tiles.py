@@ -9,6 +9,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -84,10 +85,10 @@ def unpack(values, scales):
     all eight magnitudes; the byte is converted exactly, and a product with a power of two is exact.
     """
     words = pltpu.bitcast(values, jnp.int32)  # four bytes of one column
-    low = (lax.shift_left(words, 4) & SIGN) | (lax.shift_left(words, 1) & MAGNITUDE)
-    high = (words & SIGN) | (lax.shift_right_logical(words, 3) & MAGNITUDE)
+    low = ((words << 4) & SIGN) | ((words << 1) & MAGNITUDE)
+    high = (words & SIGN) | (lax.shift_right_logical(words, np.int32(3)) & MAGNITUDE)
     exponents = scales.astype(jnp.int32)
-    powers = lax.bitcast_convert_type(lax.shift_left(exponents, 23), jnp.float32)
+    powers = lax.bitcast_convert_type(exponents << 23, jnp.float32)
     powers = jnp.where(exponents == 255, jnp.nan, powers).astype(jnp.bfloat16)
     half_groups = [
         jnp.broadcast_to(powers[g : g + 1], (GROUP // 2, powers.shape[1])) for g in range(powers.shape[0])

@@ -104,7 +104,8 @@ def index_select(
         bool[B, T, S]; `index_list` makes a list of it.
 
     Numerics: scores as in `index_scores`; the choice among them is exact, ties go to the lowest index. NaN
-        and -inf are never chosen. Scores that differ by less than their rounding may be ordered differently
+        and -inf are never chosen; -0 and subnormals equal 0.
+        Scores that differ by less than their rounding may be ordered differently
         from the reference.
     Gradients: none (a choice of indices).
     Cost: the FLOP of `index_scores`; HBM bytes: q, weights, keys as there, and 1 byte an entry of mask (4

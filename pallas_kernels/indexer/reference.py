@@ -24,8 +24,9 @@ def index_scores_reference(
 
 
 def index_select_reference(scores: Float32[Array, "B T S"], k: int) -> Bool[Array, "B T S"]:
-    """The k largest scores above -inf, ties to the lowest index; NaN is never chosen."""
+    """The k largest scores above -inf, ties to the lowest index; NaN is never chosen, subnormals equal 0."""
     ranked = jnp.where(jnp.isnan(scores), -jnp.inf, scores)
+    ranked = jnp.where(jnp.abs(ranked) < jnp.finfo(jnp.float32).tiny, 0, ranked)
     order = jnp.argsort(ranked, axis=-1, stable=True, descending=True)
     rank = jnp.argsort(order, axis=-1)
     return (rank < k) & (ranked > -jnp.inf)
@@ -33,5 +34,5 @@ def index_select_reference(scores: Float32[Array, "B T S"], k: int) -> Bool[Arra
 
 def visible_entries(lo: Int32[Array, "B T"], hi: Int32[Array, "B T"], size: int) -> Bool[Array, "B T S"]:
     """Entries lo <= s < hi of each query."""
-    s = jnp.arange(size)
+    s = jnp.arange(size, dtype=jnp.int32)
     return (s >= lo[..., None]) & (s < hi[..., None])

@@ -17,6 +17,8 @@ def linear_cross_entropy_reference(
     logits = einsum_float32("td,vd->tv", hidden, head)
 
     lse = jax.nn.logsumexp(logits, axis=1)
-    is_target = jnp.arange(head.shape[0]) == ids[:, None]  # nowhere true for ids outside 0 .. V-1
+    is_target = (
+        jnp.arange(head.shape[0], dtype=jnp.int32) == ids[:, None]
+    )  # nowhere true for ids outside 0 .. V-1
     target_logit = jnp.where(is_target, logits, 0).sum(axis=1)
     return lse - target_logit, lse

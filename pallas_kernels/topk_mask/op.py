@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32
 
 from pallas_kernels.topk_mask.reference import topk_mask_reference
@@ -27,7 +28,8 @@ def topk_mask(
         impl: "xla" counts against a threshold, "reference" sorts. There is no silent fallback.
 
     Returns:
-        bool[..., S] with min(k, number of visible scores that are not NaN) marks a row.
+        bool[..., S] with min(k, number of visible scores that are not NaN) marks a row. There may be no rows,
+        and S may be 0.
 
     Numerics: exact; ties go to the lowest index.
     Gradients: none (a choice of indices); wrap the scores in stop_gradient.
@@ -42,6 +44,8 @@ def topk_mask(
         raise ValueError(f"k={k} must be at least 1")
     if scores.shape != visible.shape:
         raise ValueError(f"scores {scores.shape} and visible {visible.shape} must have one shape")
+    if 0 in scores.shape:
+        return jnp.zeros(scores.shape, bool)
     if impl == "reference":
         return topk_mask_reference(scores, visible, k)
     return topk_mask_xla(scores, visible, k)

@@ -24,6 +24,7 @@ from jaxtyping import Array, Bool, Float32, Int32
 from pallas_kernels.arithmetic import round_up
 
 PARTS = 32  # summands of the vectorised first step of a count
+EXPONENT = 0x7F800000  # of a float32
 NOT_ELIGIBLE = -(2**31)  # below the key of every score
 
 
@@ -56,14 +57,16 @@ def ordered_keys(
 ) -> Int32[Array, "*rows S"]:
     """Signed keys in the order of the scores; NOT_ELIGIBLE for what cannot be chosen."""
     bits = lax.bitcast_convert_type(scores, jnp.int32)
+    # Without an exponent it is 0 or a subnormal, which some processors read as 0.
+    bits = jnp.where((bits & EXPONENT) == 0, 0, bits)
     # Minus the magnitude of a negative score: -0 and 0 are one key. (XLA takes `x + 0.0` for `x`, -0 or not.)
     return jnp.where(eligible, jnp.where(bits < 0, jnp.int32(-(2**31)) - bits, bits), NOT_ELIGIBLE)
 
 
 def count(mask: Bool[Array, "*rows S"]) -> Int32[Array, "*rows 1"]:
     """Marks a row, in two steps: XLA:CPU vectorises a sum over a middle axis, but not one over the last."""
-    parts = mask.astype(jnp.int32).reshape(*mask.shape[:-1], PARTS, -1).sum(axis=-2)
-    return lax.optimization_barrier(parts).sum(axis=-1, keepdims=True)
+    parts = mask.astype(jnp.int32).reshape(*mask.shape[:-1], PARTS, -1).sum(axis=-2, dtype=jnp.int32)
+    return lax.optimization_barrier(parts).sum(axis=-1, keepdims=True, dtype=jnp.int32)
 
 
 def lower_bound(

@@ -26,6 +26,7 @@ NUMPY = {
     "F64": np.float64,
     "I8": np.int8,
     "U8": np.uint8,
+    "I16": np.int16,
     "I32": np.int32,
     "I64": np.int64,
 }

@@ -150,3 +150,43 @@ def test_ctrl_c_is_not_swallowed(fake):
     fake.download = interrupted
     with pytest.raises(KeyboardInterrupt):
         locate(fake, "hf://a/b@main")
+
+
+# offline: the hub's own cache decides, without any fake
+
+
+@pytest.fixture
+def offline_cache(tmp_path, monkeypatch):
+    """A cache that fetched org/tiny@main once, and a client that must not use the network."""
+    from huggingface_hub import constants
+
+    repository = tmp_path / "models--org--tiny"
+    snapshot = repository / "snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(COMMIT)
+    (snapshot / "config.json").write_text("{}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub._snapshot_download.constants.HF_HUB_CACHE", str(tmp_path))
+    return snapshot
+
+
+def test_offline_a_branch_is_what_the_cache_knows_of_it(offline_cache):
+    said = []
+    assert hub.locate("hf://org/tiny@main", weights=True, announce=said.append) == offline_cache
+    assert said == [f"hf://org/tiny@{COMMIT} (offline: what the local cache holds)"]
+    assert hub.locate(f"hf://org/tiny@{COMMIT}", weights=True) == offline_cache
+
+
+@pytest.mark.parametrize("address", ["hf://org/tiny@dev", "hf://org/other@main", f"hf://org/tiny@{'0' * 40}"])
+def test_offline_what_was_never_fetched_is_refused(offline_cache, address):
+    with pytest.raises(CheckpointError, match="cannot fetch"):
+        hub.locate(address, weights=True)
+
+
+@pytest.mark.parametrize("noted", ["", "main", "0" * 39, "x" * 40])
+def test_offline_a_damaged_note_is_no_commit(offline_cache, noted):
+    (offline_cache.parents[1] / "refs" / "main").write_text(noted)
+    with pytest.raises(CheckpointError, match="holds no commit"):
+        hub.locate("hf://org/tiny@main", weights=True)

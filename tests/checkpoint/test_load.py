@@ -280,13 +280,6 @@ def test_jax_takes_over_aligned_buffers(shape, dtype):
     assert jax.device_put(array).unsafe_buffer_pointer() == array.ctypes.data
 
 
-def test_tokenizer_file_is_found(tmp_path):
-    synthetic.write_checkpoint(tmp_path, synthetic.smallest_config())
-    assert load_checkpoint(tmp_path, POLICIES[1]).tokenizer_file is None
-    (tmp_path / "tokenizer.json").write_text("{}")
-    assert load_checkpoint(tmp_path, POLICIES[1]).tokenizer_file == tmp_path / "tokenizer.json"
-
-
 def test_code_in_the_directory_is_never_touched(tmp_path):
     config = synthetic.smallest_config()
     tensors = synthetic.make_tensors(config)

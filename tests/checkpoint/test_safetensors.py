@@ -17,8 +17,8 @@ import torch
 
 from dsv4_jax.checkpoint import safetensors as reader
 from dsv4_jax.checkpoint.files import open_checkpoint
-from dsv4_jax.checkpoint.stored_file import StoredFile
 from dsv4_jax.errors import CheckpointError
+from dsv4_jax.stored_file import StoredFile
 from tests.checkpoint.bad_files import DATA, FILE_CASES, GOOD, HEADER_CASES, W, entry, pack
 
 
@@ -187,7 +187,8 @@ def test_no_descriptor_is_left_open(tmp_path: Path) -> None:
             reader.read_header(bad)
     with pytest.raises(CheckpointError, match="is a directory"):
         reader.read_header(tmp_path)
-    identity = reader.load_header(write(tmp_path, pack(GOOD, DATA))).identity
+    with StoredFile(write(tmp_path, pack(GOOD, DATA))) as file:
+        identity = file.identity
     with pytest.raises(CheckpointError, match="modified_ns"):
         StoredFile(tmp_path / "model.safetensors", dataclasses.replace(identity, modified_ns=1))
     assert len(os.listdir("/proc/self/fd")) == before

@@ -7,7 +7,6 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-import tokenizers
 
 from dsv4_jax.checkpoint import names, storage
 from dsv4_jax.checkpoint.load import load_checkpoint, nested
@@ -188,31 +187,22 @@ def test_a_stacked_tensor_keeps_a_dtype_that_all_its_parts_had(tmp_path, loaded)
 
 
 def test_small_files(tmp_path, loaded):
-    source = tmp_path / "given"
-    (source / "tokenizer_config.json").write_bytes(b'{"a":\r\n1}')
-    (source / "tokenizer.json").write_bytes(b"{}")
-    (source / "modeling.py").write_text("raise SystemExit")
-    config, parameters = loaded.config, loaded.parameters
-    save_checkpoint(tmp_path / "copied", config, parameters, copy_from=source)
-    assert {path.name for path in (tmp_path / "copied").iterdir()} == {
+    given = {"tokenizer_config.json": b'{"a":\r\n1}', "tokenizer.json": b"{}"}
+    save_checkpoint(tmp_path / "made", loaded.config, loaded.parameters, side_files=given)
+    assert {path.name for path in (tmp_path / "made").iterdir()} == {
         "config.json",
         "generation_config.json",
         "model.safetensors",
         "tokenizer.json",
         "tokenizer_config.json",
     }
-    assert (tmp_path / "copied/tokenizer_config.json").read_bytes() == b'{"a":\r\n1}'
-    generation = json.loads((tmp_path / "copied/generation_config.json").read_text())
+    assert (tmp_path / "made/tokenizer_config.json").read_bytes() == b'{"a":\r\n1}'
+    generation = json.loads((tmp_path / "made/generation_config.json").read_text())
     assert generation == {"bos_token_id": 0, "eos_token_id": 1}
 
-    (source / "generation_config.json").write_text('{"temperature": 1.0}')
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "?": 1}, unk_token="?"))
-    save_checkpoint(tmp_path / "made", config, parameters, copy_from=source, tokenizer=tokenizer)
-    assert (tmp_path / "made/generation_config.json").read_text() == '{"temperature": 1.0}'
-    back = tokenizers.Tokenizer.from_file(str(tmp_path / "made/tokenizer.json"))
-    assert back.get_vocab() == {"a": 0, "?": 1}
-    save_checkpoint(tmp_path / "path", config, parameters, tokenizer=tmp_path / "made/tokenizer.json")
-    assert (tmp_path / "path/tokenizer.json").read_bytes() == (tmp_path / "made/tokenizer.json").read_bytes()
+    own = {"generation_config.json": b'{"temperature": 1.0}'}
+    save_checkpoint(tmp_path / "own", loaded.config, loaded.parameters, side_files=own)
+    assert (tmp_path / "own/generation_config.json").read_bytes() == b'{"temperature": 1.0}'
 
 
 @pytest.mark.parametrize("layout", names.LAYOUTS)
@@ -270,12 +260,9 @@ def test_what_is_there_is_replaced_only_on_request(tmp_path, loaded):
     np.testing.assert_array_equal(back["norm"], changed["norm"])
 
 
-def test_a_missing_tokenizer_file_is_an_error_before_writing(tmp_path, loaded):
-    with pytest.raises(CheckpointError, match=r"nowhere\.json"):
+def test_a_file_that_is_no_side_file_is_an_error_before_writing(tmp_path, loaded):
+    with pytest.raises(CheckpointError, match=r"side file 'modeling\.py' must be one of"):
         save_checkpoint(
-            tmp_path / "saved",
-            loaded.config,
-            loaded.parameters,
-            tokenizer=tmp_path / "nowhere.json",
+            tmp_path / "saved", loaded.config, loaded.parameters, side_files={"modeling.py": b"pass"}
         )
     assert not (tmp_path / "saved").exists()

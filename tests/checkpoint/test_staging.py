@@ -126,7 +126,7 @@ def test_failing_to_remove_the_former_files_is_no_failure_to_write(
 
 def test_the_parent_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(CheckpointError, match="Not a directory"):
+    with pytest.raises(CheckpointError, match="is not a directory"):
         save(tmp_path / "file" / "x")
 
 

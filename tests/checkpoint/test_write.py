@@ -264,7 +264,7 @@ def test_foreign_tensor_files_are_never_replaced(tmp_path: Path) -> None:
 
 def test_directory_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "x").write_text("mine")
-    with pytest.raises(CheckpointError, match="Not a directory"):
+    with pytest.raises(CheckpointError, match="is not a directory"):
         save(tmp_path / "x", overwrite=True)
     assert (tmp_path / "x").read_text() == "mine"
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv4_jax.inference.sampling import check_sampling, sample
+from dsv4_jax.inference.sampling import checked_sampling, sample
 
 LOGITS = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]], jnp.float32))
 
@@ -47,4 +47,4 @@ def test_rows_draw_independently():
 @pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf")])
 def test_bad_temperature_is_refused_together_with_bad_top_p(value):
     with pytest.raises(ValueError, match=r"temperature=.*top_p=0"):
-        check_sampling(value, 0.0)
+        checked_sampling(value, 0.0)

@@ -16,7 +16,8 @@ def by_hand(scores, visible, k):
     mask = np.zeros(scores.shape, bool)
     for row in np.ndindex(scores.shape[:-1]):
         candidates = [i for i in np.flatnonzero(visible[row]) if not np.isnan(scores[row][i])]
-        best = sorted(candidates, key=lambda i, row=row: (-(scores[row][i] + 0.0), i))[:k]
+        level = np.where(np.abs(scores[row]) < np.finfo(np.float32).tiny, 0, scores[row])
+        best = sorted(candidates, key=lambda i, level=level: (-level[i], i))[:k]
         mask[row][best] = True
     return mask
 
@@ -48,6 +49,19 @@ def test_special_values():
     scores = np.array([[np.nan, np.inf, -np.inf, 0, -1, 1e-30, -3e38, np.nan]], np.float32)
     for k in range(1, 9):
         check(scores, np.ones((1, 8), bool), k)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 5])
+def test_subnormal_scores_equal_zero(k):
+    scores = np.array([[-1e-40, 0.0, 1e-42, -0.0, 1e-38, 1.2e-38, -1.2e-38]], np.float32)
+    check(scores, np.ones(scores.shape, bool), k)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0, 5), (3, 0), (0, 0)])
+@pytest.mark.parametrize("impl", ["xla", "reference"])
+def test_without_rows_or_scores(shape, impl):
+    got = compiled(jnp.zeros(shape, jnp.float32), jnp.zeros(shape, bool), 2, impl=impl)
+    assert got.shape == shape and got.dtype == bool
 
 
 def test_rows_in_every_state_together():

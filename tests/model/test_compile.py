@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv4_jax import language_model as compiled
 from dsv4_jax.config import layer_stacks, tiny
+from dsv4_jax.inference import steps
 from dsv4_jax.language_model import LanguageModel
 from dsv4_jax.model.cache import new_cache
 from dsv4_jax.model.initial import Network
@@ -28,8 +28,8 @@ def abstract_decode(config, batch=2, max_length=512):
         jax.ShapeDtypeStruct((), jnp.int32),
         scalar,
         scalar,
-        jax.ShapeDtypeStruct((batch,), bool),
-        jax.ShapeDtypeStruct((1,), jnp.int32),
+        jax.ShapeDtypeStruct((batch,), jnp.int32),
+        jax.ShapeDtypeStruct((8,), jnp.int32),
     )
 
 
@@ -49,7 +49,7 @@ def is_jaxpr(value) -> bool:
 def traced_size(num_layers: int) -> int:
     config = tiny(num_layers)
     network = Network(config, POLICY)
-    traced = jax.make_jaxpr(compiled._decode.__wrapped__, static_argnums=0)(
+    traced = jax.make_jaxpr(steps.decode.__wrapped__, static_argnums=0)(
         network, network.shapes(), *abstract_decode(config)
     )
     return count_equations(traced.jaxpr)
@@ -69,7 +69,7 @@ def test_decode_updates_the_cache_in_place():
     config = tiny(11)
     network = Network(config, POLICY)
     args = abstract_decode(config, max_length=32768)
-    memory = compiled._decode.lower(network, network.shapes(), *args).compile().memory_analysis()
+    memory = steps.decode.lower(network, network.shapes(), *args).compile().memory_analysis()
     cache_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(args[0]))
     assert memory.alias_size_in_bytes >= cache_bytes
     assert memory.temp_size_in_bytes < cache_bytes / 4
@@ -81,7 +81,7 @@ def model():
 
 
 def test_decode_compiles_once_as_the_cache_grows(model):
-    before = compiled._decode._cache_size()
+    before = steps.decode._cache_size()
     out = model.generate(np.arange(6)[None] % 512, 20, stop_token_ids=())
     assert out.shape == (1, 20)
-    assert compiled._decode._cache_size() - before <= 1
+    assert steps.decode._cache_size() - before <= 1

@@ -8,8 +8,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from dsv4_jax import language_model as compiled
 from dsv4_jax.config import tiny
+from dsv4_jax.inference import steps
 from dsv4_jax.model import indexer
 from dsv4_jax.model.cache import new_cache, write_entries
 from dsv4_jax.model.entries import Entries
@@ -135,7 +135,7 @@ def long_decode(request):
     cache = jax.eval_shape(
         lambda: new_cache(config, 1, 2**16, policy.cache_dtype, format=policy.cache_format)
     )
-    program = compiled._decode.lower(network, network.shapes(), cache, *others).compile()
+    program = steps.decode.lower(network, network.shapes(), cache, *others).compile()
     return program.memory_analysis(), program.as_text(), 2**16 // 4, config.head_dim
 
 

@@ -118,10 +118,10 @@ def dequantized(parameters):
 
 
 def temporaries(model, length):
-    from dsv4_jax.language_model import _extend
+    from dsv4_jax.inference import steps
 
     cache = model.new_cache(**STEP)
     tokens = jnp.asarray(tokens_of(CONFIG, length))
     counts = jnp.full(STEP["batch"], length, jnp.int32)
-    lowered = _extend.lower(model._network, model.parameters, cache, tokens, counts)
+    lowered = steps.extend.lower(model._network, model.parameters, cache, tokens, counts)
     return lowered.compile().memory_analysis().temp_size_in_bytes

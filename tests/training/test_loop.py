@@ -76,7 +76,7 @@ def test_the_first_interrupt_ends_after_its_step_and_keeps_the_state(calls):
 
 def test_an_interrupt_in_the_last_step_is_a_finished_run(calls):
     with InterruptRequest() as interrupt:
-        interrupt.requested = True
+        interrupt.received = signal.SIGINT
         assert run(first_step=5, interrupt=interrupt).ending == "finished"
 
 

@@ -148,7 +148,7 @@ def test_bad_arguments_are_refused_together_and_before_any_work(tmp_path):
     assert len(error.value.problems) == 5
     for value in ("minutes=-1", "seed=-2", "max_new_tokens=-3", "steps=0", f"out={tmp_path}"):
         assert value in message
-    with pytest.raises(ProblemsError, match="is a file"):
+    with pytest.raises(ProblemsError, match="is not a directory"):
         check_arguments(1, tmp_path / "thesis.txt", 0, 0, None)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 

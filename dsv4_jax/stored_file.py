@@ -17,6 +17,8 @@ import numpy as np
 from dsv4_jax.errors import CheckpointError
 
 _READ_CHUNK_BYTES = 64 << 20
+_GIT_LFS_MARKER = b"version https://git-lfs"
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -32,6 +34,26 @@ class FileIdentity:
     def of(cls, status: os.stat_result) -> "FileIdentity":
         return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
+    def check(self, path: Path, status: os.stat_result) -> None:
+        """Raises CheckpointError if `status`, taken of `path` now, is of another state of the file."""
+        found = dataclasses.asdict(FileIdentity.of(status))
+        changes = [
+            f"{field} {before} -> {found[field]}"
+            for field, before in dataclasses.asdict(self).items()
+            if before != found[field]
+        ]
+        if changes:
+            problem = f"was replaced, rewritten or truncated while it was read: {', '.join(changes)}"
+            raise refusal(path, problem)
+
+    def check_path(self, path: Path) -> None:
+        """Raises CheckpointError if `path` no longer leads to the file as it was."""
+        try:
+            status = os.stat(path)
+        except OSError as error:
+            raise refusal(path, f"vanished while it was read ({_reason(error)})") from error
+        self.check(path, status)
+
 
 def refusal(path: Path, problem: str) -> CheckpointError:
     """The error for one file; its problem starts with the file's name, ready to be collected."""
@@ -43,19 +65,23 @@ class StoredFile:
 
     Args:
         path: the file. Directories, pipes and devices are refused without blocking.
-        identity: what the file was when its header was read; None takes it as it is now.
+        identity: what the file was when it was first read; None takes it as it is now.
+        target: what `path` was found to lead to; opened instead of it, and refused if it became a link.
 
     Raises:
         CheckpointError: it cannot be opened, is not a regular file, or differs from `identity`.
     """
 
-    def __init__(self, path: Path, identity: FileIdentity | None = None) -> None:
+    def __init__(self, path: Path, identity: FileIdentity | None = None, target: Path | None = None) -> None:
         self.path = Path(path)
         self._mapping: mmap.mmap | None = None
         self._lock = threading.Lock()
         try:
             # O_NONBLOCK: opening a pipe that nobody writes to would wait for ever.
-            self._descriptor = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+            if target is not None:
+                flags |= os.O_NOFOLLOW
+            self._descriptor = os.open(self.path if target is None else target, flags)
         except (OSError, ValueError) as error:
             raise refusal(self.path, f"cannot be opened ({_reason(error)})") from error
         try:
@@ -79,22 +105,10 @@ class StoredFile:
         self.close()
 
     def check_unchanged(self) -> None:
-        """Raises CheckpointError if the path no longer holds the file whose header was read."""
-        try:
-            # The path sees a replacement, the descriptor a change of the mapped bytes.
-            statuses = (os.stat(self.path), os.fstat(self._descriptor))
-        except OSError as error:
-            raise refusal(self.path, f"vanished while it was read ({_reason(error)})") from error
-        for found in map(FileIdentity.of, statuses):
-            if found != self.identity:
-                after = dataclasses.asdict(found)
-                changes = ", ".join(
-                    f"{field} {before} -> {after[field]}"
-                    for field, before in dataclasses.asdict(self.identity).items()
-                    if before != after[field]
-                )
-                problem = f"was replaced, rewritten or truncated while it was read: {changes}"
-                raise refusal(self.path, problem)
+        """Raises CheckpointError if the path no longer holds the file that was opened, as it was."""
+        # The path sees a replacement, the descriptor a change of the mapped bytes.
+        self.identity.check_path(self.path)
+        self.identity.check(self.path, os.fstat(self._descriptor))
 
     def read_into(self, start: int, target: memoryview) -> None:
         """Copies `len(target)` bytes from byte `start` into `target`."""
@@ -118,6 +132,22 @@ class StoredFile:
         data = bytearray(num_bytes)
         self.read_into(start, memoryview(data))
         return bytes(data)
+
+    def read_document(self, max_bytes: int) -> bytes:
+        """All bytes of a small text file, without a UTF-8 byte order mark.
+
+        Raises:
+            CheckpointError: it is larger, is a git-LFS pointer, or changed meanwhile.
+        """
+        size = self.identity.size
+        if size > max_bytes:
+            raise refusal(self.path, f"has {size} bytes; at most {max_bytes} are accepted")
+        data = self.read(0, size)
+        self.check_unchanged()
+        if data.startswith(_GIT_LFS_MARKER):
+            problem = "is a git-LFS pointer, not the file itself; download the real files (git lfs pull)"
+            raise refusal(self.path, problem)
+        return data.removeprefix(_BYTE_ORDER_MARK)
 
     def view(self, start: int, num_bytes: int) -> np.ndarray:
         """Bytes [start, start + num_bytes) as a read-only u8[num_bytes] over the mapped file."""

@@ -1,0 +1,112 @@
+"""With `jax_enable_x64` the model computes the same numbers: no type is left to JAX's default."""
+
+import jax
+import numpy as np
+import pytest
+
+from dsv4_jax import language_model as compiled
+from dsv4_jax.language_model import LanguageModel
+from dsv4_jax.model import span as spans
+from dsv4_jax.model.cache import new_cache
+from dsv4_jax.model.initial import Network
+from dsv4_jax.numerics.policy import Policy
+from dsv4_jax.training.data import Batch
+from dsv4_jax.training.optimizer import AdamW
+from dsv4_jax.training.step import initial_state, train_step
+from tests.model.equivalence import SMALL
+from tests.model.telling_weights import telling_parameters
+from tests.model.test_kernels import CONFIG as KERNEL_CONFIG
+
+WIDE = ("int64", "uint64", "float64")
+IDS = np.array([[3, 1, 4, 1, 5, 9, 2, 6, 5]], np.int32)
+
+
+def inner_programs(value):
+    """The jaxprs among the parameters of an operation, however deep in tuples."""
+    if isinstance(value, tuple | list):
+        for one in value:
+            yield from inner_programs(one)
+    elif hasattr(value, "eqns"):
+        yield value
+    elif hasattr(value, "jaxpr"):
+        yield from inner_programs(value.jaxpr)
+
+
+def wide_values(program) -> list[str]:
+    """Operations whose result is 64 bits wide, but JAX's own counters of loops: weakly typed scalars."""
+    found = []
+    for operation in program.eqns:
+        for result in operation.outvars:
+            counter = getattr(result.aval, "weak_type", False) and result.aval.shape == ()
+            if str(getattr(result.aval, "dtype", "")) in WIDE and not counter:
+                found.append(f"{operation.primitive} -> {result.aval}")
+        for value in operation.params.values():
+            for inner in inner_programs(value):
+                found += wide_values(inner)
+    return found
+
+
+def programs(network: Network):
+    """The main programs of a model, as functions of its parameters."""
+    policy, config = network.policy, network.config
+    counts = np.full(1, IDS.shape[1], np.int32)
+
+    def forward(parameters):
+        return compiled._mtp_logits(network, parameters, spans.from_start(IDS, counts))
+
+    def generated(parameters):
+        rows = policy.row_dtype, policy.cache_format, policy.kernels == "xla"
+        cache = new_cache(config, 1, 64, policy.cache_dtype, 8, *rows)
+        logits, cache = compiled._extend(network, parameters, cache, IDS, counts)
+        draw = np.int32(0), np.float32(0.7), np.float32(0.9), np.ones(1, bool), np.ones(1, np.int32)
+        return compiled._decode(network, parameters, cache, logits[:, -1], jax.random.key(0), *draw)
+
+    def trained(parameters):
+        batch = Batch(IDS, np.ones_like(IDS), np.arange(IDS.size, dtype=np.int32)[None])
+        return train_step(network, AdamW(), initial_state(parameters, AdamW()), batch, np.float32(1e-3))
+
+    return forward, generated, trained
+
+
+@pytest.mark.parametrize(
+    ("dtype", "numerics", "cache", "kernels"),
+    [
+        ("float32", "reference", "plain", "xla"),
+        ("bfloat16", "qat", "fp8+mxfp4", "xla"),
+        ("bfloat16", "reference", "fp8+fp8", "xla"),
+        ("float32", "reference", "plain", "pallas-interpret"),
+        ("bfloat16", "reference", "fp8+mxfp4", "pallas-interpret"),
+    ],
+)
+def test_no_value_of_a_program_is_64_bits_wide(dtype, numerics, cache, kernels):
+    config = SMALL if kernels == "xla" and numerics != "qat" else KERNEL_CONFIG
+    network = Network(config, Policy.of(dtype, numerics, cache=cache, kernels=kernels))
+    with jax.enable_x64(True):
+        for program in programs(network):
+            assert wide_values(jax.make_jaxpr(program)(network.shapes()).jaxpr) == [], program.__name__
+
+
+def test_a_64_bit_value_is_found():
+    with jax.enable_x64(True):
+        program = jax.make_jaxpr(jax.jit(lambda x: x.argmax()))(np.zeros(3, np.float32))
+    assert wide_values(program.jaxpr)
+
+
+def results() -> list[np.ndarray]:
+    """Logits, tokens (greedy and drawn), and a training step."""
+    parameters = telling_parameters(SMALL)
+    model = LanguageModel(SMALL, Policy.of("float32"), parameters)
+    network = Network(SMALL, model.policy)
+    trained = programs(network)[2](jax.tree.map(jax.numpy.asarray, parameters))
+    tokens = [model.generate(IDS, 3, temperature=heat, top_p=0.9, seed=4) for heat in (0.0, 1.0)]
+    return [np.asarray(x) for x in (model.logits(IDS), *tokens, *jax.tree.leaves(trained))]
+
+
+def test_the_numbers_of_x64_are_those_of_x32():
+    with jax.enable_x64(False):
+        narrow = results()
+    with jax.enable_x64(True):
+        wide = results()
+    for a, b in zip(narrow, wide, strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
