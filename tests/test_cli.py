@@ -47,10 +47,11 @@ def model(monkeypatch):
     from dsv4_jax import compilation_cache, language_model
 
     fake = FakeModel()
-    fake.loaded = []
+    fake.loaded, fake.reading = [], []
 
-    def load(path, dtype, numerics, cache):
+    def load(path, dtype, numerics, cache, tokenizer, allow_links):
         fake.loaded.append((path, dtype, numerics, cache))
+        fake.reading.append((tokenizer, allow_links))
         return fake
 
     monkeypatch.setattr(language_model, "load", load)
@@ -133,6 +134,7 @@ def test_text_is_streamed_to_stdout(capsys, model):
     code, out, err = run(capsys, "generate", "some/dir", "Once")
     assert (code, out, err) == (0, "one two thrée\n", "")
     assert model.loaded == [(pathlib.Path("some/dir"), "bfloat16", "reference", "plain")]
+    assert model.reading == [("read", None)]
     assert model.calls == [
         "cache on",
         {"prompt": "Once", "max_new_tokens": 128, "temperature": 1.0, "top_p": 1.0, "seed": 0},
@@ -143,10 +145,11 @@ def test_ids_and_every_option(capsys, model):
     options = (
         "--ids 5 6 --max-new-tokens 9 --temperature 0 --top-p 0.5 --seed 3 --dtype float32 --numerics qat"
     )
-    options += " --cache fp8+mxfp4"
+    options += " --cache fp8+mxfp4 --allow-links /disk"
     code, out, _ = run(capsys, "generate", "some/dir", *options.split(), "--no-compilation-cache")
     assert (code, out) == (0, "7 8\n")  # the stop token is not shown
     assert model.loaded == [(pathlib.Path("some/dir"), "float32", "qat", "fp8+mxfp4")]
+    assert model.reading == [("ignore", pathlib.Path("/disk"))]  # ids need no tokenizer
     assert model.calls == [
         {"prompt": [5, 6], "max_new_tokens": 9, "temperature": 0.0, "top_p": 0.5, "seed": 3}
     ]
@@ -264,7 +267,7 @@ def verification(monkeypatch):
 
     result = types.SimpleNamespace(found=None)
 
-    def verify_checkpoint(directory, progress):
+    def verify_checkpoint(directory, progress, allow_links):
         progress("some.tensor", 1, 2)
         return result.found
 
@@ -318,6 +321,7 @@ def test_convert_passes_its_arguments_on(capsys, monkeypatch):
         "layout": "transformers",
         "to": "float32",
         "draft_head": "ignore",
+        "allow_links": None,
         "overwrite": True,
     }
 
