@@ -6,12 +6,12 @@ Imports are inside the functions, so that `dsv4 --help` does not wait for JAX.
 import json
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Literal
 
 import tyro
 
-from dsv4_jax import standard_streams
+from dsv4_jax import devices, standard_streams
 from dsv4_jax.errors import CheckpointError, ProblemsError
 from dsv4_jax.standard_streams import note
 
@@ -36,9 +36,9 @@ Prompt = Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[PRO
 CompilationCache = Annotated[
     bool, tyro.conf.arg(help="keep compiled programs under ~/.cache/dsv4_jax/compiled")
 ]
-Links = Annotated[
+AllowLinks = Annotated[
     pathlib.Path | None,
-    tyro.conf.arg(metavar="DIR", help="accept links of the checkpoint that lead into this directory"),
+    tyro.conf.arg(metavar="DIR", help="accept links of CHECKPOINT that lead into this directory"),
 ]
 Json = Annotated[bool, tyro.conf.arg(name="json", help="print one JSON object")]
 
@@ -54,7 +54,7 @@ def generate(
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
     numerics: Literal["reference", "qat"] = "reference",
     cache: Literal["plain", "fp8+fp8", "fp8+mxfp4"] = "plain",
-    allow_links: Links = None,
+    allow_links: AllowLinks = None,
     as_json: Json = False,
     compilation_cache: CompilationCache = True,
 ) -> None:
@@ -76,12 +76,14 @@ def generate(
         cache: how entries and indexer keys are kept; bytes of one entry + one key of the released models:
             plain 1024 + 256 (bfloat16), fp8+fp8 584 + 132, fp8+mxfp4 584 + 68.
     """
-    from dsv4_jax import completion, language_model
-    from dsv4_jax.checkpoint import hub
+    from dsv4_jax import completion
 
     sampling = completion.Sampling(max_new_tokens, temperature, top_p, seed)
     given = completion.checked_request(prompt, ids, sampling)
     _prepare(compilation_cache)
+    from dsv4_jax import language_model
+    from dsv4_jax.checkpoint import hub
+
     directory = hub.locate(checkpoint, weights=True, announce=note)
     model = language_model.load(
         directory,
@@ -100,7 +102,10 @@ def generate(
 
 
 def inspect(
-    checkpoint: Checkpoint, context: int | None = None, allow_links: Links = None, as_json: Json = False
+    checkpoint: Checkpoint,
+    context: int | None = None,
+    allow_links: AllowLinks = None,
+    as_json: Json = False,
 ) -> None:
     """Show the configuration, parameters by part, cache and checkpoint bytes.
 
@@ -117,6 +122,7 @@ def inspect(
     Args:
         context: also what so many tokens of context cost, beside DeepSeek-V3.2 and a GQA cache.
     """
+    _require(devices.settings_problem)  # no device: everything is computed from shapes
     from dsv4_jax import config_io, context_cost, inspection, inspection_report, terminal
     from dsv4_jax.checkpoint import hub
 
@@ -124,6 +130,8 @@ def inspect(
     if checkpoint in inspection.PRESETS and not path.exists():
         result = inspection.inspect_config(inspection.PRESETS[checkpoint]())
     else:
+        if checkpoint in inspection.PRESETS:
+            note(f"note: the path {checkpoint!r}, not the released model of that name")
         file = config_io.read_config_file(path, text_only=True, allow_links=allow_links)
         result = inspection.inspect_file(file)
         for remark in file.notes:
@@ -144,7 +152,7 @@ def inspect(
         inspection_report.print_context(cost, tables)
 
 
-def verify(checkpoint: Checkpoint, allow_links: Links = None, as_json: Json = False) -> None:
+def verify(checkpoint: Checkpoint, allow_links: AllowLinks = None, as_json: Json = False) -> None:
     """Check a checkpoint in full: config, index, headers, and every value. Exit code 2 if unsound.
 
     examples:
@@ -171,8 +179,8 @@ def convert(
     layout: Literal["official", "transformers", "hybrid"] = "official",
     to: Literal["keep", "bfloat16", "float32", "fp8", "fp8-fp4"] = "keep",
     ignore_draft_head: bool = False,
+    allow_links: AllowLinks = None,
     overwrite: bool = False,
-    allow_links: Links = None,
 ) -> None:
     """Write a checkpoint in another naming layout or number format.
 
@@ -193,7 +201,7 @@ def convert(
     from dsv4_jax.checkpoint import hub
     from dsv4_jax.checkpoint.convert import convert_checkpoint
 
-    _require_devices()
+    _require(devices.device_problem)
     directory = hub.locate(checkpoint, weights=True, announce=note)
     with terminal.byte_progress("reading") as reading, terminal.byte_progress("writing") as writing:
         warnings = convert_checkpoint(
@@ -241,9 +249,9 @@ def quickstart(
         seed: of parameters, data order and sampling.
         prompt: what the trained model continues.
     """
+    _prepare(compilation_cache)
     from dsv4_jax.training import quickstart as first_run
 
-    _prepare(compilation_cache)
     first_run.quickstart(minutes=minutes, out=out, seed=seed, prompt=prompt)
 
 
@@ -298,7 +306,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def _prepare(keep_programs: bool) -> None:
     """A device to compute on, and the place where compiled programs are kept."""
-    _require_devices()
+    _require(devices.device_problem)
     if not keep_programs:
         return
     from dsv4_jax import compilation_cache
@@ -309,10 +317,9 @@ def _prepare(keep_programs: bool) -> None:
         note(f"note: compiled programs are not kept: {why}")
 
 
-def _require_devices() -> None:
-    from dsv4_jax import devices
-
-    if problem := devices.device_problem():
+def _require(check: Callable[[], str | None]) -> None:
+    """Comes before the imports of modules that import JAX, so that its refusal is a sentence."""
+    if problem := check():
         raise ProblemsError("cannot compute", [problem])
 
 

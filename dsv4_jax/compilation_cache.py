@@ -25,9 +25,27 @@ def default_directory() -> pathlib.Path:
     if os.path.isabs(given):  # the specification of that variable: others are to be ignored
         return pathlib.Path(given) / CACHE_NAME
     try:
-        return pathlib.Path.home() / ".cache" / CACHE_NAME
+        home = pathlib.Path.home()
     except RuntimeError as failure:
         raise NoCache("there is no home directory") from failure
+    if not home.is_absolute():  # another folder for each working directory
+        raise NoCache(f"the home directory {str(home)!r} is no absolute path")
+    return home / ".cache" / CACHE_NAME
+
+
+def writable(directory: pathlib.Path) -> pathlib.Path:
+    """`directory`, made if it is missing.
+
+    Raises:
+        NoCache: it cannot be made, or no file can be written there.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):  # permission bits do not tell, for root least of all
+            pass
+    except OSError as failure:
+        raise NoCache(f"{directory} cannot be written ({failure.strerror})") from failure
+    return directory
 
 
 def enable(directory: pathlib.Path | None = None) -> pathlib.Path:
@@ -45,13 +63,7 @@ def enable(directory: pathlib.Path | None = None) -> pathlib.Path:
     """
     import jax
 
-    directory = directory or default_directory()
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):  # permission bits do not tell, for root least of all
-            pass
-    except OSError as failure:
-        raise NoCache(f"{directory} cannot be written ({failure.strerror})") from failure
+    directory = writable(directory or default_directory())
     jax.config.update("jax_compilation_cache_dir", str(directory))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_SECONDS)
     return directory

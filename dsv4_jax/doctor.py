@@ -3,12 +3,11 @@
 import dataclasses
 import importlib.metadata
 import os
-import pathlib
 import platform
 import shutil
 
 from dsv4_jax import compilation_cache
-from dsv4_jax.devices import device_problem
+from dsv4_jax.devices import device_problem, settings_problem
 
 PACKAGES = (
     "dsv4_jax",
@@ -84,9 +83,6 @@ class Diagnosis:
 
 def diagnose() -> Diagnosis:
     """Looks at versions, devices and disk. Compiles and runs one addition on the default device."""
-    import jax
-    import jax.numpy as jnp
-
     problems = []
     versions = {name: _version(name) for name in PACKAGES}
     for name, version in versions.items():
@@ -96,11 +92,8 @@ def diagnose() -> Diagnosis:
     if problem := device_problem():
         problems.append(problem)
     else:
-        backend = jax.default_backend()
-        devices = tuple(
-            Device(device.platform, device.device_kind, _device_memory(device)) for device in jax.devices()
-        )
-        if int(jax.jit(lambda x: x + 1)(jnp.int32(1))) != 2:
+        backend, devices = _devices()
+        if not _adds():
             problems.append(f"{backend}: 1 + 1 is not 2 on the default device")
     where, num_programs, free = _kept_programs()
     return Diagnosis(
@@ -111,7 +104,7 @@ def diagnose() -> Diagnosis:
         versions=versions,
         default_backend=backend,
         devices=devices,
-        kernels=_kernels(),
+        kernels="none" if settings_problem() else _kernels(),
         compilation_cache=where,
         cached_programs=num_programs,
         free_disk_bytes=free,
@@ -119,12 +112,25 @@ def diagnose() -> Diagnosis:
     )
 
 
+def _devices() -> tuple[str, tuple[Device, ...]]:
+    import jax
+
+    devices = (Device(each.platform, each.device_kind, _device_memory(each)) for each in jax.devices())
+    return jax.default_backend(), tuple(devices)
+
+
+def _adds() -> bool:
+    import jax
+    import jax.numpy as jnp
+
+    return int(jax.jit(lambda x: x + 1)(jnp.int32(1))) == 2
+
+
 def _kept_programs() -> tuple[str, int, int | None]:
     """The directory of compiled programs, their number, and the bytes free there; or why there is none."""
     try:
-        cache = compilation_cache.default_directory()
-        num_programs = sum(1 for _ in cache.glob("*-cache")) if cache.is_dir() else 0
-        return str(cache), num_programs, shutil.disk_usage(_existing(cache)).free
+        cache = compilation_cache.writable(compilation_cache.default_directory())
+        return str(cache), sum(1 for _ in cache.glob("*-cache")), shutil.disk_usage(cache).free
     except (compilation_cache.NoCache, OSError) as why:
         return str(why), 0, None
 
@@ -156,10 +162,3 @@ def _host_memory() -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
         return None
-
-
-def _existing(path: pathlib.Path) -> pathlib.Path:
-    """`path`, or its nearest parent that exists."""
-    while not path.exists():
-        path = path.parent
-    return path

@@ -23,9 +23,10 @@ def prepared() -> Iterator[None]:
     Warnings of libraries become one line each, without the source line that raised them.
 
     Raises:
-        ProblemsError: there is no standard output.
-        OSError: standard output took not all that was printed (a full disk, a closed pipe).
+        ProblemsError: there is no standard output, or it took not all that was printed (a full disk).
+        BrokenPipeError: nobody reads on.
     """
+    _occupy()
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for the rest of the process
     if sys.stdout is None:
@@ -36,7 +37,19 @@ def prepared() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: note(f"warning: {message}")
         yield
-    sys.stdout.flush()
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as failure:
+        raise ProblemsError("cannot print", [f"standard output: {failure.strerror}"]) from failure
+
+
+def _occupy() -> None:
+    """Fills closed standard descriptors, or a file that is opened later would get what libraries print."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(number)
 
 
 def settle() -> None:
