@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from dsv4_jax import language_model as compiled
+from dsv4_jax.inference import steps
 from dsv4_jax.language_model import LanguageModel
 from dsv4_jax.model import span as spans
 from dsv4_jax.model.cache import new_cache
@@ -52,14 +52,20 @@ def programs(network: Network):
     counts = np.full(1, IDS.shape[1], np.int32)
 
     def forward(parameters):
-        return compiled._mtp_logits(network, parameters, spans.from_start(IDS, counts))
+        return steps.mtp_logits(network, parameters, spans.from_start(IDS, counts))
 
     def generated(parameters):
         rows = policy.row_dtype, policy.cache_format, policy.kernels == "xla"
         cache = new_cache(config, 1, 64, policy.cache_dtype, 8, *rows)
-        logits, cache = compiled._extend(network, parameters, cache, IDS, counts)
-        draw = np.int32(0), np.float32(0.7), np.float32(0.9), np.ones(1, bool), np.ones(1, np.int32)
-        return compiled._decode(network, parameters, cache, logits[:, -1], jax.random.key(0), *draw)
+        logits, cache = steps.extend(network, parameters, cache, IDS, counts)
+        draw = (
+            np.int32(0),
+            np.float32(0.7),
+            np.float32(0.9),
+            np.full(1, steps.RUNNING, np.int32),
+            np.ones(1, np.int32),
+        )
+        return steps.decode(network, parameters, cache, logits[:, -1], jax.random.key(0), *draw)
 
     def trained(parameters):
         batch = Batch(IDS, np.ones_like(IDS), np.arange(IDS.size, dtype=np.int32)[None])
