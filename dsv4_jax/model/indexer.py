@@ -102,10 +102,11 @@ def index_scores(
 
     def step(i, scores):
         # The last piece moves back to be whole; what two pieces share they score alike.
-        start = jnp.minimum(i * piece, size - piece)
+        start = jnp.minimum(i * piece, size - piece).astype(jnp.int32)
         return jax.lax.dynamic_update_slice(scores, score(start, piece), int32s(0, 0, start))
 
-    return jax.lax.fori_loop(0, cdiv(size, piece), step, jnp.zeros((batch, length, size), jnp.float32))
+    bounds = int32s(0, cdiv(size, piece))
+    return jax.lax.fori_loop(*bounds, step, jnp.zeros((batch, length, size), jnp.float32))
 
 
 def select(
