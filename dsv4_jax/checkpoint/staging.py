@@ -18,7 +18,7 @@ from dsv4_jax.errors import CheckpointError
 
 try:
     import fcntl
-except ImportError:  # Windows, where this package can be imported and read, but writes no checkpoint
+except ImportError:  # Windows, where this package can be imported, but neither reads nor writes checkpoints
     fcntl = None  # type: ignore[assignment]
 
 INCOMING_PREFIX = ".incoming-"

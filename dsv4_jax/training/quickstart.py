@@ -205,10 +205,8 @@ def _save_somewhere(model: LanguageModel, record: dict, out: Path) -> None:
     except (CheckpointError, OSError) as failure:
         refused, problems = failure, [str(failure)]
     token = secrets.token_hex(3)
-    for place in (
-        out.absolute().with_name(f"{out.name}-unsaved-{token}"),
-        Path(tempfile.mkdtemp()) / "model",
-    ):
+    name = f"{out.name}-unsaved-{token}"
+    for place in (out.absolute().with_name(name), Path(tempfile.gettempdir()) / name):
         try:
             save(place, False)
         except (CheckpointError, OSError) as failure:

@@ -120,6 +120,22 @@ def test_a_result_that_cannot_be_written_is_kept_elsewhere(tmp_path, monkeypatch
     assert dsv4_jax.load(kept, dtype="float32").tokenizer is not None
 
 
+def test_the_last_place_for_a_result_is_the_temporary_folder(tmp_path, monkeypatch):
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(quickstart_module.tempfile, "tempdir", str(tmp_path / "temporary"))
+
+    def full(place, *arguments, **options):
+        if place.parent == tmp_path:
+            raise CheckpointError("cannot save", [f"no space left for {place.name}"])
+        return save_checkpoint(place, *arguments, **options)
+
+    monkeypatch.setattr(quickstart_module, "save_checkpoint", full)
+    with pytest.raises(ProblemsError, match="no space left for out"):
+        run(tmp_path / "out", steps=1)
+    (kept,) = (tmp_path / "temporary").glob("out-unsaved-*")
+    assert dsv4_jax.load(kept, dtype="float32").config == SMALL.config
+
+
 def test_a_file_size_limit_keeps_the_folder_clean(tmp_path):
     """A full disk by another name: every place refuses, and nothing half written is left."""
     import resource
