@@ -80,6 +80,15 @@ def test_an_interrupt_in_the_last_step_is_a_finished_run(calls):
         assert run(first_step=5, interrupt=interrupt).ending == "finished"
 
 
+@pytest.fixture
+def usual_interrupt():
+    """Python's own handler: a process that a shell started in the background ignores SIGINT from the start."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("usual_interrupt")
 def test_the_second_interrupt_acts_as_usual_and_the_handler_is_restored():
     before = signal.getsignal(signal.SIGINT)
     with InterruptRequest() as interrupt:
