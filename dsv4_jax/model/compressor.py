@@ -10,8 +10,9 @@ from jaxtyping import Array, Float, Int32
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.model.cache import CompressorCache, fits_in_ring, write_entries, write_ring
 from dsv4_jax.model.declared import Declared
-from dsv4_jax.model.linear import project, project_float32
+from dsv4_jax.model.linear import project_float32
 from dsv4_jax.model.norm import rms_norm
+from dsv4_jax.model.operations import Operations
 from dsv4_jax.model.rope import rotate
 from dsv4_jax.model.span import Blocks, Span, block_rows
 from dsv4_jax.numerics import cache_formats, qat
@@ -37,6 +38,7 @@ class Compressor(nnx.Module):
         self,
         config: ModelConfig,
         policy: Policy,
+        operations: Operations,
         declared: Declared,
         *,
         ratio: int,
@@ -51,6 +53,7 @@ class Compressor(nnx.Module):
         self.branches = branches
         self.eps = config.rms_norm_eps
         self.policy = policy
+        self.operations = operations
         self.holds = holds
         self.num_rotary = config.qk_rope_head_dim
 
@@ -74,7 +77,7 @@ class Compressor(nnx.Module):
             All entries visible to this call (the cache's stack in its format, or [1, B, P, Dc] without a
             cache) and the cache after it.
         """
-        product = project_float32 if self.policy.simulates("compressor_fp32") else project
+        product = project_float32 if self.policy.simulates("compressor_fp32") else self.operations.linear
         kv, gate = product(x, self.wkv[...]), product(x, self.wgate[...])
         if cache is None:
             return self._emit(kv, gate, blocks)[None], None

@@ -10,7 +10,7 @@ from dsv4_jax.model.cache import CompressorCache
 from dsv4_jax.model.compressor import Compressor
 from dsv4_jax.model.declared import Declared
 from dsv4_jax.model.entries import Entries
-from dsv4_jax.model.linear import project
+from dsv4_jax.model.operations import Operations
 from dsv4_jax.model.rope import Rotation, rotate
 from dsv4_jax.model.span import Blocks, Span
 from dsv4_jax.numerics import cache_formats, qat
@@ -28,18 +28,22 @@ MAX_SCORE_ELEMENTS = 2**24
 class Indexer(nnx.Module):
     """Queries from the query latent, keys from a compressor of its own, one weight a head from the input."""
 
-    def __init__(self, config: ModelConfig, policy: Policy, declared: Declared) -> None:
+    def __init__(
+        self, config: ModelConfig, policy: Policy, operations: Operations, declared: Declared
+    ) -> None:
         self.wq_b = declared("wq_b")
         self.weights_proj = declared("weights_proj")
         self.compressor = Compressor(
             config,
             policy,
+            operations,
             declared.under("compressor"),
             ratio=config.csa_ratio,
             branches=2,
             holds="index_keys",
         )
         self.policy = policy
+        self.operations = operations
         self.scale = (config.index_head_dim * config.index_n_heads) ** -0.5
 
     def queries(
@@ -49,13 +53,13 @@ class Indexer(nnx.Module):
         rotation: Rotation,
     ) -> tuple[Float[Array, "B T Hi Di"], Float32[Array, "B T Hi"]]:
         """Rotated head queries (not normalised) and the scaled head weights."""
-        q = project(latent, self.wq_b[...], self.policy)
+        q = self.operations.linear(latent, self.wq_b[...])
         q = rotate(q, Rotation(rotation.cos[:, :, None], rotation.sin[:, :, None]))
         if self.policy.fp4_index:
             q = qat.fake_index_vector(q)
         elif self.policy.cache_format == "fp8+fp8":
             q = qat.hadamard(q)  # as the keys; products of bfloat16 and FP8 are exact, so q needs no rounding
-        weights = project(x, self.weights_proj[...]).astype(jnp.float32)
+        weights = self.operations.linear(x, self.weights_proj[...]).astype(jnp.float32)
         if self.policy.simulates("idx_score_bf16"):
             weights = qat.to_bfloat16(qat.to_bfloat16(weights) * self.scale)
             return q, weights
