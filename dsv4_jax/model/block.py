@@ -48,10 +48,10 @@ class Block(nnx.Module):
         router: RouterKind,
         declared: Declared,
     ) -> None:
-        self.hc_attn = HyperConnection(config, policy, declared.under("hc_attn"))
+        self.hc_attn = HyperConnection(config, operations, declared.under("hc_attn"))
         self.attn_norm = declared("attn_norm")
         self.attn = Attention(config, policy, operations, attention, declared.under("attn"))
-        self.hc_ffn = HyperConnection(config, policy, declared.under("hc_ffn"))
+        self.hc_ffn = HyperConnection(config, operations, declared.under("hc_ffn"))
         self.ffn_norm = declared("ffn_norm")
         self.ffn = MixtureOfExperts(config, policy, operations, router, declared.under("ffn"))
         self.kind = attention

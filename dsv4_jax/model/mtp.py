@@ -29,7 +29,7 @@ class MultiTokenPrediction(nnx.Module):
         self.enorm = declared("enorm")
         self.hnorm = declared("hnorm")
         self.norm = declared("norm")
-        self.hc_head = StreamCollapse(config, policy, declared.under("hc_head"))
+        self.hc_head = StreamCollapse(config, operations, declared.under("hc_head"))
         self.block = Block(config, policy, operations, "window", "learned", declared.under("block"))
         self.policy = policy
         self.operations = operations

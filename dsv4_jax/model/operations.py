@@ -13,7 +13,10 @@ import jax
 
 from dsv4_jax.model import linear
 from dsv4_jax.numerics.policy import Policy
+from pallas_kernels import hyper_connection
 from pallas_kernels.grouped_matmul import expert_ffn
+from pallas_kernels.hyper_connection import xla as hyper_connection_xla
+from pallas_kernels.hyper_connection.tuning import HyperConnectionBlocks
 from pallas_kernels.linear_cross_entropy import weighted_cross_entropy
 
 
@@ -54,6 +57,11 @@ class Operations:
 
     linear: Operation  # x, weight: `linear.project`
     grouped_linear: Operation  # x, weight: `linear.project_groups`
+    enter: Operation  # streams, fn, base, scale, norm: `hyper_connection.pre`
+    leave: Operation  # streams, update, maps: `hyper_connection.post`
+    advance: Operation  # streams, update, maps, fn, base, scale, norm: `hyper_connection.post_pre`
+    collapse: Operation  # streams, fn, base, scale: `hyper_connection.collapse`
+    mixing: Operation  # maps of `enter` or `advance`: their comb, [N, N, B, T]
     experts: Operation  # tokens, gate_up, down, ids, weights: `grouped_matmul.expert_ffn`
     cross_entropy: Operation  # hidden, head, ids, weights: `linear_cross_entropy.weighted_cross_entropy`
     weights_in_place: bool  # quantised weights are read inside their stacks; if not, a layer is sliced out
@@ -66,26 +74,39 @@ class Operations:
 
 
 @functools.lru_cache(maxsize=64)
-def operations(policy: Policy) -> Operations:
+def operations(policy: Policy, hyper_connection_blocks: HyperConnectionBlocks | None = None) -> Operations:
     """Binds what `policy.kernels` chose. There is no fallback from one choice to another.
 
     Args:
         policy: of the model.
+        hyper_connection_blocks: tile sizes of those kernels, for tests; None lets the family choose.
     """
     if policy.kernels == "xla":
         return Operations(
             linear=Operation("linear", linear.project),
             grouped_linear=Operation("grouped_linear", linear.project_groups),
+            enter=Operation("enter", hyper_connection_xla.pre_xla),
+            leave=Operation("leave", hyper_connection_xla.expand),
+            advance=Operation("advance", hyper_connection_xla.post_pre_xla),
+            collapse=Operation("collapse", hyper_connection_xla.collapse_xla),
+            mixing=Operation("mixing", hyper_connection_xla.mixing_xla),
             experts=Operation("experts", expert_ffn, (("impl", "xla"),)),
             cross_entropy=Operation("cross_entropy", weighted_cross_entropy, (("impl", "xla"),)),
             weights_in_place=False,
             cache_of_bits=True,
         )
     how = (("interpret", policy.kernels == "pallas-interpret"),)
+    sized = (*how, ("blocks", hyper_connection_blocks))
+    streams = ("hyper_connection",)
     fp8 = {"kernels": ("block_matmul",), "when": "with FP8 weights"}
     return Operations(
         linear=Operation("linear", linear.project_stored, how, **fp8),
         grouped_linear=Operation("grouped_linear", linear.project_groups_stored, how, **fp8),
+        enter=Operation("enter", hyper_connection.pre, sized, streams),
+        leave=Operation("leave", hyper_connection.post, sized, streams),
+        advance=Operation("advance", hyper_connection.post_pre, sized, streams),
+        collapse=Operation("collapse", hyper_connection.collapse, sized, streams),
+        mixing=Operation("mixing", hyper_connection.mixing),
         experts=Operation("experts", expert_ffn, (("impl", "pallas"), *how), ("grouped_matmul",)),
         cross_entropy=Operation(
             "cross_entropy", weighted_cross_entropy, (("impl", "pallas"), *how), ("linear_cross_entropy",)

@@ -83,7 +83,7 @@ class Transformer(nnx.Module):
             Stack(config, policy, bound, stack, declared.under("stacks", index))
             for index, stack in enumerate(layer_stacks(config))
         )
-        self.hc_head = StreamCollapse(config, policy, declared.under("hc_head"))
+        self.hc_head = StreamCollapse(config, bound, declared.under("hc_head"))
         self.norm = declared("norm")
         self.head = declared("head")
         self.mtp = nnx.List(
