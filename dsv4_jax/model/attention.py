@@ -9,10 +9,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32
 
 from dsv4_jax.config import AttentionKind, ModelConfig
-from dsv4_jax.model import attention_kernels
 from dsv4_jax.model.cache import LayerCache, fits_in_ring, num_slots, read_ring, write_ring
 from dsv4_jax.model.compressor import Compressor
-from dsv4_jax.model.core_attention import Queries, hybrid_attention, view
+from dsv4_jax.model.core_attention import Queries, view
 from dsv4_jax.model.declared import Declared
 from dsv4_jax.model.entries import Entries
 from dsv4_jax.model.indexer import Indexer
@@ -139,16 +138,12 @@ class Attention(nnx.Module):
         seen = (queries, line, entries, index_keys, self.attn_sink[...].reshape(-1))
         sizes = {"window": self.window, "top_k": self.top_k}
         rounded = self.policy.simulates("idx_score_bf16")
-        if self.policy.kernels == "xla":
-            o = hybrid_attention(*seen, **sizes, rounded_scores=rounded)
+        attend, attend_cached = self.operations.attend, self.operations.attend_cached
+        in_ring = cache is not None and fits_in_ring(self.window - 1, length, num_slots(cache.window))
+        if attend_cached is not None and in_ring:
+            o = attend_cached(queries, new_cache.window, repeat, entries, index_keys, seen[-1], **sizes)
         else:
-            how = sizes | {"interpret": self.policy.interpret}
-            if cache is not None and fits_in_ring(self.window - 1, length, num_slots(cache.window)):
-                o = attention_kernels.decode_attention(
-                    queries, new_cache.window, repeat, entries, index_keys, seen[-1], **how
-                )
-            else:
-                o = attention_kernels.hybrid_attention(*seen, **how, forward_only=cache is not None)
+            o = attend(*seen, **sizes, rounded_scores=rounded, forward_only=cache is not None)
         taps = (
             view(*seen, **sizes, rounded_scores=rounded, collect=collect)
             if collect & {"selected", "attention"}

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from dsv4_jax.model import linear
+from dsv4_jax.model import attention_kernels, core_attention, linear, pooling
 from dsv4_jax.numerics.policy import Policy
 from pallas_kernels import hyper_connection
 from pallas_kernels.grouped_matmul import expert_ffn
@@ -57,6 +57,9 @@ class Operations:
 
     linear: Operation  # x, weight: `linear.project`
     grouped_linear: Operation  # x, weight: `linear.project_groups`
+    compress: Operation  # rows, gates, bias, norm, blocks: `pooling.entries_xla`
+    attend: Operation  # queries, line, entries, index keys, sink: `core_attention.hybrid_attention`
+    attend_cached: Operation | None  # a few queries over the cache where it lies; None: by `attend`
     enter: Operation  # streams, fn, base, scale, norm: `hyper_connection.pre`
     leave: Operation  # streams, update, maps: `hyper_connection.post`
     advance: Operation  # streams, update, maps, fn, base, scale, norm: `hyper_connection.post_pre`
@@ -85,6 +88,9 @@ def operations(policy: Policy, hyper_connection_blocks: HyperConnectionBlocks | 
         return Operations(
             linear=Operation("linear", linear.project),
             grouped_linear=Operation("grouped_linear", linear.project_groups),
+            compress=Operation("compress", pooling.entries_xla),
+            attend=Operation("attend", core_attention.hybrid_attention),
+            attend_cached=None,
             enter=Operation("enter", hyper_connection_xla.pre_xla),
             leave=Operation("leave", hyper_connection_xla.expand),
             advance=Operation("advance", hyper_connection_xla.post_pre_xla),
@@ -102,6 +108,11 @@ def operations(policy: Policy, hyper_connection_blocks: HyperConnectionBlocks | 
     return Operations(
         linear=Operation("linear", linear.project_stored, how, **fp8),
         grouped_linear=Operation("grouped_linear", linear.project_groups_stored, how, **fp8),
+        compress=Operation("compress", pooling.entries_by_kernel, how, ("compressor",)),
+        attend=Operation("attend", attention_kernels.hybrid_attention, how, ("indexer", "hybrid_attention")),
+        attend_cached=Operation(
+            "attend_cached", attention_kernels.decode_attention, how, ("indexer", "decode_attention")
+        ),
         enter=Operation("enter", hyper_connection.pre, sized, streams),
         leave=Operation("leave", hyper_connection.post, sized, streams),
         advance=Operation("advance", hyper_connection.post_pre, sized, streams),

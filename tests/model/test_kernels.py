@@ -13,7 +13,7 @@ from dsv4_jax.language_model import LanguageModel
 from dsv4_jax.model import cache as model_cache
 from dsv4_jax.model.initial import Network, initial_parameters
 from dsv4_jax.model.operations import Operations, operations
-from dsv4_jax.numerics.policy import KERNEL_FAMILIES, Policy
+from dsv4_jax.numerics.policy import Policy
 from dsv4_jax.training.data import Batch
 from dsv4_jax.training.optimizer import AdamW
 from dsv4_jax.training.step import forward_losses, initial_state, train_step
@@ -93,9 +93,8 @@ def close(got, want, tolerance=1e-5):
 
 
 def test_no_other_choice_is_taken():
-    assert XLA.implementations()["hybrid_attention"] == "xla"
-    chosen = KERNELS.implementations()
-    assert {chosen[family] for family in KERNEL_FAMILIES} == {"pallas-interpret"}
+    assert not any(each.kernels for each in operations(XLA).each())
+    assert {each.name for each in operations(KERNELS).each() if not each.kernels} == {"mixing"}
     with pytest.raises(Exception, match="kernels='cuda' must be one of xla, pallas, pallas-interpret"):
         Policy.of("float32", kernels="cuda")
 
