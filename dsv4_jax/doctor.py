@@ -137,12 +137,13 @@ def _kept_programs() -> tuple[str, int, int | None]:
 
 def _kernels() -> str:
     """What computes each operation by default, and what can be asked for instead."""
+    from dsv4_jax.model.operations import operations
     from dsv4_jax.numerics.policy import KERNELS, Policy
 
     default = Policy.of()
     others = "; ".join(f"{name!r}: {what}" for name, what in KERNELS.items() if name != default.kernels)
-    operations = ", ".join(default.implementations())
-    return f"{KERNELS[default.kernels]}, for {operations} (load(..., kernels=) also takes {others})"
+    chosen = ", ".join(f"{each.name}: {each.runs()}" for each in operations(default).each())
+    return f"{KERNELS[default.kernels]} ({chosen}; load(..., kernels=) also takes {others})"
 
 
 def _version(name: str) -> str:

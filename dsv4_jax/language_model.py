@@ -30,6 +30,7 @@ from dsv4_jax.inference.text import TextStream, prompt_ids
 from dsv4_jax.model import span as spans
 from dsv4_jax.model.cache import Cache, check_not_consumed, check_room, check_sizes
 from dsv4_jax.model.initial import Network, Parameters, initial_parameters
+from dsv4_jax.model.operations import operations
 from dsv4_jax.numerics.policy import Policy
 from dsv4_jax.numerics.weights import is_quantized
 
@@ -183,7 +184,7 @@ class LanguageModel:
         refuse_traced("the sizes of a cache decide its shapes", "give ints, known before tracing", sizes)
         check_sizes(self.config, *sizes)
         p = self.policy
-        how = (p.row_dtype, p.cache_format, p.kernels == "xla")
+        how = (p.row_dtype, p.cache_format, operations(p).cache_of_bits)
         batch, max_length, max_rewind = map(int, sizes)
         return steps.empty_cache(self.config, batch, max_length, p.cache_dtype, max_rewind, *how)
 

@@ -21,7 +21,7 @@ from dsv4_jax.config import ModelConfig
 from dsv4_jax.model.cache import Cache
 from dsv4_jax.model.core_attention import softmax_attention
 from dsv4_jax.model.entries import Entries
-from dsv4_jax.model.indexer import index_scores
+from dsv4_jax.model.index_scores import index_scores
 from experiments import study_record
 
 SCORE_BYTES = 4

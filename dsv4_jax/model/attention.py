@@ -9,15 +9,15 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32
 
 from dsv4_jax.config import AttentionKind, ModelConfig
-from dsv4_jax.model import attention_kernels
 from dsv4_jax.model.cache import LayerCache, fits_in_ring, num_slots, read_ring, write_ring
 from dsv4_jax.model.compressor import Compressor
-from dsv4_jax.model.core_attention import Queries, hybrid_attention, view
+from dsv4_jax.model.core_attention import Queries, view
 from dsv4_jax.model.declared import Declared
 from dsv4_jax.model.entries import Entries
 from dsv4_jax.model.indexer import Indexer
-from dsv4_jax.model.linear import flat, project, project_groups
+from dsv4_jax.model.linear import flat
 from dsv4_jax.model.norm import rms_norm
+from dsv4_jax.model.operations import Operations
 from dsv4_jax.model.rope import Rotation, rotate
 from dsv4_jax.model.span import Blocks, Span
 from dsv4_jax.numerics import cache_formats, qat
@@ -31,6 +31,7 @@ class Attention(nnx.Module):
         self,
         config: ModelConfig,
         policy: Policy,
+        operations: Operations,
         kind: AttentionKind,
         declared: Declared,
     ) -> None:
@@ -48,16 +49,20 @@ class Attention(nnx.Module):
             self.compressor = Compressor(
                 config,
                 policy,
+                operations,
                 declared.under("compressor"),
                 ratio=config.ratio(kind),
                 branches=2 if kind == "csa" else 1,
                 holds="entries",
             )
-        self.indexer = Indexer(config, policy, declared.under("indexer")) if kind == "csa" else None
+        self.indexer = (
+            Indexer(config, policy, operations, declared.under("indexer")) if kind == "csa" else None
+        )
         self.window = config.sliding_window
         self.top_k = config.index_topk
         self.eps = config.rms_norm_eps
         self.policy = policy
+        self.operations = operations
 
     def __call__(
         self,
@@ -81,14 +86,15 @@ class Attention(nnx.Module):
             collect: "selected" and "attention" are returned by this sublayer (see `view`).
         """
         batch, length = x.shape[:2]
+        linear = self.operations.linear
         by_head = Rotation(rotation.cos[:, :, None], rotation.sin[:, :, None])
         seen_x = self._matmul_input(x)
-        latent = rms_norm(project(seen_x, self.wq_a[...], self.policy), self.q_norm[...], self.eps)
+        latent = rms_norm(linear(seen_x, self.wq_a[...]), self.q_norm[...], self.eps)
         latent = self._matmul_input(latent)
-        q = project(latent, self.wq_b[...], self.policy)
+        q = linear(latent, self.wq_b[...])
         groups, per_group, head_dim = q.shape[2:]
         q = rotate(rms_norm(q.reshape(batch, length, -1, head_dim), None, self.eps), by_head)
-        kv = rms_norm(project(seen_x, self.wkv[...], self.policy), self.kv_norm[...], self.eps)
+        kv = rms_norm(linear(seen_x, self.wkv[...]), self.kv_norm[...], self.eps)
         kv = rotate(kv, rotation)
         num_rotary = 2 * rotation.cos.shape[-1]
         if self.policy.cache_format != "plain":
@@ -132,16 +138,12 @@ class Attention(nnx.Module):
         seen = (queries, line, entries, index_keys, self.attn_sink[...].reshape(-1))
         sizes = {"window": self.window, "top_k": self.top_k}
         rounded = self.policy.simulates("idx_score_bf16")
-        if self.policy.kernels == "xla":
-            o = hybrid_attention(*seen, **sizes, rounded_scores=rounded)
+        attend, attend_cached = self.operations.attend, self.operations.attend_cached
+        in_ring = cache is not None and fits_in_ring(self.window - 1, length, num_slots(cache.window))
+        if attend_cached is not None and in_ring:
+            o = attend_cached(queries, new_cache.window, repeat, entries, index_keys, seen[-1], **sizes)
         else:
-            how = sizes | {"interpret": self.policy.interpret}
-            if cache is not None and fits_in_ring(self.window - 1, length, num_slots(cache.window)):
-                o = attention_kernels.decode_attention(
-                    queries, new_cache.window, repeat, entries, index_keys, seen[-1], **how
-                )
-            else:
-                o = attention_kernels.hybrid_attention(*seen, **how, forward_only=cache is not None)
+            o = attend(*seen, **sizes, rounded_scores=rounded, forward_only=cache is not None)
         taps = (
             view(*seen, **sizes, rounded_scores=rounded, collect=collect)
             if collect & {"selected", "attention"}
@@ -149,8 +151,8 @@ class Attention(nnx.Module):
         )
         # The values were rotated at their own positions; turning back by the query's leaves the offset.
         o = rotate(o, by_head.inverse).reshape(batch, length, groups, per_group, head_dim)
-        a = project_groups(flat(o), flat(self.wo_a[...]), self.policy)
-        y = project(self._matmul_input(flat(a)), flat(self.wo_b[...]), self.policy)
+        a = self.operations.grouped_linear(flat(o), flat(self.wo_a[...]))
+        y = linear(self._matmul_input(flat(a)), flat(self.wo_b[...]))
         return y, new_cache, taps
 
     def _matmul_input(self, x):

@@ -21,7 +21,8 @@ def hybrid_attention(
     *,
     window: int,
     top_k: int,
-    forward_only: bool,
+    rounded_scores: bool = False,
+    forward_only: bool = False,
     interpret: bool,
 ) -> Float[Array, "B T H Dh"]:
     """Attention of T queries by the kernels of `indexer` and `hybrid_attention`, forward and backward.
@@ -32,7 +33,12 @@ def hybrid_attention(
             entries as `tuning.gather_from` says, the chosen ones are fetched row by row; else all visible
             ones are read and masked.
         interpret: run the kernels in the interpreter.
+
+    Raises:
+        ValueError: for rounded_scores, which no kernel computes.
     """
+    if rounded_scores:
+        raise ValueError("rounded_scores: no kernel rounds the steps of its index scores")
     line = line.astype(queries.q.dtype)
     near = (queries.q, line, queries.position, sink)
     how = {"window": window, "interpret": interpret}

@@ -12,6 +12,7 @@ from dsv4_jax.model.cache import LayerCache
 from dsv4_jax.model.declared import Declared
 from dsv4_jax.model.hyper_connection import HyperConnection
 from dsv4_jax.model.moe import MixtureOfExperts
+from dsv4_jax.model.operations import Operations
 from dsv4_jax.model.rope import Rotation
 from dsv4_jax.model.span import Blocks, Span
 from dsv4_jax.numerics.policy import Policy
@@ -42,16 +43,17 @@ class Block(nnx.Module):
         self,
         config: ModelConfig,
         policy: Policy,
+        operations: Operations,
         attention: AttentionKind,
         router: RouterKind,
         declared: Declared,
     ) -> None:
-        self.hc_attn = HyperConnection(config, policy, declared.under("hc_attn"))
+        self.hc_attn = HyperConnection(config, operations, declared.under("hc_attn"))
         self.attn_norm = declared("attn_norm")
-        self.attn = Attention(config, policy, attention, declared.under("attn"))
-        self.hc_ffn = HyperConnection(config, policy, declared.under("hc_ffn"))
+        self.attn = Attention(config, policy, operations, attention, declared.under("attn"))
+        self.hc_ffn = HyperConnection(config, operations, declared.under("hc_ffn"))
         self.ffn_norm = declared("ffn_norm")
-        self.ffn = MixtureOfExperts(config, policy, router, declared.under("ffn"))
+        self.ffn = MixtureOfExperts(config, policy, operations, router, declared.under("ffn"))
         self.kind = attention
 
     def __call__(

@@ -10,19 +10,11 @@ from jaxtyping import Array, Float, Int32
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.model.cache import CompressorCache, fits_in_ring, write_entries, write_ring
 from dsv4_jax.model.declared import Declared
-from dsv4_jax.model.linear import project, project_float32
-from dsv4_jax.model.norm import rms_norm
-from dsv4_jax.model.rope import rotate
-from dsv4_jax.model.span import Blocks, Span, block_rows
+from dsv4_jax.model.linear import project_float32
+from dsv4_jax.model.operations import Operations
+from dsv4_jax.model.span import Blocks, Span
 from dsv4_jax.numerics import cache_formats, qat
 from dsv4_jax.numerics.policy import Policy
-from pallas_kernels import compressor as kernels
-
-
-def pool(kv: Float[Array, "B P rows Dc"], logits: Float[Array, "B P rows Dc"]) -> Float[Array, "B P Dc"]:
-    """sum_j softmax_j(logits)[channel] * kv[j], float32, independently for every channel."""
-    weight = jax.nn.softmax(logits.astype(jnp.float32), axis=2)
-    return (weight * kv.astype(jnp.float32)).sum(axis=2)
 
 
 class Compressor(nnx.Module):
@@ -37,6 +29,7 @@ class Compressor(nnx.Module):
         self,
         config: ModelConfig,
         policy: Policy,
+        operations: Operations,
         declared: Declared,
         *,
         ratio: int,
@@ -51,6 +44,7 @@ class Compressor(nnx.Module):
         self.branches = branches
         self.eps = config.rms_norm_eps
         self.policy = policy
+        self.operations = operations
         self.holds = holds
         self.num_rotary = config.qk_rope_head_dim
 
@@ -74,7 +68,7 @@ class Compressor(nnx.Module):
             All entries visible to this call (the cache's stack in its format, or [1, B, P, Dc] without a
             cache) and the cache after it.
         """
-        product = project_float32 if self.policy.simulates("compressor_fp32") else project
+        product = project_float32 if self.policy.simulates("compressor_fp32") else self.operations.linear
         kv, gate = product(x, self.wkv[...]), product(x, self.wgate[...])
         if cache is None:
             return self._emit(kv, gate, blocks)[None], None
@@ -103,8 +97,9 @@ class Compressor(nnx.Module):
     def _emit(
         self, kv: Float[Array, "B rows w Dc"], gate: Float[Array, "B rows w Dc"], blocks: Blocks
     ) -> Float[Array, "B P Dc"]:
-        by_kernel = self.policy.kernels != "xla" and blocks.is_first.shape[1]
-        entries = (self._pool_by_kernel if by_kernel else self._pool)(kv, gate, blocks)
+        weights = self.ape[...], self.norm[...]
+        dtype = self.policy.compute_dtype
+        entries = self.operations.compress(kv, gate, *weights, blocks, eps=self.eps, dtype=dtype)
         cache_format = self.policy.cache_format
         if self.holds == "entries":
             if cache_format != "plain":
@@ -118,52 +113,3 @@ class Compressor(nnx.Module):
         if self.holds == "entries":
             return cache_formats.store_entries(entries, self.policy.cache_format, self.num_rotary)
         return cache_formats.store_keys(entries, self.policy.cache_format)
-
-    def _pool(self, kv, gate, blocks: Blocks):
-        """Entries before any rounding of the cache format."""
-        own = self.branches - 1
-        bias = self.ape[...]
-        values = block_rows(kv[:, :, own], blocks.source, self.ratio)
-        logits = block_rows(gate[:, :, own], blocks.source, self.ratio) + bias[:, own]
-        if self.branches == 2:
-            before = [self._previous(rows[:, :, 0], blocks) for rows in (kv, gate)]
-            absent = blocks.is_first[..., None, None]
-            values = jnp.concatenate([jnp.where(absent, 0, before[0]), values], axis=2)
-            earlier = jnp.where(absent, -jnp.inf, before[1] + bias[:, 0])
-            logits = jnp.concatenate([earlier, logits], axis=2)
-        pooled = pool(values, logits).astype(self.policy.compute_dtype)
-        entry = rms_norm(pooled, self.norm[...], self.eps)
-        return rotate(entry, blocks.rotation)
-
-    def _pool_by_kernel(self, kv, gate, blocks: Blocks):
-        """As `_pool`. The kernel wants a block's rows side by side, and the block before it in the list."""
-        is_first, cos, sin = blocks.is_first, *blocks.rotation
-        before = 0
-        if blocks.source is not None:
-            source = blocks.source
-            if self.branches == 2:
-                # The block before the first new one was emitted by an earlier call: list it again, drop it.
-                source, before = jnp.concatenate([blocks.previous[:, :1], source], axis=1), 1
-                is_first = jnp.pad(is_first, ((0, 0), (1, 0)), constant_values=True)
-                cos, sin = (jnp.pad(x, ((0, 0), (1, 0), (0, 0))) for x in (cos, sin))
-            kv, gate = (
-                block_rows(x, source, self.ratio).reshape(x.shape[0], -1, *x.shape[2:]) for x in (kv, gate)
-            )
-        entries = kernels.compressor(
-            kv,
-            gate,
-            self.ape[...],
-            self.norm[...],
-            cos,
-            sin,
-            is_first=is_first,
-            eps=self.eps,
-            interpret=self.policy.interpret,
-        )
-        return entries[:, before:].astype(self.policy.compute_dtype)
-
-    def _previous(self, rows: Float[Array, "B rows Dc"], blocks: Blocks) -> Float[Array, "B P m Dc"]:
-        if blocks.previous is not None:
-            return block_rows(rows, blocks.previous, self.ratio)
-        grouped = block_rows(rows, None, self.ratio)
-        return jnp.concatenate([jnp.zeros_like(grouped[:, :1]), grouped[:, :-1]], axis=1)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from dsv4_jax.model.entries import Entries
-from dsv4_jax.model.indexer import index_scores, select
+from dsv4_jax.model.index_scores import index_scores, select
 from pallas_kernels.precision import einsum_float32
 
 SMALLEST_EXTENT = 64
@@ -72,6 +72,7 @@ def hybrid_attention(
     window: int,
     top_k: int,
     rounded_scores: bool = False,
+    forward_only: bool = False,
 ) -> Float[Array, "B T H Dh"]:
     """Attention of T queries, a block of queries at a time.
 
@@ -84,6 +85,7 @@ def hybrid_attention(
         window: W.
         top_k: Ki, entries a CSA query may attend to.
         rounded_scores: round every step of the index scores to bfloat16.
+        forward_only: changes nothing here; see `attention_kernels.hybrid_attention`.
 
     Returns:
         The head outputs, still rotated.
@@ -91,6 +93,7 @@ def hybrid_attention(
     Cost: every block of queries reads only the shortest power-of-two prefix of the entries that holds
     all it can see, so the work follows the live length, not the capacity.
     """
+    del forward_only
     batch, length = queries.position.shape
     block = query_block(length)
     num_blocks = -(-length // block)

@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 
 from dsv4_jax.config import ModelConfig
+from dsv4_jax.model.operations import Operations
 from dsv4_jax.model.transformer import Transformer
 from dsv4_jax.numerics.policy import Policy
 from dsv4_jax.parameters import INITIAL_VALUE, Parameter, parameters
@@ -19,8 +20,8 @@ Parameters = dict[str, Any]
 
 
 @functools.lru_cache(maxsize=32)
-def _abstract(config: ModelConfig, policy: Policy) -> tuple[Any, nnx.State]:
-    return nnx.split(nnx.eval_shape(lambda: Transformer(config, policy)))
+def _abstract(config: ModelConfig, policy: Policy, operations: Operations | None) -> tuple[Any, nnx.State]:
+    return nnx.split(nnx.eval_shape(lambda: Transformer(config, policy, operations)))
 
 
 class Network(NamedTuple):
@@ -31,6 +32,7 @@ class Network(NamedTuple):
 
     config: ModelConfig
     policy: Policy
+    operations: Operations | None = None  # None: what the policy says
 
     def shapes(self) -> Parameters:
         """The parameters as `jax.ShapeDtypeStruct`; nothing is allocated."""

@@ -7,13 +7,12 @@ from jaxtyping import Array, Float, Int32
 
 from dsv4_jax.config import ModelConfig, RouterKind
 from dsv4_jax.model.declared import Declared
-from dsv4_jax.model.linear import project
+from dsv4_jax.model.operations import Operations
 from dsv4_jax.model.router import Router, Routing
 from dsv4_jax.model.span import Span
 from dsv4_jax.numerics import qat
 from dsv4_jax.numerics.policy import Policy
 from dsv4_jax.numerics.weights import elements, plain, scale
-from pallas_kernels.grouped_matmul import expert_ffn
 
 
 class Experts(nnx.Module):
@@ -27,21 +26,24 @@ class Experts(nnx.Module):
 class SharedExpert(nnx.Module):
     """The expert every token uses; clamped like the routed ones."""
 
-    def __init__(self, config: ModelConfig, policy: Policy, declared: Declared) -> None:
+    def __init__(
+        self, config: ModelConfig, policy: Policy, operations: Operations, declared: Declared
+    ) -> None:
         self.gate_up = declared("gate_up")
         self.down = declared("down")
         self.limit = config.swiglu_limit
         self.policy = policy
+        self.operations = operations
 
     def __call__(self, x: Float[Array, "tokens D"]) -> Float[Array, "tokens D"]:
         """(silu(min(x w1, c)) * clip(x w3, -c, c)) w2; clamp, SiLU and product in float32."""
         to_grid = qat.fake_activation if self.policy.simulates("act_fp8") else lambda x: x
-        both = project(to_grid(x), self.gate_up[...], self.policy).astype(jnp.float32)
+        both = self.operations.linear(to_grid(x), self.gate_up[...]).astype(jnp.float32)
         gate, up = both[:, 0], both[:, 1]
         if self.limit:
             gate, up = jnp.minimum(gate, self.limit), jnp.clip(up, -self.limit, self.limit)
         hidden = to_grid((jax.nn.silu(gate) * up).astype(x.dtype))
-        return project(hidden, self.down[...], self.policy)
+        return self.operations.linear(hidden, self.down[...])
 
 
 class MixtureOfExperts(nnx.Module):
@@ -51,15 +53,17 @@ class MixtureOfExperts(nnx.Module):
         self,
         config: ModelConfig,
         policy: Policy,
+        operations: Operations,
         kind: RouterKind,
         declared: Declared,
     ) -> None:
         self.gate = Router(config, kind, declared.under("gate"))
         self.experts = Experts(declared.under("experts"))
-        self.shared = SharedExpert(config, policy, declared.under("shared"))
+        self.shared = SharedExpert(config, policy, operations, declared.under("shared"))
         self.limit = config.swiglu_limit
         self.num_experts = config.n_routed_experts
         self.policy = policy
+        self.operations = operations
 
     def __call__(
         self, x: Float[Array, "B T D"], span: Span, repeat: Int32[Array, ""]
@@ -82,7 +86,7 @@ class MixtureOfExperts(nnx.Module):
             # Of quantised weights both arrays: elements and scales.
             gate_up, down = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), (gate_up, down))
             first_expert = repeat * self.num_experts
-        routed = expert_ffn(
+        routed = self.operations.experts(
             seen,
             elements(gate_up),
             elements(down),
@@ -95,8 +99,6 @@ class MixtureOfExperts(nnx.Module):
             round_hidden=round_hidden,
             gate_up_scale=scale(gate_up),
             down_scale=scale(down),
-            impl="xla" if self.policy.kernels == "xla" else "pallas",
-            interpret=self.policy.interpret,
         )
         y = routed + self.shared(tokens).astype(jnp.float32)
         return y.astype(x.dtype).reshape(x.shape), routing

@@ -9,8 +9,8 @@ from dsv4_jax.config import ModelConfig
 from dsv4_jax.model.block import Block, Surroundings
 from dsv4_jax.model.declared import Declared
 from dsv4_jax.model.hyper_connection import StreamCollapse
-from dsv4_jax.model.linear import project
 from dsv4_jax.model.norm import rms_norm
+from dsv4_jax.model.operations import Operations
 from dsv4_jax.numerics import qat
 from dsv4_jax.numerics.policy import Policy
 
@@ -21,15 +21,18 @@ class MultiTokenPrediction(nnx.Module):
     Embedding and head are the backbone's; the collapse and the last norm are its own.
     """
 
-    def __init__(self, config: ModelConfig, policy: Policy, declared: Declared) -> None:
+    def __init__(
+        self, config: ModelConfig, policy: Policy, operations: Operations, declared: Declared
+    ) -> None:
         self.e_proj = declared("e_proj")
         self.h_proj = declared("h_proj")
         self.enorm = declared("enorm")
         self.hnorm = declared("hnorm")
         self.norm = declared("norm")
-        self.hc_head = StreamCollapse(config, policy, declared.under("hc_head"))
-        self.block = Block(config, policy, "window", "learned", declared.under("block"))
+        self.hc_head = StreamCollapse(config, operations, declared.under("hc_head"))
+        self.block = Block(config, policy, operations, "window", "learned", declared.under("block"))
         self.policy = policy
+        self.operations = operations
         self.eps = config.rms_norm_eps
 
     def __call__(
@@ -50,7 +53,8 @@ class MultiTokenPrediction(nnx.Module):
         to_grid = qat.fake_activation if self.policy.simulates("act_fp8") else lambda x: x
         e = to_grid(rms_norm(next_embedding, self.enorm[...], self.eps))
         h = to_grid(rms_norm(streams, self.hnorm[...], self.eps))
-        e, h = project(e, self.e_proj[...], self.policy), project(h, self.h_proj[...], self.policy)
+        linear = self.operations.linear
+        e, h = linear(e, self.e_proj[...]), linear(h, self.h_proj[...])
         graph, state = nnx.split(self.block)
         block = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[0], state))
         x = (e[:, :, None] + h).astype(streams.dtype)

@@ -23,6 +23,7 @@ from dsv4_jax.model.hyper_connection import StreamCollapse
 from dsv4_jax.model.linear import project_float32
 from dsv4_jax.model.mtp import MultiTokenPrediction
 from dsv4_jax.model.norm import rms_norm
+from dsv4_jax.model.operations import Operations, operations
 from dsv4_jax.model.span import Span
 from dsv4_jax.numerics.policy import Policy
 from dsv4_jax.numerics.weights import is_quantized
@@ -51,9 +52,16 @@ class Forward(NamedTuple):
 class Stack(nnx.Module):
     """The parameters of one run of layers: one Block a unit position, stacked over repeats."""
 
-    def __init__(self, config: ModelConfig, policy: Policy, stack: LayerStack, declared: Declared) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        policy: Policy,
+        operations: Operations,
+        stack: LayerStack,
+        declared: Declared,
+    ) -> None:
         self.blocks = nnx.List(
-            Block(config, policy, attention, router, declared.under("blocks", index))
+            Block(config, policy, operations, attention, router, declared.under("blocks", index))
             for index, (attention, router) in enumerate(stack.kinds)
         )
 
@@ -64,24 +72,27 @@ class Transformer(nnx.Module):
     Args:
         config: the architecture.
         policy: dtypes, numerics, recomputation.
+        chosen: what computes each operation; None means what the policy says (`operations.operations`).
     """
 
-    def __init__(self, config: ModelConfig, policy: Policy) -> None:
+    def __init__(self, config: ModelConfig, policy: Policy, chosen: Operations | None = None) -> None:
+        bound = chosen or operations(policy)
         declared = Declared(parameters(config), policy.param_dtype)
         self.embed = declared("embed")
         self.stacks = nnx.List(
-            Stack(config, policy, stack, declared.under("stacks", index))
+            Stack(config, policy, bound, stack, declared.under("stacks", index))
             for index, stack in enumerate(layer_stacks(config))
         )
-        self.hc_head = StreamCollapse(config, policy, declared.under("hc_head"))
+        self.hc_head = StreamCollapse(config, bound, declared.under("hc_head"))
         self.norm = declared("norm")
         self.head = declared("head")
         self.mtp = nnx.List(
-            MultiTokenPrediction(config, policy, declared.under("mtp", depth))
+            MultiTokenPrediction(config, policy, bound, declared.under("mtp", depth))
             for depth in range(config.num_nextn_predict_layers)
         )
         self.config = config
         self.policy = policy
+        self.operations = bound
 
     def embedding(self, ids: Int32[Array, "B T"]) -> Float[Array, "B T D"]:
         """Rows of the embedding table in the compute dtype; ids are clipped to the vocabulary."""
@@ -121,7 +132,7 @@ class Transformer(nnx.Module):
                 before,
                 collect,
                 remat=self.policy.remat == "unit",
-                in_place=self.policy.kernels != "xla",
+                in_place=self.operations.weights_in_place,
             )
             layer_caches.append(after)
             taps += seen

@@ -21,18 +21,6 @@ KERNELS = {
 }
 """What may compute the operations that have a kernel. A choice is never replaced by another."""
 
-KERNEL_FAMILIES = (
-    "hyper_connection",
-    "compressor",
-    "indexer",
-    "hybrid_attention",
-    "decode_attention",
-    "linear_cross_entropy",
-    "block_matmul",  # with native FP8 weights
-    "grouped_matmul",  # the routed experts, weights in any format
-)
-"""Operations that have a Pallas kernel; all others run on XLA whatever the choice."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
@@ -64,15 +52,6 @@ class Policy:
     def simulates(self, switch: str) -> bool:
         """Whether this part of the quantisation simulation is active."""
         return switch in self.switches
-
-    @property
-    def interpret(self) -> bool:
-        """Whether kernels run in the interpreter."""
-        return self.kernels == "pallas-interpret"
-
-    def implementations(self) -> dict[str, str]:
-        """Operation -> what computes it, for every operation with a choice."""
-        return dict.fromkeys(KERNEL_FAMILIES, self.kernels)
 
     @staticmethod
     def of(

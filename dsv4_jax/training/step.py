@@ -76,8 +76,8 @@ def forward_losses(model: Transformer, batch: Batch) -> tuple[LossParts, list[Ro
     span = spans.packed(tokens, segments)
     forward = model(span, collect=ROUTING)
     following = shifted_targets(tokens, segments, 1)
-    kernels = model.policy.kernels
-    main = mean_cross_entropy(model.hidden(forward.streams), model.head[...], following, kernels=kernels)
+    cross_entropy = model.operations.cross_entropy
+    main = mean_cross_entropy(model.hidden(forward.streams), model.head[...], following, cross_entropy)
     routed = [
         Routed(tap["router_scores"], tap["experts"], span.valid)
         for kind, tap in zip(model.config.router_kinds, forward.taps, strict=True)
@@ -88,7 +88,7 @@ def forward_losses(model: Transformer, batch: Batch) -> tuple[LossParts, list[Ro
         hidden, tap = model.predict_further(forward.streams, span, ROUTING)
         targets = shifted_targets(tokens, segments, 2)
         targets = Targets(targets.ids[:, :-1], targets.valid[:, :-1])
-        mtp = mean_cross_entropy(hidden, model.head[...], targets, kernels=kernels)
+        mtp = mean_cross_entropy(hidden, model.head[...], targets, cross_entropy)
         # The last token of a segment is joined with a stranger's embedding: it counts for nothing.
         routed.append(Routed(tap["router_scores"], tap["experts"], following.valid[:, :-1]))
     balance = sum((balance_loss(*layer) for layer in routed), start=jnp.float32(0))
@@ -146,7 +146,7 @@ def validation_sums(
     targets = shifted_targets(tokens, segments, 1)
     hidden = model.hidden(model(spans.packed(tokens, segments)).streams)
     count = targets.valid.sum(dtype=jnp.float32)
-    return mean_cross_entropy(hidden, model.head[...], targets, kernels=model.policy.kernels) * count, count
+    return mean_cross_entropy(hidden, model.head[...], targets, model.operations.cross_entropy) * count, count
 
 
 def validation_loss(network: Network, params: Params, batches: Sequence[Batch]) -> float:

@@ -5,6 +5,7 @@ over the streams. `collapse` ends the model. All four share one forward and one 
 """
 
 import functools
+import math
 from typing import Any, Literal
 
 import jax
@@ -232,6 +233,12 @@ def collapse(
         return reference.collapse_reference(**operands, **settings)
     variant = Variant(post=False, pre=True, norm=False, **settings)
     return _run(variant, operands, blocks, interpret)["sublayer"]
+
+
+def mixing(maps: Float32[Array, "B T rows"]) -> Float32[Array, "N N B T"]:
+    """comb of the maps of `pre` or `post_pre`, input stream first; rows = 2 N + N^2."""
+    n = math.isqrt(maps.shape[-1] + 1) - 1
+    return jnp.moveaxis(maps[..., 2 * n :], -1, 0).reshape(n, n, *maps.shape[:2])
 
 
 def _check(name: str, operands: dict, *, impl: str, num_iters: int = 1) -> None:

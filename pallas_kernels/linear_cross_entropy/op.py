@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
-from pallas_kernels.linear_cross_entropy import kernel_tpu, reference, tuning
+from pallas_kernels.linear_cross_entropy import kernel_tpu, reference, tuning, xla
 
 
 def linear_cross_entropy(
@@ -79,6 +79,51 @@ def linear_cross_entropy(
     ids = jnp.where(inside, ids, -1)  # -1 is no entry, also not of a last block that sticks out
     nll, lse = _linear_cross_entropy((precision, blocks, interpret), hidden, head, ids[None])
     return nll[0], lse[0]
+
+
+def weighted_cross_entropy(
+    hidden: Float[Array, "T D"],
+    head: Float[Array, "V D"],
+    ids: Int32[Array, "T"],
+    weights: Float32[Array, "T"],
+    *,
+    impl: Literal["xla", "pallas", "reference"],
+    chunk: int = xla.CHUNK,
+    interpret: Any = False,
+) -> Float32[Array, ""]:
+    """The weighted sum of the tokens' negative log-likelihoods: the loss of a batch as one operation.
+
+    Equation (DeepSeek-V4 report, section 2.1, prediction head):
+        loss = sum_t weights_t nll_t,   nll of `linear_cross_entropy`
+
+    Args:
+        hidden: [T, D] bf16 or f32, what the head multiplies, after the final norm.
+        head: [V, D] bf16 or f32, output rows.
+        ids: i32[T] targets in 0 .. V-1; with weight 0 any id.
+        weights: f32[T], data: they get no gradient with "xla".
+        impl: "xla" for any backend, "pallas" for TPUs, or "reference". There is no silent fallback.
+        chunk: "xla": tokens whose logits exist at the same time, >= 1.
+        interpret: passed to `pl.pallas_call`; tests set it, callers leave it alone.
+
+    Returns:
+        f32[], in nats if the weights are a mean's.
+
+    Numerics: logits, softmax and sums are float32 for every dtype of the operands.
+    Gradients: w.r.t. hidden and head. "xla" computes them chunk by chunk in the forward pass and only scales
+        them in the backward pass: neither the logits f32[T, V] nor their cotangent is ever whole in memory,
+        and no product is done twice. "pallas" recomputes the logits, see `linear_cross_entropy`.
+    Cost ("xla"): 6 T V D FLOP with gradients, 2 T V D without; memory 4 chunk V bytes plus, with gradients,
+        one float32 copy each of hidden and head.
+    Sharding: as `linear_cross_entropy`.
+    Raises:
+        ValueError: as `linear_cross_entropy`, and for an unknown impl.
+    """
+    if impl not in ("xla", "pallas", "reference"):
+        raise ValueError(f"weighted_cross_entropy: impl={impl!r} must be 'xla', 'pallas' or 'reference'")
+    if impl == "xla":
+        return xla.weighted_cross_entropy_xla(hidden, head, ids, weights, chunk=chunk)
+    nll, _ = linear_cross_entropy(hidden, head, ids, impl=impl, interpret=interpret)
+    return jnp.sum(weights * nll)
 
 
 def _problems(hidden: jax.Array, head: jax.Array, ids: jax.Array, precision: str, impl: str) -> list[str]:

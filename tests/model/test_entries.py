@@ -10,7 +10,7 @@ import pytest
 
 from dsv4_jax.config import tiny
 from dsv4_jax.inference import steps
-from dsv4_jax.model import indexer
+from dsv4_jax.model import index_scores
 from dsv4_jax.model.cache import new_cache, write_entries
 from dsv4_jax.model.entries import Entries
 from dsv4_jax.model.initial import Network
@@ -86,8 +86,10 @@ def test_scores_in_pieces(cache_format, size, monkeypatch):
     """A piece at a time, the last one moved back, gives the scores of all decoded keys at once."""
     q, weights = draw(2, 3, 5, 32), draw(2, 3, 5, seed=2)
     keys = Entries(cache_formats.store_keys(draw(2, 2, 200, 32, seed=3), cache_format), jnp.int32(1))
-    monkeypatch.setattr(indexer, "KEYS_AT_ONCE", 64)
-    got = jax.jit(lambda q, weights, keys: indexer.index_scores(q, weights, keys, size))(q, weights, keys)
+    monkeypatch.setattr(index_scores, "KEYS_AT_ONCE", 64)
+    got = jax.jit(lambda q, weights, keys: index_scores.index_scores(q, weights, keys, size))(
+        q, weights, keys
+    )
     read = np.asarray(keys.prefix(size, jnp.float32), np.float64)
     dots = np.maximum(np.einsum("bthd,bsd->bths", np.asarray(q, np.float64), read), 0)
     np.testing.assert_allclose(got, (dots * np.asarray(weights)[..., None]).sum(2), rtol=1e-5, atol=1e-5)

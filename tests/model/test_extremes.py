@@ -10,8 +10,9 @@ import pytest
 from flax import nnx
 
 from dsv4_jax.config import v4_flash
-from dsv4_jax.model import hyper_connection, rope
+from dsv4_jax.model import rope
 from dsv4_jax.model.initial import Network
+from pallas_kernels.hyper_connection import xla
 from tests.model.equivalence import BATCH, SMALL, WIDTH, full, random_rows
 from tests.model.telling_weights import FLOAT32, telling_model, telling_parameters
 from tests.parity import float64_equations
@@ -44,10 +45,10 @@ def difference_from_equations(model, rows):
 
 def test_sinkhorn_vectors():
     """Section 5: uniform logits, and an asymmetric matrix that tells comb from its transpose."""
-    flat = hyper_connection.sinkhorn(jnp.zeros((4, 4, 1, 3)), 20, 1e-6)
+    flat = xla.sinkhorn(jnp.zeros((4, 4, 1, 3)), 20, 1e-6)
     np.testing.assert_allclose(flat, 0.24999975, atol=1e-7)
     logits = np.array([[2, 0.5, 1, 1.5], [2, 0, 0.5, 1], [1.5, 2, 0, 0.5], [1, 1.5, 2, 0]], np.float32)
-    mix = hyper_connection.sinkhorn(jnp.asarray(logits)[:, :, None, None], 20, 1e-6)[..., 0, 0]
+    mix = xla.sinkhorn(jnp.asarray(logits)[:, :, None, None], 20, 1e-6)[..., 0, 0]
     want = [
         [0.290082, 0.103394, 0.204005, 0.402517],
         [0.402518, 0.087019, 0.171695, 0.338767],

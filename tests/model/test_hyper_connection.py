@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv4_jax.model.hyper_connection import StreamMaps, combine, expand
+from pallas_kernels.hyper_connection.xla import StreamMaps, combine, expand
 
 
 def operands(dtype):

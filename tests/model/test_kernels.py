@@ -12,14 +12,14 @@ from dsv4_jax.config import tiny
 from dsv4_jax.language_model import LanguageModel
 from dsv4_jax.model import cache as model_cache
 from dsv4_jax.model.initial import Network, initial_parameters
-from dsv4_jax.numerics.policy import KERNEL_FAMILIES, Policy
+from dsv4_jax.model.operations import Operations, operations
+from dsv4_jax.numerics.policy import Policy
 from dsv4_jax.training.data import Batch
 from dsv4_jax.training.optimizer import AdamW
 from dsv4_jax.training.step import forward_losses, initial_state, train_step
-from pallas_kernels import hybrid_attention, hyper_connection
+from pallas_kernels import hybrid_attention
 from pallas_kernels.decode_attention import Fp8Rows
 from pallas_kernels.hybrid_attention import tuning as attention_tuning
-from pallas_kernels.hyper_connection import tuning as hyper_connection_tuning
 from pallas_kernels.hyper_connection.tuning import HyperConnectionBlocks
 from tests.model.telling_weights import telling_model
 
@@ -39,6 +39,9 @@ CONFIG = tiny(
     index_topk=4,
 )
 XLA, KERNELS = Policy.of("float32"), Policy.of("float32", kernels="pallas-interpret")
+SMALL_BLOCKS = operations(KERNELS, HyperConnectionBlocks(16, 128))
+"""A block is straight-line code in the interpreter's program: small ones compile five times faster."""
+NETWORKS = {XLA: Network(CONFIG, XLA), KERNELS: Network(CONFIG, KERNELS, SMALL_BLOCKS)}
 LENGTH = 44
 
 
@@ -47,32 +50,34 @@ GATHER_FROM = 7
 
 
 @pytest.fixture(scope="module", autouse=True)
-def small_sizes():
-    """A block is straight-line code in the interpreter's program: small ones compile five times faster."""
+def early_gathering():
+    """Calls with a cache gather early."""
     with pytest.MonkeyPatch.context() as patch:
-        small = HyperConnectionBlocks(16, 128)
-        patch.setattr(hyper_connection_tuning, "choose_blocks", lambda *_, **__: small)
         patch.setattr(attention_tuning, "gather_from", lambda **_: GATHER_FROM)
         yield
 
 
-@pytest.fixture
-def plain_hyper_connections(monkeypatch):
+def computed_by(model: LanguageModel, chosen: Operations) -> LanguageModel:
+    """The model with these operations."""
+    model._network = model._network._replace(operations=chosen)
+    return model
+
+
+def plain_hyper_connections(policy: Policy) -> Operations:
     """Hyper-connections by their references: two thirds of a program, and nothing to do with a cache."""
-    for name in ("pre", "post", "post_pre", "collapse"):
-        plain = functools.partial(getattr(hyper_connection, name), impl="reference")
-        monkeypatch.setattr(hyper_connection, name, plain)
-    jax.clear_caches()  # programs are kept by model and shapes, which say nothing of this
-    yield
-    monkeypatch.undo()
-    jax.clear_caches()
+    chosen = operations(policy)
+    plain = {
+        name: dataclasses.replace(getattr(chosen, name), settings=(("impl", "reference"),), kernels=())
+        for name in ("enter", "leave", "advance", "collapse")
+    }
+    return dataclasses.replace(chosen, **plain)
 
 
 @pytest.fixture(scope="module")
 def models() -> tuple[LanguageModel, LanguageModel]:
     """The same parameters on XLA and on kernels."""
     xla = telling_model(CONFIG)
-    return xla, LanguageModel(CONFIG, KERNELS, xla.parameters)
+    return xla, computed_by(LanguageModel(CONFIG, KERNELS, xla.parameters), SMALL_BLOCKS)
 
 
 def tokens_of(seed: int, batch: int = 2, length: int = LENGTH) -> np.ndarray:
@@ -88,9 +93,8 @@ def close(got, want, tolerance=1e-5):
 
 
 def test_no_other_choice_is_taken():
-    assert XLA.implementations()["hybrid_attention"] == "xla"
-    chosen = KERNELS.implementations()
-    assert {chosen[family] for family in KERNEL_FAMILIES} == {"pallas-interpret"}
+    assert not any(each.kernels for each in operations(XLA).each())
+    assert {each.name for each in operations(KERNELS).each() if not each.kernels} == {"mixing"}
     with pytest.raises(Exception, match="kernels='cuda' must be one of xla, pallas, pallas-interpret"):
         Policy.of("float32", kernels="cuda")
 
@@ -163,7 +167,7 @@ EVERY_KIND = CONFIG.attention_kinds
         pytest.param("fp8+fp8", EVERY_KIND, True, marks=pytest.mark.slow),
     ],
 )
-def test_appending_in_pieces(monkeypatch, plain_hyper_connections, cache, kinds, in_rows):
+def test_appending_in_pieces(monkeypatch, cache, kinds, in_rows):
     """In every format of a cache the kernels read what XLA attends to without one."""
     monkeypatch.setattr(model_cache, "rows_pay", lambda **_: in_rows)
     config = dataclasses.replace(
@@ -174,6 +178,7 @@ def test_appending_in_pieces(monkeypatch, plain_hyper_connections, cache, kinds,
         LanguageModel(config, Policy.of("float32", kernels=k, cache=cache), parameters)
         for k in ("xla", "pallas-interpret")
     )
+    computed_by(kernels, plain_hyper_connections(kernels.policy))
     made, gathered = [], hybrid_attention.csa_attention
     record = lambda *arguments, **how: made.append(1) or gathered(*arguments, **how)  # noqa: E731
     monkeypatch.setattr(hybrid_attention, "csa_attention", record)
@@ -215,8 +220,8 @@ def loss_and_gradients(network: Network, parameters, batch: Batch):
 def test_gradients_of_every_parameter(models):
     batch = Batch(tokens_of(4), SEGMENTS, np.zeros_like(SEGMENTS))
     parameters = models[0].parameters
-    want, want_grads = loss_and_gradients(Network(CONFIG, XLA), parameters, batch)
-    got, got_grads = loss_and_gradients(Network(CONFIG, KERNELS), parameters, batch)
+    want, want_grads = loss_and_gradients(NETWORKS[XLA], parameters, batch)
+    got, got_grads = loss_and_gradients(NETWORKS[KERNELS], parameters, batch)
     np.testing.assert_allclose(got, want, rtol=1e-6)
     moved = 0
     for (path, a), b in zip(
@@ -236,7 +241,7 @@ def test_twenty_training_steps():
     optimizer = AdamW()
     losses = {}
     for policy in (XLA, KERNELS):
-        network = Network(CONFIG, policy)
+        network = NETWORKS[policy]
         state = initial_state(initial_parameters(CONFIG, policy, 3), optimizer)
         seen = []
         for step in range(20):

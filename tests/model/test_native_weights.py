@@ -10,10 +10,11 @@ from dsv4_jax.checkpoint import storage
 from dsv4_jax.config import tiny
 from dsv4_jax.language_model import LanguageModel
 from dsv4_jax.model import linear
+from dsv4_jax.model.operations import operations
 from dsv4_jax.numerics.policy import Policy
 from dsv4_jax.numerics.weights import is_quantized, plain
 from pallas_kernels.block_matmul import block_matmul
-from pallas_kernels.hyper_connection import tuning as hyper_connection_tuning
+from pallas_kernels.hyper_connection.tuning import HyperConnectionBlocks
 from tests.checkpoint import synthetic
 from tests.checkpoint.test_save import file_contents, stored_contents
 
@@ -83,9 +84,9 @@ def test_kernels_multiply_with_fp8_weights_as_they_are(tmp_path, monkeypatch):
         linear, "block_matmul", lambda *a, **k: calls.append(a[1].shape) or block_matmul(*a, **k)
     )
     # A block of another family is straight-line code: a small one compiles five times faster.
-    small = hyper_connection_tuning.HyperConnectionBlocks(16, 128)
-    monkeypatch.setattr(hyper_connection_tuning, "choose_blocks", lambda *_, **__: small)
     model = dsv4_jax.load(tmp_path, dtype="float32", kernels="pallas-interpret")
+    small = operations(model.policy, HyperConnectionBlocks(16, 128))
+    model._network = model._network._replace(operations=small)
     tokens = tokens_of(config, 24)
     got = np.asarray(model.logits(tokens))
     want = np.asarray(dsv4_jax.load(tmp_path, dtype="float32").logits(tokens))

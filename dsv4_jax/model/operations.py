@@ -1,0 +1,127 @@
+"""Which function computes each operation of the model, chosen once.
+
+Everything that has more than one implementation is in the record `Operations`: modules call its functions and
+do not know which ones they are, on which device, or that kernels can run in an interpreter.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from dsv4_jax.model import attention_kernels, core_attention, linear, pooling
+from dsv4_jax.numerics.policy import Policy
+from pallas_kernels import hyper_connection
+from pallas_kernels.grouped_matmul import expert_ffn
+from pallas_kernels.hyper_connection import xla as hyper_connection_xla
+from pallas_kernels.hyper_connection.tuning import HyperConnectionBlocks
+from pallas_kernels.linear_cross_entropy import weighted_cross_entropy
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """One function, and the settings that are bound to it. Equal ones are one key of a compiled program.
+
+    Attributes:
+        name: its field in `Operations`; also what a profile calls it.
+        function: takes the operands.
+        settings: keyword arguments that are the same for every call.
+        kernels: the families whose Pallas kernels a call may run; none where all of it is XLA.
+        when: what must hold for the kernels to run; empty if they always do.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    settings: tuple[tuple[str, Any], ...] = ()
+    kernels: tuple[str, ...] = ()
+    when: str = ""
+
+    def __call__(self, *operands: Any, **more: Any) -> Any:
+        """The function of these operands."""
+        with jax.named_scope(self.name):
+            return self.function(*operands, **dict(self.settings), **more)
+
+    def runs(self) -> str:
+        """For people: what computes this."""
+        if not self.kernels:
+            return "XLA"
+        families = " and ".join(self.kernels)
+        return f"{families} kernels" + (f" {self.when}, else XLA" if self.when else "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Operations:
+    """The functions of one model: a hashable part of what its compiled programs are keyed by."""
+
+    linear: Operation  # x, weight: `linear.project`
+    grouped_linear: Operation  # x, weight: `linear.project_groups`
+    compress: Operation  # rows, gates, bias, norm, blocks: `pooling.entries_xla`
+    attend: Operation  # queries, line, entries, index keys, sink: `core_attention.hybrid_attention`
+    attend_cached: Operation | None  # a few queries over the cache where it lies; None: by `attend`
+    enter: Operation  # streams, fn, base, scale, norm: `hyper_connection.pre`
+    leave: Operation  # streams, update, maps: `hyper_connection.post`
+    advance: Operation  # streams, update, maps, fn, base, scale, norm: `hyper_connection.post_pre`
+    collapse: Operation  # streams, fn, base, scale: `hyper_connection.collapse`
+    mixing: Operation  # maps of `enter` or `advance`: their comb, [N, N, B, T]
+    experts: Operation  # tokens, gate_up, down, ids, weights: `grouped_matmul.expert_ffn`
+    cross_entropy: Operation  # hidden, head, ids, weights: `linear_cross_entropy.weighted_cross_entropy`
+    weights_in_place: bool  # quantised weights are read inside their stacks; if not, a layer is sliced out
+    cache_of_bits: bool  # caches keep FP8 and bfloat16 numbers as integers (`numerics.cache_formats`)
+
+    def each(self) -> tuple[Operation, ...]:
+        """All of them, in the order of the fields."""
+        values = (getattr(self, field.name) for field in dataclasses.fields(self))
+        return tuple(value for value in values if isinstance(value, Operation))
+
+
+@functools.lru_cache(maxsize=64)
+def operations(policy: Policy, hyper_connection_blocks: HyperConnectionBlocks | None = None) -> Operations:
+    """Binds what `policy.kernels` chose. There is no fallback from one choice to another.
+
+    Args:
+        policy: of the model.
+        hyper_connection_blocks: tile sizes of those kernels, for tests; None lets the family choose.
+    """
+    if policy.kernels == "xla":
+        return Operations(
+            linear=Operation("linear", linear.project),
+            grouped_linear=Operation("grouped_linear", linear.project_groups),
+            compress=Operation("compress", pooling.entries_xla),
+            attend=Operation("attend", core_attention.hybrid_attention),
+            attend_cached=None,
+            enter=Operation("enter", hyper_connection_xla.pre_xla),
+            leave=Operation("leave", hyper_connection_xla.expand),
+            advance=Operation("advance", hyper_connection_xla.post_pre_xla),
+            collapse=Operation("collapse", hyper_connection_xla.collapse_xla),
+            mixing=Operation("mixing", hyper_connection_xla.mixing_xla),
+            experts=Operation("experts", expert_ffn, (("impl", "xla"),)),
+            cross_entropy=Operation("cross_entropy", weighted_cross_entropy, (("impl", "xla"),)),
+            weights_in_place=False,
+            cache_of_bits=True,
+        )
+    how = (("interpret", policy.kernels == "pallas-interpret"),)
+    sized = (*how, ("blocks", hyper_connection_blocks))
+    streams = ("hyper_connection",)
+    fp8 = {"kernels": ("block_matmul",), "when": "with FP8 weights"}
+    return Operations(
+        linear=Operation("linear", linear.project_stored, how, **fp8),
+        grouped_linear=Operation("grouped_linear", linear.project_groups_stored, how, **fp8),
+        compress=Operation("compress", pooling.entries_by_kernel, how, ("compressor",)),
+        attend=Operation("attend", attention_kernels.hybrid_attention, how, ("indexer", "hybrid_attention")),
+        attend_cached=Operation(
+            "attend_cached", attention_kernels.decode_attention, how, ("indexer", "decode_attention")
+        ),
+        enter=Operation("enter", hyper_connection.pre, sized, streams),
+        leave=Operation("leave", hyper_connection.post, sized, streams),
+        advance=Operation("advance", hyper_connection.post_pre, sized, streams),
+        collapse=Operation("collapse", hyper_connection.collapse, sized, streams),
+        mixing=Operation("mixing", hyper_connection.mixing),
+        experts=Operation("experts", expert_ffn, (("impl", "pallas"), *how), ("grouped_matmul",)),
+        cross_entropy=Operation(
+            "cross_entropy", weighted_cross_entropy, (("impl", "pallas"), *how), ("linear_cross_entropy",)
+        ),
+        weights_in_place=True,
+        cache_of_bits=False,
+    )

@@ -1,0 +1,96 @@
+"""The weighted cross entropy in plain XLA: a chunk of tokens at a time, gradients in the forward pass."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int32
+
+from pallas_kernels.precision import einsum_float32
+
+CHUNK = 1024
+"""Tokens whose logits exist at the same time."""
+
+
+def weighted_cross_entropy_xla(
+    hidden: Float[Array, "T D"],
+    head: Float[Array, "V D"],
+    ids: Int32[Array, "T"],
+    weights: Float32[Array, "T"],
+    *,
+    chunk: int = CHUNK,
+) -> Float32[Array, ""]:
+    """The contract is in `op.weighted_cross_entropy`; `chunk` tokens at a time, >= 1."""
+    return _weighted_nll(chunk, hidden, head, ids, weights)
+
+
+def _chunks(chunk: int, *arrays: jax.Array) -> list[jax.Array]:
+    """Each array [n, ...] padded with zeros and cut: [ceil(n / chunk), chunk, ...]."""
+    num_chunks = -(-arrays[0].shape[0] // chunk)
+    cut = []
+    for array in arrays:
+        pad = [(0, num_chunks * chunk - array.shape[0])] + [(0, 0)] * (array.ndim - 1)
+        cut.append(jnp.pad(array, pad).reshape(num_chunks, chunk, *array.shape[1:]))
+    return cut
+
+
+def _chunk_nll(
+    hidden: jax.Array, head: jax.Array, ids: jax.Array, weights: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Weighted sum of the negative log-likelihoods of one chunk, and its softmax f32[chunk, V]."""
+    logits = _product("td,vd->tv", hidden, head)
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    exp = jnp.exp(shifted)
+    total = exp.sum(axis=1, keepdims=True)
+    picked = jnp.take_along_axis(shifted, ids[:, None], axis=1)
+    return jnp.sum(weights[:, None] * (jnp.log(total) - picked)), exp / total
+
+
+def _product(equation: str, left: jax.Array, right: jax.Array) -> jax.Array:
+    """Float32 operands, products and result: the head is a float32 island."""
+    return einsum_float32(equation, left.astype(jnp.float32), right.astype(jnp.float32))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _weighted_nll(
+    chunk: int, hidden: jax.Array, head: jax.Array, ids: jax.Array, weights: jax.Array
+) -> jax.Array:
+    """sum_i weights[i] nll_i for hidden [n, D], head [V, D], ids i32[n], weights f32[n]."""
+    chunk = min(chunk, hidden.shape[0])
+
+    def add(total: jax.Array, part: tuple) -> tuple[jax.Array, None]:
+        hidden, ids, weights = part
+        return total + _chunk_nll(hidden, head, ids, weights)[0], None
+
+    return jax.lax.scan(add, jnp.float32(0), tuple(_chunks(chunk, hidden, ids, weights)))[0]
+
+
+def _forward(
+    chunk: int, hidden: jax.Array, head: jax.Array, ids: jax.Array, weights: jax.Array
+) -> tuple[jax.Array, tuple]:
+    chunk = min(chunk, hidden.shape[0])
+
+    def add(carry: tuple, part: tuple) -> tuple[tuple, jax.Array]:
+        total, grad_head = carry
+        hidden, ids, weights = part
+        nll, softmax = _chunk_nll(hidden, head, ids, weights)
+        # d nll / d logits = weights * (softmax - one_hot(ids))
+        grad = softmax * weights[:, None]
+        grad = grad.at[jnp.arange(chunk, dtype=jnp.int32), ids].add(-weights, mode="promise_in_bounds")
+        grad_head = grad_head + _product("tv,td->vd", grad, hidden)
+        return (total + nll, grad_head), _product("tv,vd->td", grad, head)
+
+    init = (jnp.float32(0), jnp.zeros(head.shape, jnp.float32))
+    (total, grad_head), grad_hidden = jax.lax.scan(add, init, tuple(_chunks(chunk, hidden, ids, weights)))
+    grad_hidden = grad_hidden.reshape(-1, hidden.shape[1])[: hidden.shape[0]]
+    # Casting here keeps what is saved at the size of the inputs.
+    return total, (grad_hidden.astype(hidden.dtype), grad_head.astype(head.dtype))
+
+
+def _backward(chunk: int, saved: tuple, cotangent: jax.Array) -> tuple:
+    del chunk
+    grad_hidden, grad_head = (cotangent.astype(grad.dtype) * grad for grad in saved)
+    return grad_hidden, grad_head, None, None  # targets and weights are data
+
+
+_weighted_nll.defvjp(_forward, _backward)

@@ -1,0 +1,109 @@
+"""One choice of implementation: what the record says is what runs, and nobody else chooses."""
+
+import ast
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from dsv4_jax.model import span as spans
+from dsv4_jax.model.cache import new_cache
+from dsv4_jax.model.initial import Network
+from dsv4_jax.model.operations import operations
+from dsv4_jax.numerics.policy import Policy
+from tests.model.native_shapes import native_shapes
+from tests.model.test_kernels import CONFIG
+from tests.model.test_x64 import inner_programs
+from tests.test_architecture import RUNTIME_SOURCES, Source, within
+
+CHOOSE = ("dsv4_jax.model.operations", "dsv4_jax.numerics.policy")
+NAMES = {"xla", "pallas", "pallas-interpret"}
+ADAPTERS = {f"dsv4_jax.model.{name}" for name in ("attention_kernels", "linear", "pooling")}
+"""What `operations` binds where a family's operands are not those of the model: they take `interpret`."""
+FAMILIES = (
+    "block_matmul",
+    "compressor",
+    "grouped_matmul",
+    "hybrid_attention",
+    "hyper_connection",
+    "linear_cross_entropy",
+)
+
+
+def choices(source: Source) -> list[str]:
+    """Comparisons with an implementation's name, and the attribute that says which one was chosen."""
+    found = []
+    for node in ast.walk(source.tree):
+        if isinstance(node, ast.Compare):
+            sides = [node.left, *node.comparators]
+            if any(
+                isinstance(part, ast.Constant) and part.value in NAMES for x in sides for part in ast.walk(x)
+            ):
+                found.append(f"{source.module}:{node.lineno} compares with the name of an implementation")
+        if isinstance(node, ast.Attribute) and node.attr == "interpret":
+            found.append(f"{source.module}:{node.lineno} reads {node.attr}")
+        if isinstance(node, ast.keyword) and node.arg == "interpret" and source.module not in ADAPTERS:
+            found.append(f"{source.module}:{node.value.lineno} passes interpret")
+    return found
+
+
+def test_nobody_else_chooses():
+    below = [s for s in RUNTIME_SOURCES if within(s.module, "dsv4_jax") and s.module not in CHOOSE]
+    assert [found for source in below for found in choices(source)] == []
+
+
+def test_the_model_reaches_kernels_through_its_operations():
+    allowed = {*ADAPTERS, "dsv4_jax.model.operations"}
+    wrong = [
+        f"{source.module} imports {name}"
+        for source in RUNTIME_SOURCES
+        if within(source.module, "dsv4_jax") and source.module not in allowed
+        for name in source.imports()
+        if any(within(name, f"pallas_kernels.{family}") for family in FAMILIES)
+    ]
+    assert wrong == []
+
+
+@pytest.mark.parametrize(
+    "text", ["p.kernels == 'xla'", "x in ('pallas', 1)", "policy.interpret", "f(interpret=True)"]
+)
+def test_a_choice_is_found(text):
+    assert choices(Source("dsv4_jax.model.moe", text))
+
+
+def calls(program, scope=""):
+    """(operation, family) of every kernel call of a program, from its scopes and the kernel's source file."""
+    for equation in program.eqns:
+        inside = f"{scope}/{equation.source_info.name_stack}"
+        if equation.primitive.name == "pallas_call":
+            info = equation.params["jaxpr"].debug_info.func_src_info
+            operation = next(
+                part for part in inside.replace("(", "/").replace(")", "/").split("/") if part in NAMED
+            )
+            yield operation, info.split("pallas_kernels/")[1].split("/")[0]
+            continue
+        for inner in inner_programs(tuple(equation.params.values())):
+            yield from calls(inner, inside)
+
+
+POLICY = Policy.of("bfloat16", kernels="pallas-interpret")
+NAMED = {each.name for each in operations(POLICY).each()}
+
+
+def test_what_the_record_says_is_what_runs():
+    """A chunk longer than the rings and a decode step, on weights as official checkpoints keep them."""
+    network = Network(CONFIG, POLICY)
+
+    def step(length):
+        def run(weights, tokens):
+            cache = new_cache(CONFIG, 1, 64, POLICY.cache_dtype, 8, None, "plain", False)
+            span = spans.appended(tokens, cache.length, jnp.full(1, length, jnp.int32))
+            model = network.holding(weights)
+            hidden = model.hidden(model(span, cache).streams)[0]
+            ids = jnp.zeros(length, jnp.int32)
+            return model.operations.cross_entropy(hidden, model.head[...], ids, jnp.ones(length))
+
+        return jax.make_jaxpr(run)(native_shapes(CONFIG), jax.ShapeDtypeStruct((1, length), jnp.int32))
+
+    ran = {call for length in (1, 40) for call in calls(step(length).jaxpr)}
+    assert ran == {(each.name, family) for each in operations(POLICY).each() for family in each.kernels}
