@@ -35,8 +35,7 @@ class Indexer(nnx.Module):
             config,
             policy,
             declared.under("compressor"),
-            ratio=config.csa_ratio,
-            branches=2,
+            kind="csa",
             holds="index_keys",
         )
         self.policy = policy
