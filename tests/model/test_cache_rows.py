@@ -142,7 +142,7 @@ def test_what_does_not_fit_is_refused():
         put(cache, [1], pair)
     for other, message in [
         (made(2, "fp8+fp8", True), r"format or capacity: layers\[0\]\[0\].window.*and \d+ more"),
-        (made(2, "plain", True, max_length=80), r"compressor.entries is float32\[1, B, 16, 64\] and"),
+        (made(2, "plain", True, max_length=80), r"compressor.entries is float32\[1, B, 16, 32\] and"),
         (made(2, "plain", True, max_rewind=4), "max_rewind=3 and 4"),
     ]:
         with pytest.raises(ValueError, match=message):
