@@ -104,6 +104,10 @@ class ModelConfig:
         """Tokens per compressed entry of a layer kind; 0 for window layers."""
         return {"window": 0, "csa": self.csa_ratio, "hca": self.hca_ratio}[kind]
 
+    def branches(self, kind: AttentionKind) -> int:
+        """w, blocks of tokens that a compressor pools for an entry: CSA's overlap; 0 for window layers."""
+        return {"window": 0, "csa": 2, "hca": 1}[kind]
+
 
 @dataclasses.dataclass(frozen=True)
 class LayerStack:

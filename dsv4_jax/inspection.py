@@ -239,8 +239,10 @@ def state_bytes(config: ModelConfig) -> StateBytes:
     num_csa = config.attention_kinds.count("csa")
     num_hca = config.attention_kinds.count("hca")
     width = config.head_dim + config.index_head_dim  # a CSA layer compresses twice
-    csa = 2 * (2 * config.csa_ratio) * (2 * width) * 4
-    hca = 2 * config.hca_ratio * config.head_dim * 4
+    w = config.branches("csa")
+    csa = 2 * (w * config.csa_ratio) * (w * width) * 4
+    w = config.branches("hca")
+    hca = 2 * (w * config.hca_ratio) * (w * config.head_dim) * 4
     overlap = 2 * config.csa_ratio * width * 4
     return StateBytes(num_csa * csa + num_hca * hca, num_csa * overlap)
 
@@ -252,7 +254,8 @@ def allocated_cache(
     import jax
     import jax.numpy as jnp
 
-    from dsv4_jax.model.cache import ROWS, new_cache
+    from dsv4_jax.model.cache import new_cache
+    from dsv4_jax.model.geometry import ROWS
 
     page = math.lcm(config.csa_ratio, config.hca_ratio) * ROWS
     roomy = dataclasses.replace(config, max_position_embeddings=max(config.max_position_embeddings, 2 * page))

@@ -17,9 +17,11 @@ from dsv4_jax.arguments import (
     checked_counts,
     checked_integer,
     checked_prompts,
+    checked_seed,
     checked_segments,
     checked_stops,
     checked_tokens,
+    is_traced,
     refuse_traced,
 )
 from dsv4_jax.checkpoint.side_files import stop_token_ids, with_tokenizer
@@ -69,7 +71,7 @@ class LanguageModel:
         self.tokenizer = tokenizer
         self.stored = dict(stored or {})
         self.side_files = dict(side_files or {})
-        self._network = Network(config, policy)
+        self.network = Network(config, policy)
 
     @classmethod
     def random(cls, config: ModelConfig, policy: Policy, seed: int = 0) -> "LanguageModel":
@@ -103,7 +105,7 @@ class LanguageModel:
             ValueError: for ids outside the vocabulary or shapes that do not fit.
         """
         span = self._span(tokens, num_valid, segment_ids)
-        return steps.logits(self._network, self.parameters, span)
+        return steps.logits(self.network, self.parameters, span)
 
     def streams(
         self,
@@ -113,7 +115,7 @@ class LanguageModel:
     ) -> Float[Array, "L+1 B T N D"]:
         """Residual streams after the embedding and after each layer, compute dtype."""
         span = self._span(tokens, num_valid, segment_ids)
-        return steps.streams(self._network, self.parameters, span)
+        return steps.streams(self.network, self.parameters, span)
 
     def layer(
         self, index: int, streams: Float[Array, "B T N D"], tokens: Int32[Array, "B T"]
@@ -131,7 +133,7 @@ class LanguageModel:
         if np.shape(streams) != shape:
             raise ValueError(f"streams of shape {np.shape(streams)} must be [B, T, N, D] = {shape}")
         streams = jnp.asarray(streams, self.policy.compute_dtype)
-        return steps.layer(self._network, self.parameters, index, streams, span)
+        return steps.layer(self.network, self.parameters, index, streams, span)
 
     def taps(
         self,
@@ -148,7 +150,7 @@ class LanguageModel:
         if isinstance(collect, str):
             raise ValueError(f"collect={collect!r} must be a list of names: write [{collect!r}]")
         span = self._span(tokens, num_valid, segment_ids)
-        return steps.taps(self._network, self.parameters, span, frozenset(collect))
+        return steps.taps(self.network, self.parameters, span, frozenset(collect))
 
     def mtp_logits(self, tokens: Int32[Array, "B T"]) -> Float32[Array, "B T-1 V"]:
         """Multi-token prediction: row i predicts token i + 2 (report, section 2.1).
@@ -161,7 +163,7 @@ class LanguageModel:
         span = self._span(tokens, None, None)
         if span.ids.shape[1] < 2:
             raise ValueError(f"tokens of shape {span.ids.shape}: MTP needs at least 2 tokens a row")
-        return steps.mtp_logits(self._network, self.parameters, span)
+        return steps.mtp_logits(self.network, self.parameters, span)
 
     def _span(self, tokens: Any, num_valid: Any, segment_ids: Any) -> spans.Span:
         ids = checked_tokens(tokens, self.config.vocab_size)
@@ -215,7 +217,7 @@ class LanguageModel:
         if ids.shape[0] != len(cache.length):
             raise ValueError(f"tokens have {ids.shape[0]} rows, the cache {len(cache.length)}")
         check_room(cache, counts)
-        return steps.extend(self._network, self.parameters, cache, ids, counts)
+        return steps.extend(self.network, self.parameters, cache, ids, counts)
 
     # ---- generation ------------------------------------------------------------------------------
 
@@ -224,7 +226,7 @@ class LanguageModel:
         tokens: Any,
         max_new_tokens: int,
         temperature: float = 0.0,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         stop_token_ids: Sequence[int] | None = None,
         top_p: float = 1.0,
     ) -> Any:
@@ -235,7 +237,9 @@ class LanguageModel:
                 of ids is `[[0, 5, 9]]`. What a str becomes is told in `inference.text`.
             max_new_tokens: at most this many a row, an integer >= 0.
             temperature: 0 is greedy.
-            seed: of the draws, an integer in 0 .. 2^63 - 1; every seed has draws of its own.
+            seed: of the draws, an integer in 0 .. 2^63 - 1, or one a row. With one, the rows are different
+                requests of that seed; with one a row, each draws what it would draw alone with its seed.
+                A draw depends on the request and on the position of its token, not on the batch.
             stop_token_ids: end a row; None means the model's own, () never stops. A stopped row is
                 filled up with the stop token it drew.
             top_p: nucleus mass, in (0, 1].
@@ -260,7 +264,7 @@ class LanguageModel:
         tokens: Any,
         max_new_tokens: int,
         temperature: float = 0.0,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         stop_token_ids: Sequence[int] | None = None,
         top_p: float = 1.0,
     ) -> Iterator[np.ndarray]:
@@ -277,11 +281,11 @@ class LanguageModel:
         needed = max(len(prompt) for prompt in prompts) + max_new_tokens
         cache = self.new_cache(len(prompts), capacity(needed, self.config))
         yield from generation.stream(
-            self,
+            self.network,
+            self.parameters,
             cache,
             prompts,
             max_new_tokens,
-            vocab_size=self.config.vocab_size,
             temperature=temperature,
             top_p=top_p,
             seed=seed,
@@ -302,6 +306,8 @@ class LanguageModel:
         Raises:
             ValueError: as `generate`, and for text if the model has no tokenizer.
         """
+        if not is_traced(seed):
+            seed = checked_seed(seed)  # of one row: no list
         if isinstance(prompt, str):
             ids = prompt_ids(self._text_tokenizer(), prompt, self.config.bos_token_id)
         else:
@@ -341,17 +347,6 @@ class LanguageModel:
         if self.tokenizer is None:
             raise ValueError("this model has no tokenizer.json: give token ids instead of text")
         return self.tokenizer
-
-    def prefill(self, cache, tokens, num_valid, last):
-        """`inference.generate.Steps.prefill`: appends a chunk, keeps each row's newest logits."""
-        check_not_consumed(cache)
-        return steps.prefill(self._network, self.parameters, cache, tokens, num_valid, last)
-
-    def decode(self, cache, logits, key, index, temperature, top_p, stopped, stops):
-        """`inference.generate.Steps.decode`: draws a token a row and appends it."""
-        check_not_consumed(cache)
-        drawing = (key, index, temperature, top_p, stopped, stops)
-        return steps.decode(self._network, self.parameters, cache, logits, *drawing)
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:

@@ -255,7 +255,7 @@ def sizes(config: ModelConfig, attention: AttentionKind = "window") -> dict[str,
         "E": c.n_routed_experts,
         "Ke": c.num_experts_per_tok,
         "F": c.moe_intermediate_size,
-        "w": 2 if attention == "csa" else 1,
+        "w": config.branches(attention),
         "m": c.ratio(attention),
     }
 

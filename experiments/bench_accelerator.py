@@ -25,12 +25,13 @@ import tyro
 from rich.console import Console
 
 from dsv4_jax.config import ModelConfig, v4_flash
-from dsv4_jax.inference.generate import RUNNING, padded_stops
+from dsv4_jax.inference import steps
 from dsv4_jax.language_model import LanguageModel
+from dsv4_jax.model.cache_rows import at_length
 from dsv4_jax.model.initial import Network
 from dsv4_jax.numerics.policy import Policy
 from experiments import study_record
-from experiments.bench_cpu import bench_config, our_prefill
+from experiments.bench_cpu import bench_config, greedy, our_prefill
 
 COLUMNS = ("model", "dtype", "work", "batch", "length", "ms", "tokens/s", "floor ms")
 
@@ -82,19 +83,17 @@ def drawn_on_device(config: ModelConfig, policy: Policy) -> LanguageModel:
     return LanguageModel(config, policy, jax.tree.map(draw, network.shapes()))
 
 
-def decode(lm: LanguageModel, batch: int, context: int, steps: int) -> Callable[[], object]:
+def decode(lm: LanguageModel, batch: int, context: int, num_steps: int) -> Callable[[], object]:
     """Greedy steps of `batch` sequences; every run starts at `context` again."""
-    cache = lm.new_cache(batch, context + 64)
-    cache = dataclasses.replace(cache, length=jnp.full((batch,), context, jnp.int32))
+    cache = at_length(lm.new_cache(batch, context + 64), context)
     state = [jax.random.normal(jax.random.key(1), (batch, lm.config.vocab_size)), cache]
-    key, zero, one = jax.random.key(0), jnp.float32(0), jnp.float32(1)
-    going, stops = jnp.full((batch,), RUNNING, jnp.int32), padded_stops(())
+    drawing = greedy(batch)
 
     def run() -> jax.Array:
         logits, cache = state
-        for index in range(steps):
-            _, logits, _, cache = lm.decode(cache, logits, key, jnp.int32(index), zero, one, going, stops)
-        state[:] = logits, dataclasses.replace(cache, length=cache.length - steps)
+        for _ in range(num_steps):
+            _, logits, _, cache = steps.decode(lm.network, lm.parameters, cache, logits, *drawing)
+        state[:] = logits, at_length(cache, context)
         return logits
 
     return run
@@ -122,8 +121,8 @@ def peaks(dtype: str) -> tuple[float, float]:
     return flops, 2 * much.nbytes / seconds_of(lambda: copying(much), 9)
 
 
-def floor_seconds(lm: LanguageModel, tokens: int, steps: int, flops: float, bandwidth: float) -> float:
-    """Of `steps` calls with `tokens` tokens each; see the module's docstring."""
+def floor_seconds(lm: LanguageModel, tokens: int, num_steps: int, flops: float, bandwidth: float) -> float:
+    """Of `num_steps` calls with `tokens` tokens each; see the module's docstring."""
     config = lm.config
     expert = 3 * config.hidden_size * config.moe_intermediate_size * config.num_hidden_layers
     table = config.vocab_size * config.hidden_size
@@ -132,7 +131,7 @@ def floor_seconds(lm: LanguageModel, tokens: int, steps: int, flops: float, band
     idle = (1 - config.num_experts_per_tok / config.n_routed_experts) ** tokens
     read = lm.num_params - table - idle * config.n_routed_experts * expert
     width = jnp.dtype(lm.policy.param_dtype).itemsize
-    return steps * max(2 * met * tokens / flops, read * width / bandwidth)
+    return num_steps * max(2 * met * tokens / flops, read * width / bandwidth)
 
 
 def rows_of(name: str, lm: LanguageModel, options: Options, dtype: str) -> list[tuple[object, ...]]:
@@ -145,13 +144,13 @@ def rows_of(name: str, lm: LanguageModel, options: Options, dtype: str) -> list[
     for work, batch, length in cases:
         if work == "prefill":
             tokens = rng.integers(0, lm.config.vocab_size, (batch, length))
-            run, done, steps = our_prefill(lm, tokens), batch * length, 1
+            run, done, num_steps = our_prefill(lm, tokens), batch * length, 1
         else:
-            run, steps = decode(lm, batch, length, options.decode_steps), options.decode_steps
-            done = batch * steps
+            run, num_steps = decode(lm, batch, length, options.decode_steps), options.decode_steps
+            done = batch * num_steps
         taken = seconds_of(run, options.runs)
-        floor = floor_seconds(lm, done // steps, steps, flops, bandwidth)
-        each = 1e3 / steps
+        floor = floor_seconds(lm, done // num_steps, num_steps, flops, bandwidth)
+        each = 1e3 / num_steps
         speed = f"{taken * each:.2f}", f"{done / taken:.0f}", f"{floor * each:.3f}"
         rows.append((name, dtype, work, batch, length, *speed))
         print(*rows[-1], flush=True)

@@ -31,8 +31,11 @@ from rich.table import Table
 
 import dsv4_jax
 from dsv4_jax.config import ModelConfig, v4_flash
-from dsv4_jax.inference.generate import RUNNING, padded_stops
+from dsv4_jax.inference import steps
+from dsv4_jax.inference.generate import padded_stops
+from dsv4_jax.inference.sampling import request_keys
 from dsv4_jax.language_model import LanguageModel
+from dsv4_jax.model.cache_rows import at_length
 from dsv4_jax.numerics.policy import Policy
 
 
@@ -109,10 +112,18 @@ def our_prefill(lm: LanguageModel, tokens: np.ndarray) -> Callable[[], object]:
 
     def run() -> tuple[jax.Array, object]:
         last = jnp.zeros((batch, lm.config.vocab_size), jnp.float32)
-        logits, cache = lm.prefill(lm.new_cache(batch, length + 64), ids, counts, last)
+        logits, cache = steps.prefill(
+            lm.network, lm.parameters, lm.new_cache(batch, length + 64), ids, counts, last
+        )
         return jax.block_until_ready(logits), cache
 
     return run
+
+
+def greedy(batch: int) -> tuple[jax.Array, ...]:
+    """What `steps.decode` needs to take the most likely token of every row, without an end."""
+    zero, one = jnp.zeros((batch,), jnp.float32), jnp.ones((batch,), jnp.float32)
+    return request_keys(0, batch), zero, one, jnp.full((batch,), steps.RUNNING, jnp.int32), padded_stops(())
 
 
 def their_prefill(model, tokens: np.ndarray) -> Callable[[], object]:
@@ -122,31 +133,30 @@ def their_prefill(model, tokens: np.ndarray) -> Callable[[], object]:
     return lambda: model(ids, use_cache=True, logits_to_keep=1)
 
 
-def our_decode(lm: LanguageModel, tokens: np.ndarray, steps: int) -> Callable[[], object]:
-    batch = len(tokens)
+def our_decode(lm: LanguageModel, tokens: np.ndarray, num_steps: int) -> Callable[[], object]:
+    batch, context = tokens.shape
     state = list(our_prefill(lm, tokens)())
-    key, zero, one = jax.random.key(0), jnp.float32(0), jnp.float32(1)
-    going, stops = jnp.full((batch,), RUNNING, jnp.int32), padded_stops(())
+    drawing = greedy(batch)
 
     def run() -> None:
         logits, cache = state
-        for index in range(steps):
-            _, logits, _, cache = lm.decode(cache, logits, key, jnp.int32(index), zero, one, going, stops)
-        state[:] = jax.block_until_ready(logits), dataclasses.replace(cache, length=cache.length - steps)
+        for _ in range(num_steps):
+            _, logits, _, cache = steps.decode(lm.network, lm.parameters, cache, logits, *drawing)
+        state[:] = jax.block_until_ready(logits), at_length(cache, context)
 
     return run
 
 
-def their_decode(model, tokens: np.ndarray, steps: int) -> Callable[[], object]:
+def their_decode(model, tokens: np.ndarray, num_steps: int) -> Callable[[], object]:
     import torch
 
-    # Their cache cannot be rewound: it grows by `steps` a run, at most 2 % of the context in all.
+    # Their cache cannot be rewound: it grows by `num_steps` a run, at most 2 % of the context in all.
     out = model(torch.from_numpy(tokens), use_cache=True, logits_to_keep=1)
     state = [out.logits[:, -1:].argmax(-1), out.past_key_values]
 
     def run() -> None:
         token, cache = state
-        for _ in range(steps):
+        for _ in range(num_steps):
             out = model(token, past_key_values=cache, use_cache=True)
             token = out.logits[:, -1:].argmax(-1)
         state[0] = token

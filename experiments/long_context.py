@@ -30,10 +30,11 @@ import tyro
 from rich.console import Console
 
 from dsv4_jax.config import ModelConfig, v4_flash
+from dsv4_jax.inference import steps
 from dsv4_jax.language_model import LanguageModel
-from dsv4_jax.model import span as spans
-from dsv4_jax.model.cache import Cache, CompressorCache, LayerCache, num_slots
-from dsv4_jax.model.initial import Network
+from dsv4_jax.model.cache import Cache, num_slots
+from dsv4_jax.model.cache_rows import at_length
+from dsv4_jax.model.cache_stores import Store, stores, with_stores
 from dsv4_jax.numerics import cache_formats
 from dsv4_jax.numerics.cache_formats import CACHE_FORMATS, CacheFormat, Stored
 from dsv4_jax.numerics.policy import Policy
@@ -97,8 +98,7 @@ def num_bytes(tree: Any) -> int:
 
 def entries_of(cache: Cache) -> list[Stored]:
     """What grows with the context: the entries and keys of every layer."""
-    layers = [layer for stack in cache.layers for layer in stack]
-    return [part.entries for layer in layers for part in (layer.compressor, layer.indexer) if part]
+    return [store.stored for store in stores(cache) if store.holds in ("entries", "keys")]
 
 
 # ---- synthetic fill --------------------------------------------------------------------------------------
@@ -120,24 +120,19 @@ def filled(cache: Cache, config: ModelConfig, format: CacheFormat, length: int, 
     )
     store_keys = functools.partial(cache_formats.store_keys, format=format)
 
-    def compressor(part: CompressorCache | None, ratio: int, width: int, store) -> CompressorCache | None:
-        if part is None:
-            return None
-        entries = _with_random_rows(part.entries, next(keys), length // ratio, width, store)
-        kv, gate = (_with_random_rows(ring, next(keys), length, None, None) for ring in (part.kv, part.gate))
-        return CompressorCache(kv, gate, entries)
+    def rows(store: Store) -> Stored:
+        match store.holds:
+            case "rows":
+                count, width, kept = length, None, None
+            case "window":
+                count, width, kept = length, config.head_dim, store_entries
+            case "entries":
+                count, width, kept = length // config.ratio(store.kind), config.head_dim, store_entries
+            case "keys":
+                count, width, kept = length // config.ratio(store.kind), config.index_head_dim, store_keys
+        return _with_random_rows(store.stored, next(keys), count, width, kept)
 
-    def layer(part: LayerCache, kind: str) -> LayerCache:
-        return LayerCache(
-            _with_random_rows(part.window, next(keys), length, config.head_dim, store_entries),
-            compressor(part.compressor, config.ratio(kind), config.head_dim, store_entries),
-            compressor(part.indexer, config.ratio(kind), config.index_head_dim, store_keys),
-        )
-
-    kinds = iter(config.attention_kinds)
-    layers = tuple(tuple(layer(part, next(kinds)) for part in stack) for stack in cache.layers)
-    after = jnp.full_like(cache.length, length)
-    return dataclasses.replace(cache, length=after, written=jnp.copy(after), layers=layers)
+    return at_length(with_stores(cache, [rows(store) for store in stores(cache)]), length)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4), donate_argnums=0)
@@ -158,14 +153,6 @@ def _with_random_rows(stored: Stored, key: jax.Array, count: int, width: int | N
 # ---- one step --------------------------------------------------------------------------------------------
 
 
-def decode_step(network: Network, parameters, cache: Cache, token: jax.Array) -> tuple[jax.Array, Cache]:
-    """Appends i32[1, T] and scores what follows the first; T = 1: greedy decoding without the choice."""
-    model = network.holding(parameters)
-    num_valid = jnp.full_like(cache.length, token.shape[1])
-    after = model(spans.appended(token, cache.length, num_valid), cache)
-    return model.logits(model.hidden(after.streams))[:, 0], after.cache
-
-
 class Decoder:
     """A compiled step and a full cache, replayed at any context: only the length moves."""
 
@@ -175,32 +162,36 @@ class Decoder:
         self.parameters = model.parameters
         self.cache = filled(model.new_cache(1, capacity), self.config, format, capacity)
         self.token = jnp.zeros((1, chunk), jnp.int32)
-        step = jax.jit(decode_step, static_argnums=0, donate_argnums=2)
-        network = Network(self.config, model.policy)
-        self.step = step.lower(network, self.parameters, self.cache, self.token).compile()
+        self.appended = jnp.full((1,), chunk, jnp.int32)
+        self.logits = jnp.zeros((1, self.config.vocab_size), jnp.float32)
+        operands = (self.parameters, self.cache, self.token, self.appended, self.logits)
+        self.program = steps.prefill.lower(model.network, *operands).compile()
 
     @property
     def temporary_bytes(self) -> int:
         """What a step allocates beside the cache it updates in place."""
-        return self.step.memory_analysis().temp_size_in_bytes
+        return self.program.memory_analysis().temp_size_in_bytes
 
-    def run(self, context: int, steps: int) -> tuple[float, float]:
+    def step(self, cache: Cache) -> Cache:
+        """Appends the chunk and scores what follows it; one token: greedy decoding without the choice."""
+        self.logits, cache = self.program(self.parameters, cache, self.token, self.appended, self.logits)
+        return cache
+
+    def run(self, context: int, num_steps: int) -> tuple[float, float]:
         """Seconds of one step by the clock, and of all cores; means. The last step makes the context full."""
-        # Donated buffers must not alias: each length is an array of its own.
-        length = jnp.full((1,), context - (steps + 1) * self.token.shape[1], jnp.int32)
-        cache = dataclasses.replace(self.cache, length=length, written=jnp.copy(length))
+        cache = at_length(self.cache, context - (num_steps + 1) * self.token.shape[1])
         # Not timed: the step after another decoder's finds cold caches and returned memory.
-        logits, cache = self.step(self.parameters, cache, self.token)
-        jax.block_until_ready(logits)
+        cache = self.step(cache)
+        jax.block_until_ready(self.logits)
         start, start_cpu = time.perf_counter(), time.process_time()
-        for _ in range(steps):
-            logits, cache = self.step(self.parameters, cache, self.token)
-        jax.block_until_ready(logits)
+        for _ in range(num_steps):
+            cache = self.step(cache)
+        jax.block_until_ready(self.logits)
         taken, cpu = time.perf_counter() - start, time.process_time() - start_cpu
-        if not bool(jnp.isfinite(logits).all()):
+        if not bool(jnp.isfinite(self.logits).all()):
             raise FloatingPointError(f"logits at context {context} are not finite")
         self.cache = cache
-        return taken / steps, cpu / steps
+        return taken / num_steps, cpu / num_steps
 
 
 def step_times(decoders: dict[str, Decoder], options: Options) -> dict[str, dict[str, dict[str, float]]]:

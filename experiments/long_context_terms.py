@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.model.cache import Cache
+from dsv4_jax.model.cache_stores import stores
 from dsv4_jax.model.core_attention import softmax_attention
 from dsv4_jax.model.entries import Entries
 from dsv4_jax.model.index_scores import index_scores
@@ -29,8 +30,7 @@ SCORE_BYTES = 4
 
 def terms(config: ModelConfig, cache: Cache, context: int) -> dict[str, Callable[[], jax.Array]]:
     """Term -> the compiled operation of one layer at this context, over the entries of the cache."""
-    layers = [layer for stack in cache.layers for layer in stack]
-    kinds = dict(zip(config.attention_kinds, layers, strict=True))
+    held = {(store.kind, store.holds): store.stored for store in stores(cache)}
     first = jnp.int32(0)
     random = iter(jax.random.split(jax.random.key(0), 8))
 
@@ -47,7 +47,7 @@ def terms(config: ModelConfig, cache: Cache, context: int) -> dict[str, Callable
         lambda q, weights, stack: index_scores(q, weights, Entries(stack, first), num_keys),
         index_q,
         weights,
-        kinds["csa"].indexer.entries,
+        held["csa", "keys"],
     )
 
     def attend(q: jax.Array, stack: Any) -> jax.Array:
@@ -57,7 +57,7 @@ def terms(config: ModelConfig, cache: Cache, context: int) -> dict[str, Callable
 
     found = {
         "index scores": scores,
-        "HCA attention": compiled(attend, q, kinds["hca"].compressor.entries),
+        "HCA attention": compiled(attend, q, held["hca", "entries"]),
     }
     if num_keys > config.index_topk:
         top_k = compiled(lambda x: jax.lax.top_k(x, config.index_topk)[1], scores())

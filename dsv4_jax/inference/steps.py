@@ -1,6 +1,7 @@
 """The compiled steps of a model: one jit each over (static network, parameter pytree, ...).
 
-They trust their arguments; `LanguageModel` checks them.
+Everything that runs a model for its tokens calls these and nothing else. They trust their arguments;
+`LanguageModel` checks them. Caches are donated: go on with the returned one.
 """
 
 import functools
@@ -8,10 +9,12 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from dsv4_jax.inference.generate import RUNNING
-from dsv4_jax.inference.sampling import sample
+from dsv4_jax.inference.sampling import keys_at, sample
 from dsv4_jax.model import span as spans
 from dsv4_jax.model.cache import new_cache
+
+RUNNING = -1
+"""In place of a stop token: this row goes on. No token has this id."""
 
 empty_cache = jax.jit(new_cache, static_argnums=(0, 1, 2, 3, 4, 5, 6, 7))
 
@@ -56,6 +59,7 @@ def extend(network, parameters, cache, tokens, num_valid):
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=(2, 5))
 def prefill(network, parameters, cache, tokens, num_valid, last):
+    """Appends a chunk; `last` f32[B, V] is updated for rows whose prompt has tokens in it."""
     model = network.holding(parameters)
     after = model(spans.appended(tokens, cache.length, num_valid), cache)
     # Only each row's last real token meets the head.
@@ -66,9 +70,14 @@ def prefill(network, parameters, cache, tokens, num_valid, last):
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=(2, 3))
-def decode(network, parameters, cache, logits, key, index, temperature, top_p, stopped, stops):
+def decode(network, parameters, cache, logits, requests, temperature, top_p, stopped, stops):
+    """Draws a token a row, appends it, and returns (token, next logits, stopped, cache).
+
+    `requests`, keys, `temperature` and `top_p` are [B] (see `sampling`). `stopped` i32[B] is the stop token
+    that a row drew, RUNNING while it drew none.
+    """
     model = network.holding(parameters)
-    drawn = sample(logits, jax.random.fold_in(key, index), temperature, top_p)
+    drawn = sample(logits, keys_at(requests, cache.length), temperature, top_p)
     token = jnp.where(stopped == RUNNING, drawn, stopped)
     stopped = jnp.where(jnp.isin(token, stops), token, RUNNING)
     after = model(spans.appended(token[:, None], cache.length, jnp.ones_like(token)), cache)

@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32
 
 from dsv4_jax.config import AttentionKind, ModelConfig
-from dsv4_jax.model.cache import LayerCache, fits_in_ring, num_slots, read_ring, write_ring
+from dsv4_jax.model.cache import LayerCache, read_ring, write_ring
 from dsv4_jax.model.compressor import Compressor
 from dsv4_jax.model.core_attention import Queries, view
 from dsv4_jax.model.declared import Declared
@@ -51,8 +51,7 @@ class Attention(nnx.Module):
                 policy,
                 operations,
                 declared.under("compressor"),
-                ratio=config.ratio(kind),
-                branches=2 if kind == "csa" else 1,
+                kind=kind,
                 holds="entries",
             )
         self.indexer = (
@@ -70,6 +69,7 @@ class Attention(nnx.Module):
         span: Span,
         rotation: Rotation,
         blocks: Blocks | None,
+        in_ring: bool,
         cache: LayerCache | None,
         repeat: Int32[Array, ""],
         collect: frozenset[str],
@@ -81,6 +81,7 @@ class Attention(nnx.Module):
             span: where the tokens stand.
             rotation: angles at the tokens' positions for this layer's kind, f32[B, T, Dr / 2].
             blocks: the layer kind's blocks; None for window layers.
+            in_ring: a short call appended to a cache: it attends to its own rows in the window's ring.
             cache: None, or the layer's stack of states, updated in the returned copy.
             repeat: index into that stack.
             collect: "selected" and "attention" are returned by this sublayer (see `view`).
@@ -106,7 +107,7 @@ class Attention(nnx.Module):
         if cache is None:
             line = jnp.pad(kv, ((0, 0), (self.window - 1, 0), (0, 0)))
         else:
-            ring, line = self._through_ring(cache.window, kv, span, repeat, num_rotary)
+            ring, line = self._through_ring(cache.window, kv, span, in_ring, repeat, num_rotary)
             new_cache = LayerCache(ring, cache.compressor, cache.indexer)
 
         row = jnp.int32(0) if cache is None else repeat  # without a cache the stack holds this layer only
@@ -139,8 +140,7 @@ class Attention(nnx.Module):
         sizes = {"window": self.window, "top_k": self.top_k}
         rounded = self.policy.simulates("idx_score_bf16")
         attend, attend_cached = self.operations.attend, self.operations.attend_cached
-        in_ring = cache is not None and fits_in_ring(self.window - 1, length, num_slots(cache.window))
-        if attend_cached is not None and in_ring:
+        if attend_cached is not None and cache is not None and in_ring:
             o = attend_cached(queries, new_cache.window, repeat, entries, index_keys, seen[-1], **sizes)
         else:
             o = attend(*seen, **sizes, rounded_scores=rounded, forward_only=cache is not None)
@@ -158,7 +158,7 @@ class Attention(nnx.Module):
     def _matmul_input(self, x):
         return qat.fake_activation(x) if self.policy.simulates("act_fp8") else x
 
-    def _through_ring(self, ring, kv, span, repeat, num_rotary):
+    def _through_ring(self, ring, kv, span, in_ring, repeat, num_rotary):
         """The ring after the call, and the window entries before and of the call in one line."""
         num_past, num_new = self.window - 1, kv.shape[1]
         first = span.start[:, None] - num_past
@@ -168,7 +168,7 @@ class Attention(nnx.Module):
             rows = read_ring(ring, repeat, first + jnp.arange(count, dtype=jnp.int32))
             return cache_formats.read(rows, kv.dtype)
 
-        if fits_in_ring(num_past, num_new, num_slots(ring)):
+        if in_ring:
             ring = write_ring(ring, repeat, new, span.start, span.num_valid)
             return ring, read(ring, num_past + num_new)
         past = read(ring, num_past)

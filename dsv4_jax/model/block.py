@@ -26,6 +26,7 @@ class Surroundings(NamedTuple):
     compressed_rotation: Rotation
     csa_blocks: Blocks
     hca_blocks: Blocks
+    window_in_ring: bool  # a short call appended to a cache attends to its own rows in the windows' rings
 
     def rotation(self, kind: AttentionKind) -> Rotation:
         """Angles at the tokens' positions for a layer of this kind."""
@@ -66,9 +67,8 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "B T N D"], LayerCache | None, dict[str, jax.Array]]:
         """Two sublayers; also returns what `collect` names (see `transformer.TAPS`)."""
         x, maps = self.hc_attn.enter(streams, self.attn_norm[...])
-        y, cache, taps = self.attn(
-            x, around.span, around.rotation(self.kind), around.blocks(self.kind), cache, repeat, collect
-        )
+        where = (around.span, around.rotation(self.kind), around.blocks(self.kind), around.window_in_ring)
+        y, cache, taps = self.attn(x, *where, cache, repeat, collect)
         taps |= {"attention_mixing": self.hc_attn.mixing(maps)}
 
         streams, x, maps = self.hc_ffn.advance(streams, y, maps, self.ffn_norm[...])

@@ -18,15 +18,12 @@ import numpy as np
 from jaxtyping import Array, Int32
 
 from dsv4_jax.config import AttentionKind, ModelConfig, layer_stacks
+from dsv4_jax.model.geometry import compressor_geometry, window_geometry
 from dsv4_jax.numerics import cache_formats
 from dsv4_jax.numerics.cache_formats import CacheFormat, Stored
 from dsv4_jax.quantities import INT32_MAX, integer_array, integer_problem, outside
-from pallas_kernels.arithmetic import round_up
 from pallas_kernels.decode_attention import Fp8Rows, fp8_rows
 from pallas_kernels.decode_attention.tuning import rows_pay
-
-ROWS = 8
-"""Rings and entries are multiples of it: a TPU keeps such arrays row by row, and kernels read them there."""
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["kv", "gate", "entries"], meta_fields=[])
@@ -204,26 +201,26 @@ def new_cache(
             return empty(shape, store_entries)
         return fp8_rows.empty(repeats, batch, size, layout)
 
-    def compressor(repeats: int, ratio: int, branches: int, width: int, make) -> CompressorCache:
-        rows = (repeats, batch, branches * ratio + max_rewind, branches, width)
-        num_entries = round_up(max(max_length // ratio, 1), ROWS)
+    def compressor(repeats: int, kind: AttentionKind, width: int, make) -> CompressorCache:
+        geometry = compressor_geometry(config, kind, max_rewind)
+        rows = (repeats, batch, geometry.slots, geometry.branches, width)
         return CompressorCache(
             empty(rows, lambda x: x, row_dtype or dtype),
             empty(rows, lambda x: x, row_dtype or dtype),
-            make((repeats, batch, num_entries, width)),
+            make((repeats, batch, geometry.num_entries(max_length), width)),
         )
 
     def layer(kind: AttentionKind, repeats: int) -> LayerCache:
-        slots = round_up(max(config.sliding_window - 1 + max_rewind, 1), ROWS)
+        slots = window_geometry(config, max_rewind).slots
         window = empty((repeats, batch, slots, config.head_dim), store_entries)
         if kind == "window":
             return LayerCache(window, None, None)
         if kind == "hca":
             every = functools.partial(empty, store=store_entries)
-            return LayerCache(window, compressor(repeats, config.hca_ratio, 1, config.head_dim, every), None)
-        main = compressor(repeats, config.csa_ratio, 2, config.head_dim, chosen_entries)
+            return LayerCache(window, compressor(repeats, kind, config.head_dim, every), None)
+        main = compressor(repeats, kind, config.head_dim, chosen_entries)
         keys = functools.partial(empty, store=store_keys)
-        keys = compressor(repeats, config.csa_ratio, 2, config.index_head_dim, keys)
+        keys = compressor(repeats, kind, config.index_head_dim, keys)
         return LayerCache(window, main, keys)
 
     # A length and a mark of its own: a donated cache must not hold one buffer twice.
@@ -249,15 +246,6 @@ def read_ring(ring: Stored, repeat: Int32[Array, ""], positions: Int32[Array, "B
     rows = jnp.arange(positions.shape[0], dtype=jnp.int32)[:, None]
     slot = positions % num_slots(ring)
     return jax.tree.map(lambda leaf: leaf.at[repeat, rows, slot].get(mode="promise_in_bounds"), ring)
-
-
-def fits_in_ring(num_past: int, num_new: int, slots: int) -> bool:
-    """Whether a call's new rows can be written before the `num_past` rows ahead of them are read.
-
-    Short calls (decode, drafts) do so: a write followed by a read works in place, while reading first
-    and writing after makes the compiler keep a copy of the whole ring.
-    """
-    return num_past + num_new <= slots
 
 
 def write_ring(

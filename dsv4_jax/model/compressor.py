@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int32
 
-from dsv4_jax.config import ModelConfig
-from dsv4_jax.model.cache import CompressorCache, fits_in_ring, write_entries, write_ring
+from dsv4_jax.config import AttentionKind, ModelConfig
+from dsv4_jax.model.cache import CompressorCache, write_entries, write_ring
 from dsv4_jax.model.declared import Declared
 from dsv4_jax.model.linear import project_float32
 from dsv4_jax.model.operations import Operations
@@ -32,16 +32,15 @@ class Compressor(nnx.Module):
         operations: Operations,
         declared: Declared,
         *,
-        ratio: int,
-        branches: int,
+        kind: AttentionKind,
         holds: Literal["entries", "index_keys"],
     ) -> None:
         self.wkv = declared("wkv")
         self.wgate = declared("wgate")
         self.ape = declared("ape")
         self.norm = declared("norm")
-        self.ratio = ratio
-        self.branches = branches
+        self.ratio = config.ratio(kind)
+        self.branches = config.branches(kind)
         self.eps = config.rms_norm_eps
         self.policy = policy
         self.operations = operations
@@ -78,7 +77,7 @@ class Compressor(nnx.Module):
         ]
         row_dtype = self.policy.row_dtype
         held = lambda ring: cache_formats.read(ring[repeat], row_dtype)  # noqa: E731
-        if fits_in_ring(self.branches * self.ratio - 1, kv.shape[1], cache.kv.shape[2]):
+        if blocks.in_ring:
             sources = lambda: [held(ring) for ring in rings]  # noqa: E731
         else:
             sources = lambda: [  # noqa: E731

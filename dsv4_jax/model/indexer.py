@@ -28,8 +28,7 @@ class Indexer(nnx.Module):
             policy,
             operations,
             declared.under("compressor"),
-            ratio=config.csa_ratio,
-            branches=2,
+            kind="csa",
             holds="index_keys",
         )
         self.policy = policy

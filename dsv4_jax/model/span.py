@@ -7,14 +7,13 @@ several segments share a row and nothing crosses a segment (spec 6.8; report, se
 
 import dataclasses
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 
-from dsv4_jax.model.cache import fits_in_ring
+from dsv4_jax.model.geometry import CompressorGeometry
 from dsv4_jax.model.rope import Rotation, rotation
 
 
@@ -35,15 +34,21 @@ class Span:
     is_packed: bool
 
 
-class Blocks(NamedTuple):
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["source", "previous", "is_first", "rotation", "first", "count", "lo", "hi"],
+    meta_fields=["in_ring"],
+)
+@dataclasses.dataclass(frozen=True)
+class Blocks:
     """The compressed entries that the tokens of one call can complete or see, for one ratio m.
 
     Entries form a list per row. `lo <= entry < hi` is what a query sees of it: blocks of its own segment
     whose last token is not after the query (report, section 2.3).
     """
 
-    # The row behind each token of block p: of the ring for short calls, else of [ring | new rows], and
-    # None when the blocks stand in place.
+    # The row behind each token of block p: of the ring if `in_ring`, else of [ring | new rows], and None
+    # when the blocks stand in place.
     source: Int32[Array, "B P m"] | None
     previous: Int32[Array, "B P m"] | None  # the same for the block before (CSA)
     is_first: Bool[Array, "B P"]  # block 0 of its segment has no previous block
@@ -52,6 +57,7 @@ class Blocks(NamedTuple):
     count: Int32[Array, "B"]  # new entries that are complete
     lo: Int32[Array, "B T"]
     hi: Int32[Array, "B T"]
+    in_ring: bool = False  # a short call appended to a cache: its rows are written before any are gathered
 
 
 def appended(ids: Int32[Array, "B T"], start: Int32[Array, "B"], num_valid: Int32[Array, "B"]) -> Span:
@@ -96,15 +102,16 @@ def blocks_in_place(span: Span, ratio: int, frequencies: np.ndarray) -> Blocks:
     )
 
 
-def blocks_appended(span: Span, ratio: int, branches: int, slots: int, frequencies: np.ndarray) -> Blocks:
-    """Blocks that tokens appended to a cache complete; rows before the call come from a ring of `slots`."""
+def blocks_appended(span: Span, geometry: CompressorGeometry, frequencies: np.ndarray) -> Blocks:
+    """Blocks that tokens appended to a cache complete; rows before the call come from the ring."""
     length = span.ids.shape[1]
+    ratio, slots = geometry.ratio, geometry.slots
     num_blocks = (length + ratio - 1) // ratio
     first = span.start // ratio
     index = first[:, None] + jnp.arange(num_blocks, dtype=jnp.int32)
     token = index[..., None] * ratio + jnp.arange(ratio, dtype=jnp.int32)
 
-    in_ring = fits_in_ring(branches * ratio - 1, length, slots)
+    in_ring = geometry.fits_in_ring(length)
 
     def row_behind(position: jax.Array) -> jax.Array:
         if in_ring:
@@ -123,6 +130,7 @@ def blocks_appended(span: Span, ratio: int, branches: int, slots: int, frequenci
         count=(span.start + span.num_valid) // ratio - first,
         lo=jnp.zeros_like(seen),
         hi=seen,
+        in_ring=in_ring,
     )
 
 

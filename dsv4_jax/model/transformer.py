@@ -13,12 +13,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int32
 
-from dsv4_jax.config import LayerStack, ModelConfig, layer_stacks
+from dsv4_jax.config import AttentionKind, LayerStack, ModelConfig, layer_stacks
 from dsv4_jax.model import rope
 from dsv4_jax.model import span as spans
 from dsv4_jax.model.block import Block, Surroundings
 from dsv4_jax.model.cache import Cache, LayerCache
 from dsv4_jax.model.declared import Declared
+from dsv4_jax.model.geometry import compressor_geometry, window_geometry
 from dsv4_jax.model.hyper_connection import StreamCollapse
 from dsv4_jax.model.linear import project_float32
 from dsv4_jax.model.mtp import MultiTokenPrediction
@@ -163,20 +164,21 @@ class Transformer(nnx.Module):
         c = self.config
         compressed = rope.compressed_frequencies(c)
 
-        def blocks(ratio: int, branches: int) -> spans.Blocks:
+        def blocks(kind: AttentionKind) -> spans.Blocks:
             if span.is_packed:
-                return spans.blocks_packed(span, ratio, compressed)
+                return spans.blocks_packed(span, c.ratio(kind), compressed)
             if cache is None:
-                return spans.blocks_in_place(span, ratio, compressed)
-            slots = branches * ratio + cache.max_rewind
-            return spans.blocks_appended(span, ratio, branches, slots, compressed)
+                return spans.blocks_in_place(span, c.ratio(kind), compressed)
+            return spans.blocks_appended(span, compressor_geometry(c, kind, cache.max_rewind), compressed)
 
+        num_new = span.ids.shape[1]
         return Surroundings(
             span,
             rope.rotation(span.position, rope.window_frequencies(c)),
             rope.rotation(span.position, compressed),
-            blocks(c.csa_ratio, 2),
-            blocks(c.hca_ratio, 1),
+            blocks("csa"),
+            blocks("hca"),
+            cache is not None and window_geometry(c, cache.max_rewind).fits_in_ring(num_new),
         )
 
     def hidden(self, streams: Float[Array, "B T N D"]) -> Float[Array, "B T D"]:

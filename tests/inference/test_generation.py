@@ -80,6 +80,16 @@ def test_high_bits_of_a_seed_change_the_draws(lm):
     assert draw(5) != draw(5 + 2**32)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_request_has_its_tokens_in_any_slot(lm, temperature):
+    prompts, seeds = [[1, 2], [9, 8, 7], [40]], [3, 4, 5]
+    how = dict(temperature=temperature, top_p=0.95, stop_token_ids=())
+    together = lm.generate(prompts, 8, seed=seeds, **how)
+    turned = lm.generate(prompts[::-1], 8, seed=seeds[::-1], **how)
+    np.testing.assert_array_equal(turned[::-1], together)
+    np.testing.assert_array_equal(lm.generate(prompts[1:2], 8, seed=4, **how)[0], together[1])
+
+
 def test_a_prompt_of_text_is_one_bos_and_its_ids(lm, monkeypatch):
     seen = []
     stream = LanguageModel.stream

@@ -20,14 +20,13 @@ POLICY = Policy.of("float32")
 def abstract_decode(config, batch=2, max_length=512):
     cache = jax.eval_shape(lambda: new_cache(config, batch, max_length, POLICY.cache_dtype))
     logits = jax.ShapeDtypeStruct((batch, config.vocab_size), jnp.float32)
-    scalar = jax.ShapeDtypeStruct((), jnp.float32)
+    numbers = jax.ShapeDtypeStruct((batch,), jnp.float32)
     return (
         cache,
         logits,
-        jax.eval_shape(lambda: jax.random.key(0)),
-        jax.ShapeDtypeStruct((), jnp.int32),
-        scalar,
-        scalar,
+        jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch)),
+        numbers,
+        numbers,
         jax.ShapeDtypeStruct((batch,), jnp.int32),
         jax.ShapeDtypeStruct((8,), jnp.int32),
     )

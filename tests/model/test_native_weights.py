@@ -124,5 +124,5 @@ def temporaries(model, length):
     cache = model.new_cache(**STEP)
     tokens = jnp.asarray(tokens_of(CONFIG, length))
     counts = jnp.full(STEP["batch"], length, jnp.int32)
-    lowered = steps.extend.lower(model._network, model.parameters, cache, tokens, counts)
+    lowered = steps.extend.lower(model.network, model.parameters, cache, tokens, counts)
     return lowered.compile().memory_analysis().temp_size_in_bytes

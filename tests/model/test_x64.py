@@ -59,13 +59,13 @@ def programs(network: Network):
         cache = new_cache(config, 1, 64, policy.cache_dtype, 8, *rows)
         logits, cache = steps.extend(network, parameters, cache, IDS, counts)
         draw = (
-            np.int32(0),
-            np.float32(0.7),
-            np.float32(0.9),
+            jax.random.key(0)[None],
+            np.full(1, 0.7, np.float32),
+            np.full(1, 0.9, np.float32),
             np.full(1, steps.RUNNING, np.int32),
             np.ones(1, np.int32),
         )
-        return steps.decode(network, parameters, cache, logits[:, -1], jax.random.key(0), *draw)
+        return steps.decode(network, parameters, cache, logits[:, -1], *draw)
 
     def trained(parameters):
         batch = Batch(IDS, np.ones_like(IDS), np.arange(IDS.size, dtype=np.int32)[None])
