@@ -4,13 +4,14 @@ from typing import NamedTuple
 
 import jax
 from flax import nnx
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from dsv4_jax.config import AttentionKind, ModelConfig, RouterKind
 from dsv4_jax.model.attention import Attention
 from dsv4_jax.model.cache import LayerCache
 from dsv4_jax.model.declared import Declared
 from dsv4_jax.model.hyper_connection import HyperConnection
+from dsv4_jax.model.layer_report import LayerReport
 from dsv4_jax.model.moe import MixtureOfExperts
 from dsv4_jax.model.operations import Operations
 from dsv4_jax.model.rope import Rotation
@@ -22,6 +23,7 @@ class Surroundings(NamedTuple):
     """What all layers share in one call, keyed by layer kind where it differs."""
 
     span: Span
+    counted: Bool[Array, "B T"]  # tokens whose routing the layers report
     window_rotation: Rotation
     compressed_rotation: Rotation
     csa_blocks: Blocks
@@ -56,6 +58,7 @@ class Block(nnx.Module):
         self.ffn_norm = declared("ffn_norm")
         self.ffn = MixtureOfExperts(config, policy, operations, router, declared.under("ffn"))
         self.kind = attention
+        self.router = router
 
     def __call__(
         self,
@@ -64,8 +67,8 @@ class Block(nnx.Module):
         cache: LayerCache | None,
         repeat: Int32[Array, ""],
         collect: frozenset[str],
-    ) -> tuple[Float[Array, "B T N D"], LayerCache | None, dict[str, jax.Array]]:
-        """Two sublayers; also returns what `collect` names (see `transformer.TAPS`)."""
+    ) -> tuple[Float[Array, "B T N D"], LayerCache | None, LayerReport, dict[str, jax.Array]]:
+        """Two sublayers; also the report of the routing, and what `collect` names (`transformer.TAPS`)."""
         x, maps = self.hc_attn.enter(streams, self.attn_norm[...])
         where = (around.span, around.rotation(self.kind), around.blocks(self.kind), around.window_in_ring)
         y, cache, taps = self.attn(x, *where, cache, repeat, collect)
@@ -74,6 +77,7 @@ class Block(nnx.Module):
         streams, x, maps = self.hc_ffn.advance(streams, y, maps, self.ffn_norm[...])
         y, routing = self.ffn(x, around.span, repeat)
         streams = self.hc_ffn.leave(streams, y, maps)
+        report = LayerReport.of(routing, around.counted, self.router == "learned")
         shape = x.shape[:2]
         taps |= {
             "expert_mixing": self.hc_ffn.mixing(maps),
@@ -81,4 +85,4 @@ class Block(nnx.Module):
             "router_scores": routing.scores.reshape(*shape, -1),
             "streams": streams,
         }
-        return streams, cache, {name: taps[name] for name in sorted(collect & taps.keys())}
+        return streams, cache, report, {name: taps[name] for name in sorted(collect & taps.keys())}

@@ -9,6 +9,7 @@ from dsv4_jax.config import ModelConfig
 from dsv4_jax.model.block import Block, Surroundings
 from dsv4_jax.model.declared import Declared
 from dsv4_jax.model.hyper_connection import StreamCollapse
+from dsv4_jax.model.layer_report import LayerReport
 from dsv4_jax.model.norm import rms_norm
 from dsv4_jax.model.operations import Operations
 from dsv4_jax.numerics import qat
@@ -40,15 +41,13 @@ class MultiTokenPrediction(nnx.Module):
         streams: Float[Array, "B T N D"],
         next_embedding: Float[Array, "B T D"],
         around: Surroundings,
-        collect: frozenset[str],
-    ) -> tuple[Float[Array, "B T D"], dict[str, jax.Array]]:
-        """Hidden states for the head; row t stands for token t + 2.
+    ) -> tuple[Float[Array, "B T D"], LayerReport]:
+        """Hidden states for the head, row t standing for token t + 2, and the report of the layer.
 
         Args:
             streams: backbone streams after the last layer, before collapse and norm.
             next_embedding: embedding of token t + 1 beside the streams of token t.
             around: positions of the tokens t.
-            collect: taps to return (`transformer.TAPS`).
         """
         to_grid = qat.fake_activation if self.policy.simulates("act_fp8") else lambda x: x
         e = to_grid(rms_norm(next_embedding, self.enorm[...], self.eps))
@@ -58,5 +57,5 @@ class MultiTokenPrediction(nnx.Module):
         graph, state = nnx.split(self.block)
         block = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[0], state))
         x = (e[:, :, None] + h).astype(streams.dtype)
-        x, _, taps = block(x, around, None, jnp.int32(0), collect)
-        return rms_norm(self.hc_head(x), self.norm[...], self.eps), taps
+        x, _, report, _ = block(x, around, None, jnp.int32(0), frozenset())
+        return rms_norm(self.hc_head(x), self.norm[...], self.eps), report.stacked_once()

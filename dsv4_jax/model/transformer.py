@@ -21,6 +21,7 @@ from dsv4_jax.model.cache import Cache, LayerCache
 from dsv4_jax.model.declared import Declared
 from dsv4_jax.model.geometry import compressor_geometry, window_geometry
 from dsv4_jax.model.hyper_connection import StreamCollapse
+from dsv4_jax.model.layer_report import LayerReport, ModelReport
 from dsv4_jax.model.linear import project_float32
 from dsv4_jax.model.mtp import MultiTokenPrediction
 from dsv4_jax.model.norm import rms_norm
@@ -47,6 +48,7 @@ class Forward(NamedTuple):
 
     streams: Float[Array, "B T N D"]  # after the last layer
     cache: Cache | None
+    report: ModelReport  # of the layers, without the MTP block
     taps: list[dict[str, jax.Array]]  # one a layer, holding what was asked for
 
 
@@ -122,10 +124,11 @@ class Transformer(nnx.Module):
         shape = (*e.shape[:2], self.config.hc_mult, e.shape[2])
         streams = jnp.broadcast_to(e[:, :, None], shape)
         layer_caches: list[tuple[LayerCache, ...]] = []
+        reports: list[tuple[LayerReport, ...]] = []
         taps: list[dict[str, jax.Array]] = []
         for index, stack in enumerate(layer_stacks(self.config)):
             before = None if cache is None else cache.layers[index]
-            streams, after, seen = run_stack(
+            streams, after, report, seen = run_stack(
                 self.stacks[index],
                 stack.repeats,
                 streams,
@@ -136,12 +139,13 @@ class Transformer(nnx.Module):
                 in_place=self.operations.weights_in_place,
             )
             layer_caches.append(after)
+            reports.append(report)
             taps += seen
         if cache is not None:
             length = span.start + span.num_valid
             written = jnp.maximum(cache.written, length)
             cache = Cache(length, written, tuple(layer_caches), cache.max_length, cache.max_rewind)
-        return Forward(streams, cache, taps)
+        return Forward(streams, cache, ModelReport(tuple(reports)), taps)
 
     def layer(self, index: int, streams: Float[Array, "B T N D"], span: Span) -> Float[Array, "B T N D"]:
         """One layer alone, from given streams, without a cache: for checking layer by layer.
@@ -174,6 +178,7 @@ class Transformer(nnx.Module):
         num_new = span.ids.shape[1]
         return Surroundings(
             span,
+            span.valid,
             rope.rotation(span.position, rope.window_frequencies(c)),
             rope.rotation(span.position, compressed),
             blocks("csa"),
@@ -193,9 +198,11 @@ class Transformer(nnx.Module):
         self,
         streams: Float[Array, "B T N D"],
         span: Span,
-        collect: frozenset[str] = frozenset(),
-    ) -> tuple[Float[Array, "B T-1 D"], dict[str, jax.Array]]:
+    ) -> tuple[Float[Array, "B T-1 D"], LayerReport]:
         """MTP hidden states: row t, from the streams at t and token t + 1, predicts token t + 2.
+
+        The report of its layer counts the rows whose two tokens are of one segment: the last token of a
+        segment is joined with a stranger's embedding.
 
         Args:
             streams: backbone streams after the last layer, of the same span.
@@ -208,9 +215,11 @@ class Transformer(nnx.Module):
             raise ValueError("this model has no MTP block (num_nextn_predict_layers = 0)")
         valid = span.valid[:, :-1] & span.valid[:, 1:]
         here = dataclasses.replace(span, ids=span.ids[:, :-1], position=span.position[:, :-1], valid=valid)
-        around = self.surroundings(here, None)
+        # A position counts from the start of its segment, so only a successor's is one more.
+        follows = span.position[:, 1:] == span.position[:, :-1] + 1
+        around = self.surroundings(here, None)._replace(counted=valid & follows)
         following = self.embedding(span.ids[:, 1:])
-        return self.mtp[0](streams[:, :-1], following, around, collect)
+        return self.mtp[0](streams[:, :-1], following, around)
 
 
 def run_stack(
@@ -223,8 +232,13 @@ def run_stack(
     *,
     remat: bool,
     in_place: bool,
-) -> tuple[Float[Array, "B T N D"], tuple[LayerCache, ...] | None, list[dict[str, jax.Array]]]:
-    """Runs a unit of layers `repeats` times. Taps come back in layer order.
+) -> tuple[
+    Float[Array, "B T N D"],
+    tuple[LayerCache, ...] | None,
+    tuple[LayerReport, ...],
+    list[dict[str, jax.Array]],
+]:
+    """Runs a unit of layers `repeats` times. Taps come back in layer order, reports as the unit is stacked.
 
     With `in_place` a cached step reads quantised weights where they lie in their stacks, as kernels can.
     """
@@ -232,33 +246,35 @@ def run_stack(
     states = nnx.to_pure_dict(state)
 
     def unit(streams, caches, parameters, repeat):
-        after, taps = [], []
+        after, reports, taps = [], [], []
         for index, block in enumerate(nnx.merge(graph, parameters).blocks):
             cache = None if caches is None else caches[index]
-            streams, cache, seen = block(streams, around, cache, repeat, collect)
+            streams, cache, report, seen = block(streams, around, cache, repeat, collect)
             after.append(cache)
+            reports.append(report)
             taps.append(seen)
-        return streams, None if caches is None else tuple(after), taps
+        return streams, None if caches is None else tuple(after), tuple(reports), taps
 
     if remat:
         unit = jax.checkpoint(unit)
     if repeats == 1:
         only = jax.tree.map(lambda leaf: leaf[0], states)
-        return unit(streams, caches, only, jnp.int32(0))
+        streams, caches, reports, taps = unit(streams, caches, only, jnp.int32(0))
+        return streams, caches, tuple(report.stacked_once() for report in reports), taps
 
     def step(carry, xs):
         sliced, repeat = xs
-        *carry, taps = unit(
+        *carry, reports, taps = unit(
             *carry, sliced if caches is None else _one_repeat(states, repeat, in_place), repeat
         )
-        return tuple(carry), taps
+        return tuple(carry), (reports, taps)
 
     # Whole sequences scan their parameters, so that a repeat's gradient has a repeat's size.
     xs = (states if caches is None else None, jnp.arange(repeats, dtype=jnp.int32))
     # The cache is carried, not scanned: a carry is updated in place, a scanned output is a second copy.
-    (streams, caches), taps = jax.lax.scan(step, (streams, caches), xs)
+    (streams, caches), (reports, taps) = jax.lax.scan(step, (streams, caches), xs)
     by_layer = [jax.tree.map(lambda leaf, r=r: leaf[r], seen) for r in range(repeats) for seen in taps]
-    return streams, caches, by_layer
+    return streams, caches, reports, by_layer
 
 
 def _one_repeat(states: dict[str, Any], repeat: Int32[Array, ""], in_place: bool) -> dict[str, Any]:

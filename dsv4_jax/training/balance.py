@@ -3,14 +3,12 @@
 Inherited from DeepSeek-V3 (arXiv 2412.19437, section 2.1.2); V4 report, section 4.2.
 """
 
-from collections.abc import Sequence
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, Num
 
-from dsv4_jax.config import ModelConfig
-from dsv4_jax.parameters import Path, layers_of, row_at
+from dsv4_jax.model.layer_report import LayerReport, ModelReport
+from dsv4_jax.parameters import Path, row_at
 
 BIAS_SPEED = 0.001
 
@@ -31,30 +29,25 @@ def updated_bias(
     return bias - jnp.float32(speed) * jnp.sign(excess)
 
 
-def balanced_parameters(
-    config: ModelConfig, fixed: dict, loads: Sequence[Num[Array, "E"]], speed: float = BIAS_SPEED
-) -> dict:
+def balanced_parameters(fixed: dict, report: ModelReport, speed: float = BIAS_SPEED) -> dict:
     """The parameters without gradients after one application of the rule; hash tables stay.
 
     Args:
-        config: the architecture.
         fixed: nested dict that holds `.../ffn/gate/bias` f32[R, E] of every learned-routing layer.
-        loads: of each learned-routing layer, in layer order, the MTP block's last.
+        report: of the layers, over the whole global batch; it says each layer's loads f32[R, E].
         speed: as in `updated_bias`.
     """
-    learned = [i for i, kind in enumerate(config.router_kinds) if kind == "learned"]
-    by_layer = dict(zip(learned, loads, strict=False))  # the MTP block's are left over
 
-    def stacked(path: Path) -> Num[Array, "R E"]:
+    def layer(path: Path) -> LayerReport:
         if path[0] == "mtp":
-            return loads[-1][None]
-        layers = layers_of(config, path)
-        return jnp.stack([by_layer[layer] for layer in layers])
+            return report.mtp[path[1]]
+        _, stack, _, position, *_ = path  # stacks/{stack}/blocks/{position}/...
+        return report.stacks[stack][position]
 
     def update(path: tuple, leaf: jax.Array) -> jax.Array:
         keys = tuple(key.key for key in path)
         if row_at(keys).role != "selection_bias":
             return leaf
-        return updated_bias(leaf, stacked(keys), speed)
+        return updated_bias(leaf, layer(keys).loads, speed)
 
     return jax.tree_util.tree_map_with_path(update, fixed)

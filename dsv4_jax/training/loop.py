@@ -91,23 +91,33 @@ def train(
     The result depends on the arguments alone, unless the run is cut short: neither the batches nor the
     learning rate look at a clock.
 
+    A step's numbers are fetched when the next step is already on its way, so that the device does not wait
+    for the host. What they cause, a request to stop for instance, therefore comes after that next step.
+
     Args:
         network: the model.
         optimizer: its settings; schedule: learning rates and number of steps.
         state: consumed (its buffers are donated).
         rows: batches by step number.
-        on_step: called after every step.
-        interrupt: ends the loop after the step in which it is requested.
+        on_step: called with the report of every step, in order, after the next step has started.
+        interrupt: ends the loop after the step that is running when it is requested.
         stop_at: `time.monotonic()` after which no further step starts; at least one runs.
     """
     start = time.monotonic()
     reports: list[StepReport] = []
+
+    def fetch(report: StepReport) -> None:
+        reports.append(StepReport(*map(float, jax.device_get(report))))
+        on_step(reports[-1])
+
+    running: StepReport | None = None  # of the last step that was started, still on the device
     ending: Ending = "finished"
     for step in range(int(state.step), schedule.num_steps):
         rate = np.float32(schedule.learning_rate(step))
-        state, report = train_step(network, optimizer, state, rows.batch(step), rate)
-        reports.append(StepReport(*map(float, jax.device_get(report))))
-        on_step(reports[-1])
+        previous = running
+        state, running = train_step(network, optimizer, state, rows.batch(step), rate)
+        if previous is not None:
+            fetch(previous)
         if step + 1 == schedule.num_steps:
             break
         if interrupt is not None and interrupt.requested:
@@ -116,4 +126,6 @@ def train(
         if stop_at is not None and time.monotonic() > stop_at:
             ending = "out of time"
             break
+    if running is not None:
+        fetch(running)
     return TrainingResult(state, tuple(reports), ending, time.monotonic() - start)

@@ -1,6 +1,6 @@
 """What training minimises: L = CE_main + lambda_mtp CE_mtp + alpha_bal sum over layers of L_bal.
 
-Report, sections 2.1 and 4.2; formulas of the balance loss as in DeepSeek-V3 (arXiv 2412.19437).
+Report, sections 2.1 and 4.2. The layers report their balance losses themselves (`model.layer_report`).
 """
 
 from typing import NamedTuple
@@ -11,7 +11,6 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from dsv4_jax.model.operations import Operation
 from dsv4_jax.training.data import PADDING_SEGMENT
-from pallas_kernels.precision import einsum_float32
 
 MTP_WEIGHT = 0.3  # report, section 4.2; 0.1 once the learning rate decays at the end
 BALANCE_WEIGHT = 1e-4
@@ -50,47 +49,6 @@ def mean_cross_entropy(
     weights = targets.valid.reshape(-1).astype(jnp.float32)
     weights = weights / jnp.maximum(weights.sum(), 1.0)
     return cross_entropy(flat, head, targets.ids.reshape(-1), weights)
-
-
-def _product(equation: str, left: jax.Array, right: jax.Array) -> jax.Array:
-    """Float32 operands, products and result: the balance loss is a float32 island."""
-    return einsum_float32(equation, left.astype(jnp.float32), right.astype(jnp.float32))
-
-
-def balance_loss(
-    scores: Float32[Array, "B T E"],
-    experts: Int32[Array, "B T Ke"],
-    valid: Bool[Array, "B T"],
-) -> Float32[Array, ""]:
-    """Sequence-wise balance loss of one learned-routing layer, mean over rows; 1 when uniform.
-
-    With n the row's valid tokens: f_e = E / (Ke n) #(tokens of the row routed to e), a constant;
-    P_e = (1 / n) sum_t s_te / sum_j s_tj; L_bal = sum_e f_e P_e. Rows without any valid token are left out.
-
-    Args:
-        scores: unbiased routing scores, >= 0; the gradient flows through these.
-        experts: the experts actually chosen (with the bias).
-        valid: tokens that count.
-    """
-    num_experts, num_active = scores.shape[-1], experts.shape[-1]
-    weights = valid.astype(jnp.float32)
-    tokens = weights.sum(axis=1)  # [B]
-    total = scores.sum(axis=-1, keepdims=True)
-    share = scores / jnp.where(total > 0, total, 1.0)
-    mean_share = _product("bte,bt->be", share, weights) / jnp.maximum(tokens, 1.0)[:, None]
-    frequency = row_loads(experts, valid, num_experts) * (num_experts / num_active)
-    frequency = jax.lax.stop_gradient(frequency / jnp.maximum(tokens, 1.0)[:, None])
-    per_row = jnp.sum(frequency * mean_share, axis=-1)
-    rows = (tokens > 0).astype(jnp.float32)
-    return jnp.sum(per_row * rows) / jnp.maximum(rows.sum(), 1.0)
-
-
-def row_loads(
-    experts: Int32[Array, "B T Ke"], valid: Bool[Array, "B T"], num_experts: int
-) -> Float32[Array, "B E"]:
-    """How many valid tokens of each row were routed to each expert."""
-    chosen = experts[..., None] == jnp.arange(num_experts, dtype=experts.dtype)
-    return jnp.sum(chosen & valid[..., None, None], axis=(1, 2), dtype=jnp.int32).astype(jnp.float32)
 
 
 class LossParts(NamedTuple):

@@ -8,24 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Bool, Float32, Int32
+from jaxtyping import Array, Float32, Int32
 
 from dsv4_jax.model import span as spans
 from dsv4_jax.model.initial import Network
+from dsv4_jax.model.layer_report import ModelReport
 from dsv4_jax.model.transformer import Transformer
 from dsv4_jax.training.balance import balanced_parameters
 from dsv4_jax.training.data import Batch
-from dsv4_jax.training.loss import (
-    LossParts,
-    Targets,
-    balance_loss,
-    mean_cross_entropy,
-    row_loads,
-    shifted_targets,
-)
+from dsv4_jax.training.loss import LossParts, Targets, mean_cross_entropy, shifted_targets
 from dsv4_jax.training.optimizer import AdamW, Params, apply_updates, merge_params, split_trainable
-
-ROUTING = frozenset({"experts", "router_scores"})
 
 
 class TrainState(NamedTuple):
@@ -58,41 +50,22 @@ def initial_state(params: Params, optimizer: AdamW) -> TrainState:
     return TrainState(trained, fixed, optimizer.transform().init(trained), jnp.int32(0))
 
 
-class Routed(NamedTuple):
-    """How one learned-routing layer treated a batch."""
-
-    scores: Float32[Array, "B T E"]
-    experts: Int32[Array, "B T Ke"]
-    counts: Bool[Array, "B T"]  # tokens whose routing counts
-
-    def loads(self) -> Float32[Array, "E"]:
-        """Counted tokens of the batch that each expert received."""
-        return row_loads(self.experts, self.counts, self.scores.shape[-1]).sum(axis=0)
-
-
-def forward_losses(model: Transformer, batch: Batch) -> tuple[LossParts, list[Routed]]:
-    """The terms of the loss of one batch, and the routing of the learned layers (MTP block last)."""
+def forward_losses(model: Transformer, batch: Batch) -> tuple[LossParts, ModelReport]:
+    """The terms of the loss of one batch, and what the layers report of their routing."""
     tokens, segments = jnp.asarray(batch.tokens), jnp.asarray(batch.segment_ids)
     span = spans.packed(tokens, segments)
-    forward = model(span, collect=ROUTING)
-    following = shifted_targets(tokens, segments, 1)
+    forward = model(span)
     cross_entropy = model.operations.cross_entropy
-    main = mean_cross_entropy(model.hidden(forward.streams), model.head[...], following, cross_entropy)
-    routed = [
-        Routed(tap["router_scores"], tap["experts"], span.valid)
-        for kind, tap in zip(model.config.router_kinds, forward.taps, strict=True)
-        if kind == "learned"
-    ]
-    mtp = jnp.float32(0)
+    targets = shifted_targets(tokens, segments, 1)
+    main = mean_cross_entropy(model.hidden(forward.streams), model.head[...], targets, cross_entropy)
+    mtp, report = jnp.float32(0), forward.report
     if model.mtp:
-        hidden, tap = model.predict_further(forward.streams, span, ROUTING)
+        hidden, mtp_report = model.predict_further(forward.streams, span)
+        report = report._replace(mtp=(mtp_report,))
         targets = shifted_targets(tokens, segments, 2)
         targets = Targets(targets.ids[:, :-1], targets.valid[:, :-1])
         mtp = mean_cross_entropy(hidden, model.head[...], targets, cross_entropy)
-        # The last token of a segment is joined with a stranger's embedding: it counts for nothing.
-        routed.append(Routed(tap["router_scores"], tap["experts"], following.valid[:, :-1]))
-    balance = sum((balance_loss(*layer) for layer in routed), start=jnp.float32(0))
-    return LossParts(main, mtp, balance), routed
+    return LossParts(main, mtp, report.balance()), report
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
@@ -116,23 +89,24 @@ def train_step(
         The next state, and what the step measured before updating.
     """
 
-    def loss(trained: Params) -> tuple[jax.Array, tuple[LossParts, list[jax.Array]]]:
+    def loss(trained: Params) -> tuple[jax.Array, tuple[LossParts, ModelReport]]:
         model = network.holding(merge_params(trained, state.fixed))
-        parts, routed = forward_losses(model, batch)
-        return parts.total(), (parts, [layer.loads() for layer in routed])
+        parts, layers = forward_losses(model, batch)
+        return parts.total(), (parts, layers)
 
-    (total, (parts, loads)), grads = jax.value_and_grad(loss, has_aux=True)(state.trained)
+    (total, (parts, layers)), grads = jax.value_and_grad(loss, has_aux=True)(state.trained)
     with jax.enable_x64(False):  # Optax leaves the type of Adam's bias correction to JAX's default.
         updates, moments = optimizer.transform().update(grads, state.moments, state.trained)
+    num_learned = network.config.router_kinds.count("learned") + len(layers.mtp)
     report = StepReport(
         total,
         parts.main,
         parts.mtp,
-        parts.balance / max(len(loads), 1),
+        parts.balance / max(num_learned, 1),
         jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(grads))),
     )
     trained = apply_updates(state.trained, updates, learning_rate)
-    fixed = balanced_parameters(network.config, state.fixed, loads)
+    fixed = balanced_parameters(state.fixed, layers)
     return TrainState(trained, fixed, moments, state.step + 1), report
 
 

@@ -1,4 +1,4 @@
-"""The loop: which batches and rates it uses, how it ends, and what Ctrl-C does."""
+"""The loop: which batches and rates it uses, when it reads reports, how it ends, and what Ctrl-C does."""
 
 import os
 import signal
@@ -55,13 +55,48 @@ def test_a_restart_continues_with_the_steps_that_are_left(calls):
     assert calls == whole[4:]
 
 
+class Number:
+    """A number that is still on the device: reading its value is an event."""
+
+    def __init__(self, step, events):
+        self.step, self.events = step, events
+
+    def __array__(self, dtype=None, copy=None):
+        self.events.append(("read", self.step))
+        return np.asarray(self.step, dtype)
+
+
+def test_a_step_starts_before_the_numbers_of_the_last_one_are_read(monkeypatch):
+    events = []
+
+    def fake_step(network, optimizer, state, batch, learning_rate):
+        step = int(state.step)
+        events.append(("start", step))
+        return state._replace(step=np.int32(step + 1)), StepReport(*[Number(step, events)] * 5)
+
+    monkeypatch.setattr(loop, "train_step", fake_step)
+    result = run(first_step=3, on_step=lambda report: events.append(("told", report.loss)))
+    assert list(dict.fromkeys(events)) == [
+        ("start", 3),
+        ("start", 4), ("read", 3), ("told", 3),
+        ("start", 5), ("read", 4), ("told", 4),
+        ("read", 5), ("told", 5),
+    ]  # fmt: skip
+    assert [report.loss for report in result.reports] == [3, 4, 5]
+
+
+def test_an_exhausted_schedule_runs_nothing(calls):
+    result = run(first_step=6)
+    assert result.ending == "finished" and result.reports == () and calls == []
+
+
 def test_the_clock_lets_one_step_run_and_says_so(calls):
     result = run(stop_at=time.monotonic() - 1)
     assert result.ending == "out of time" and len(result.reports) == 1
     assert run(stop_at=time.monotonic() + 60).ending == "finished"
 
 
-def test_the_first_interrupt_ends_after_its_step_and_keeps_the_state(calls):
+def test_the_first_interrupt_ends_after_the_running_step_and_keeps_the_state(calls):
     announced = []
     with InterruptRequest(lambda: announced.append(True)) as interrupt:
 
@@ -70,8 +105,9 @@ def test_the_first_interrupt_ends_after_its_step_and_keeps_the_state(calls):
                 os.kill(os.getpid(), signal.SIGINT)
 
         result = run(on_step=on_step, interrupt=interrupt)
-    assert result.ending == "interrupted" and len(result.reports) == 3
-    assert int(result.state.step) == 3 and announced == [True]
+    # When the report of step 3 is read, step 4 is running; its report belongs to the result too.
+    assert result.ending == "interrupted" and [report.loss for report in result.reports] == [1, 2, 3, 4]
+    assert int(result.state.step) == 4 and announced == [True]
 
 
 def test_an_interrupt_in_the_last_step_is_a_finished_run(calls):

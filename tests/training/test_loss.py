@@ -11,9 +11,7 @@ from dsv4_jax.training.loss import (
     MTP_WEIGHT,
     LossParts,
     Targets,
-    balance_loss,
     mean_cross_entropy,
-    row_loads,
     shifted_targets,
 )
 from pallas_kernels.linear_cross_entropy import weighted_cross_entropy
@@ -28,7 +26,6 @@ def chunked(hidden, head, targets, chunk):
 
 jitted = jax.jit(chunked, static_argnums=3)
 gradients = jax.jit(jax.grad(chunked, (0, 1)), static_argnums=3)
-balance = jax.jit(balance_loss)
 
 
 def plain_cross_entropy(hidden, head, targets):
@@ -115,48 +112,6 @@ def test_targets_stay_inside_their_segment(offset):
 def test_targets_longer_than_the_row_do_not_exist():
     targets = shifted_targets(jnp.ones((2, 1), jnp.int32), jnp.ones((2, 1), jnp.int32), 2)
     assert targets.ids.shape == (2, 1) and not targets.valid.any()
-
-
-def plain_balance_loss(scores, experts, valid):
-    """Loops as the formula is written."""
-    scores, experts, valid = (np.asarray(x) for x in (scores, experts, valid))
-    num_experts, top_k = scores.shape[-1], experts.shape[-1]
-    losses = []
-    for s, chosen, ok in zip(scores, experts, valid, strict=True):
-        if not ok.any():
-            continue
-        s, chosen = s[ok], chosen[ok]
-        f = np.array([(chosen == e).sum() for e in range(num_experts)]) * num_experts
-        f = f / (top_k * len(s))
-        p = (s / s.sum(-1, keepdims=True)).mean(0)
-        losses.append((f * p).sum())
-    return np.mean(losses) if losses else 0.0
-
-
-def test_balance_loss_matches_the_formula_with_padding_and_an_empty_row():
-    rng = np.random.default_rng(0)
-    scores = jnp.array(rng.random((4, 9, 6)), jnp.float32)
-    experts = jnp.array([[rng.permutation(6)[:2] for _ in range(9)] for _ in range(4)], jnp.int32)
-    valid = jnp.array(rng.random((4, 9)) < 0.6).at[2].set(False)
-    got = balance(scores, experts, valid)
-    np.testing.assert_allclose(got, plain_balance_loss(scores, experts, valid), rtol=1e-6)
-    assert balance(scores, experts, jnp.zeros_like(valid)) == 0
-    loads = row_loads(experts, valid, 6)
-    assert loads.shape == (4, 6)
-    np.testing.assert_array_equal(loads.sum(1), 2 * valid.sum(1))
-
-
-def test_balance_loss_is_one_when_uniform_and_its_gradient_pushes_the_busy_expert_down():
-    experts = jnp.arange(8, dtype=jnp.int32).reshape(1, 8, 1) % 4
-    scores = jnp.ones((1, 8, 4))
-    valid = jnp.ones((1, 8), bool)
-    np.testing.assert_allclose(balance(scores, experts, valid), 1.0, rtol=1e-6)
-    busy = jnp.zeros((1, 8, 1), jnp.int32)
-    gradient = jax.jit(jax.grad(balance_loss))
-    grad = gradient(scores, busy, valid)
-    assert (grad[..., 0] > 0).all() and (grad[..., 1:] < 0).all()
-    assert balance(jnp.zeros_like(scores), experts, valid) == 0
-    assert np.isfinite(gradient(jnp.zeros_like(scores), experts, valid)).all()
 
 
 def test_terms_are_weighted_as_specified():
