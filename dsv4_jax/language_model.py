@@ -398,6 +398,8 @@ def load(
     text_only: bool = False,
     tokenizer: Literal["read", "ignore"] = "read",
     allow_links: str | Path | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    rules: Mapping[str, str | tuple[str, ...]] | None = None,
 ) -> LanguageModel:
     """Loads any supported checkpoint folder: official or transformers layout, plain or quantised.
 
@@ -413,15 +415,20 @@ def load(
         text_only: load the text model of a vision variant.
         tokenizer: "ignore" opens no tokenizer.json; the model takes token ids only and saves no tokenizer.
         allow_links: a folder that links may lead into, besides the folder itself and its hub cache.
+        mesh: devices to place the parameters on; None: the default device.
+        rules: letter of a dim (`dsv4_jax.parameters`) -> axes of the mesh that it is split over, such as
+            {"E": "expert"}; dims without a rule are whole on every device.
 
     Raises:
+        ProblemsError: rules that do not fit the mesh or the parameters, all of them at once.
         CheckpointError, ConfigError: with every problem found; nothing is left half loaded.
     """
     from dsv4_jax.checkpoint.load import load_checkpoint
 
     policy = Policy.of(dtype, numerics, kernels=kernels, cache=cache)
     accepted = {"draft_head": draft_head, "text_only": text_only, "allow_links": allow_links}
-    loaded = load_checkpoint(Path(path), policy, weights=weights, tokenizer=tokenizer, **accepted)
+    where = {"mesh": mesh, "rules": rules}
+    loaded = load_checkpoint(Path(path), policy, weights=weights, tokenizer=tokenizer, **accepted, **where)
     for warning in loaded.warnings:
         LOGGER.warning("%s: %s", path, warning)
     if loaded.experts_in_fp4:

@@ -207,6 +207,11 @@ MTP_ROWS = (
 )
 """Besides a whole window layer with learned routing, under `block`."""
 
+LETTERS = frozenset(
+    letter for row in (*MODEL_ROWS, *LAYER_ROWS, *MTP_ROWS) for letter in re.findall(r"\w+", row.dims)
+) | {"R"}
+"""Of all dims that a parameter can have."""
+
 _OF_MODEL, _OF_LAYER, _OF_MTP = (
     {tuple(row.path.split("/")): row for row in rows} for rows in (MODEL_ROWS, LAYER_ROWS, MTP_ROWS)
 )

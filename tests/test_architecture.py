@@ -30,6 +30,7 @@ ROOMS = {
     "dsv4_jax.config_rules": "config",
     "dsv4_jax.errors": "config",
     "dsv4_jax.parameters": "parameters",
+    "dsv4_jax.boxes": "parameters",
     "dsv4_jax.folder": "config",
     "dsv4_jax.foreign": "config",
     "dsv4_jax.stored_file": "config",

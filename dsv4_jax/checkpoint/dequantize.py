@@ -102,11 +102,44 @@ def dequantize_into(target: np.ndarray, weight: np.ndarray, scale: np.ndarray) -
         raise ValueError(
             f"weight {weight.dtype} {weight.shape} with scale {scale.shape} does not fill {shape}"
         )
-    rows = fp8_rows if fp8 else fp4_rows
+    everything = slice(0, shape[-2]), slice(0, shape[-1])
+    parts = [dequantize_part(target[m], weight[m], scale[m], *everything) for m in np.ndindex(shape[:-2])]
+    return all(parts)
+
+
+def dequantize_part(
+    target: np.ndarray,
+    weight: np.ndarray,
+    scale: np.ndarray,
+    rows: slice,
+    columns: slice,
+    first_block: tuple[int, int] = (0, 0),
+) -> bool:
+    """As `dequantize_into`, for some rows and columns of one matrix.
+
+    Args:
+        target: float32 or bfloat16 of the size of that part.
+        weight: the stored matrix, as there.
+        scale: of the blocks that the part touches, or of more.
+        rows, columns: of the part, in numbers; they may begin and end inside blocks.
+        first_block: row and column of the first block that `scale` has.
+    """
+    fp8 = weight.dtype == ml_dtypes.float8_e4m3fn
+    tall, wide = (FP8_BLOCK, FP8_BLOCK) if fp8 else (1, FP4_GROUP)
+    top, left = rows.start // tall, columns.start // wide
+    bottom, right = -(-rows.stop // tall), -(-columns.stop // wide)
+    of_scale = scale[
+        top - first_block[0] : bottom - first_block[0], left - first_block[1] : right - first_block[1]
+    ]
+    in_byte = 1 if fp8 else 2
+    of_weight = weight[top * tall : bottom * tall, left * wide // in_byte : right * wide // in_byte]
+    start, stop = columns.start - left * wide, columns.stop - left * wide
     finite = True
     with np.errstate(over="ignore", invalid="ignore"):
-        for place in np.ndindex(shape[:-2]):
-            for row, piece in rows(weight[place], scale[place]):
-                target[place][row : row + piece.shape[0]] = piece
-                finite = finite and bool(np.isfinite(piece).all())
+        for row, piece in (fp8_rows if fp8 else fp4_rows)(of_weight, of_scale):
+            above = max(rows.start - top * tall - row, 0)  # rows of the first block that are not wanted
+            values = piece[above : rows.stop - top * tall - row, start:stop]
+            place = row + above - (rows.start - top * tall)
+            target[place : place + len(values)] = values
+            finite = finite and bool(np.isfinite(values).all())
     return finite

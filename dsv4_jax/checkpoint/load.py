@@ -1,39 +1,39 @@
-"""A checkpoint directory to a parameter tree, tensor by tensor.
+"""A checkpoint directory to a parameter tree, box by box.
 
-Each parameter is one buffer, filled in place and handed to JAX. On a CPU JAX uses such a 64-byte
-aligned buffer as it is (`device_put` copies nothing), so the peak is the weights and the tensor
-being read; on an accelerator it is the largest parameter. Mapped pages are given back after each
-tensor.
+A box is what one device holds of a parameter: a buffer, filled in place from the tensors that it touches and
+handed to JAX. On a CPU JAX uses such a 64-byte aligned buffer as it is (`device_put` copies nothing), so the
+peak is the weights and the tensor being read; on an accelerator it is the largest box.
 """
 
 import dataclasses
+import itertools
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
-import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
-from dsv4_jax.checkpoint import names, native
-from dsv4_jax.checkpoint.files import CheckpointFiles
+from dsv4_jax import parameters as table
+from dsv4_jax.checkpoint import names
+from dsv4_jax.checkpoint.held import BLOCK, Held
 from dsv4_jax.checkpoint.manifest import Manifest, Options, open_manifest
+from dsv4_jax.checkpoint.read import stored_parameters
 from dsv4_jax.checkpoint.release import DraftHead
 from dsv4_jax.checkpoint.safetensors import DTYPES
 from dsv4_jax.checkpoint.side_files import UseTokenizer
 from dsv4_jax.checkpoint.tensor_rules import Entry
-from dsv4_jax.checkpoint.values import Findings, place_in, read_entry
+from dsv4_jax.checkpoint.values import Findings
 from dsv4_jax.checkpoint.write import Progress
 from dsv4_jax.config import ModelConfig
-from dsv4_jax.errors import CheckpointError
+from dsv4_jax.errors import CheckpointError, ProblemsError
 from dsv4_jax.numerics.weights import QuantizedWeight
+from sharding.placement import Axis, Rules, placed, rule_problems, sharding_of
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from dsv4_jax.numerics.policy import Policy
-
-ALIGNMENT = 64
-"""Bytes; JAX on a CPU takes over host buffers so aligned instead of copying them."""
 
 Weights = Literal["native", "dequantized"]
 """What becomes of quantised weights: kept as they are, or made arrays of the param dtype."""
@@ -80,7 +80,8 @@ def load_checkpoint(
     copy: bool = False,
     allow_links: str | pathlib.Path | None = None,
     tokenizer: UseTokenizer = "read",
-    place: Callable[[np.ndarray, names.Path], object] | None = None,
+    mesh: Mesh | None = None,
+    rules: Rules | None = None,
     progress: Progress | None = None,
 ) -> Loaded:
     """Loads a checkpoint in any layout.
@@ -103,27 +104,38 @@ def load_checkpoint(
         copy: read files instead of mapping them (see `open_checkpoint`).
         allow_links: a folder that links may lead into (see `dsv4_jax.folder`).
         tokenizer: 'ignore' opens no tokenizer.json and no tokenizer_config.json.
-        place: host array and parameter path -> the array to keep; by default `jax.device_put`. Called
-            for the elements and for the scales of a quantised weight.
+        mesh: devices to place the parameters on; None: the default device.
+        rules: letter of a dim (`dsv4_jax.parameters`) -> axes of the mesh that it is split over, see
+            `sharding.placement`; dims without a rule are whole on every device.
         progress: called after each tensor with (its name, bytes read, bytes of all tensors).
 
     Raises:
         CheckpointError: with all problems at once; nothing is loaded then.
+        ProblemsError: rules that do not fit the mesh or the parameters, all at once, before data is read.
     """
     options = Options(draft_head, text_only, require_mtp, copy, allow_links, tokenizer)
     with open_manifest(directory, options) as (files, manifest):
         findings = Findings()
         flat: dict[names.Path, object] = {}
         param_dtype = exact_dtype(manifest) if policy is None else policy.param_dtype
-        for path, value in read_parameters(
-            files, manifest, param_dtype, findings, scan_weights, progress, weights
-        ):
+        held = stored_parameters(
+            files,
+            manifest,
+            param_dtype,
+            findings,
+            keep_quantized=weights == "native",
+            scan_weights=scan_weights,
+            progress=progress,
+        )
+        shardings = _shardings(directory, manifest.config, held, mesh, rules or {})
+        for path, parameter in held.items():
+            value = placed(parameter.read_box, parameter.shape, shardings.get(path))
             if findings.problems:
                 flat.clear()  # reading goes on only to report everything
-            elif place is None:
-                flat[path] = jax.device_put(value)
+            elif parameter.format == "bf16":
+                flat[path] = value
             else:
-                flat[path] = jax.tree.map(lambda array, path=path: place(array, path), value)
+                flat[path] = QuantizedWeight(value, table.parameters(manifest.config)[path].own)
         files.check_unchanged()
     if findings.problems:
         raise CheckpointError(f"checkpoint {directory} cannot be used", findings.problems)
@@ -151,63 +163,38 @@ def exact_dtype(manifest: Manifest) -> np.dtype:
     return DTYPES["BF16" if plain <= {"BF16"} else "F32"]
 
 
-def read_parameters(
-    files: CheckpointFiles,
-    manifest: Manifest,
-    param_dtype: np.dtype,
-    findings: Findings,
-    scan_weights: bool,
-    progress: Progress | None = None,
-    weights: Weights = "dequantized",
-) -> Iterator[tuple[names.Path, np.ndarray | QuantizedWeight]]:
-    """Every parameter in aligned host arrays, one after the other; problems go to `findings`."""
-    groups: dict[names.Path, list[Entry]] = {}
-    for entry in manifest.entries:
-        groups.setdefault(entry.spec.path, []).append(entry)
-    total = sum(_num_bytes(entry) for entry in manifest.entries)
-    done = 0
-
-    def finish(entry: Entry) -> None:
-        nonlocal done
-        for tensor in (entry.tensor, entry.scale):
-            if tensor is not None:
-                files.drop_pages(tensor.name)
-        done += _num_bytes(entry)
-        if progress is not None:
-            progress(entry.tensor.name, done, total)
-
-    for path, entries in groups.items():
-        parameter = entries[0].spec.parameter
-        if weights == "native" and any(entry.format != "plain" for entry in entries):
-            what = parameter, entries, files.read
-            if native.can_stay(*what):
-                yield path, native.read_native(*what, findings, aligned, finish)
-                continue
-            findings.dequantized.append("/".join(map(str, path)))
-        array = aligned(parameter.shape, parameter.dtype(param_dtype))
-        for entry in entries:
-            read_entry(
-                entry,
-                files.read,
-                place_in(array, entry.spec),
-                findings,
-                num_experts=manifest.config.n_routed_experts,
-                scan_weights=scan_weights,
-            )
-            finish(entry)
-        yield path, array
+def _shardings(
+    directory: str | pathlib.Path,
+    config: ModelConfig,
+    held: Mapping[names.Path, Held],
+    mesh: Mesh | None,
+    rules: Rules,
+) -> dict[names.Path, NamedSharding]:
+    """Where each parameter goes; nothing without a mesh."""
+    if mesh is None:
+        problems = ["rules are given, but no mesh"] if rules else []
+        mesh_problems, found = problems, {}
+    else:
+        mesh_problems, found = rule_problems(mesh, rules, table.LETTERS), {}
+        for path, parameter in table.parameters(config).items():
+            axes = placed_axes(parameter, BLOCK.get(held[path].format))
+            name = "/".join(map(str, path))
+            found[path], more = sharding_of(name, axes, mesh, rules)
+            mesh_problems += more
+    if mesh_problems:
+        raise ProblemsError(f"cannot place the parameters of {directory}", mesh_problems)
+    return found
 
 
-def _num_bytes(entry: Entry) -> int:
-    return entry.tensor.num_bytes + (entry.scale.num_bytes if entry.scale is not None else 0)
-
-
-def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An uninitialised C-contiguous array that starts at a multiple of `ALIGNMENT` bytes."""
-    num_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    raw = np.empty(num_bytes + ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % ALIGNMENT
-    return raw[start : start + num_bytes].view(dtype).reshape(shape)
+def placed_axes(parameter: table.Parameter, block: tuple[int, int] | None) -> list[Axis]:
+    """The axes of a parameter's array; with the block of a quantised weight those of its [*leading, O, I]."""
+    dims, shape = parameter.dims, parameter.shape
+    if block is None:
+        return [Axis((letter,), (size,)) for letter, size in zip(dims, shape, strict=True)]
+    axes = placed_axes(parameter, None)[: parameter.num_leading]
+    ends = list(itertools.accumulate(parameter.folds, initial=parameter.num_leading))
+    folds = list(itertools.pairwise(ends))
+    return axes + [Axis(dims[a:b], shape[a:b], n) for (a, b), n in zip(folds, block, strict=True)]
 
 
 def nested(flat: Mapping[names.Path, object]) -> Parameters:

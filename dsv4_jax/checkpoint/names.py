@@ -72,6 +72,7 @@ class TensorSpec:
     parameter: Parameter  # that it is, or is a part of
     index: tuple[int, ...]  # into the parameter's leading axes
     shape: tuple[int, ...]  # on disk: `dims` with some neighbours merged
+    folds: tuple[int, ...]  # how many of `dims` make each axis of `shape`
 
     @property
     def path(self) -> Path:
@@ -225,14 +226,13 @@ def _specs(
         indices = [(*before, expert, *half) for expert in range(num_experts)]
     else:
         indices = [(*before, *half)]
-    shape = parameter.stored
-    if row.joins is not None:
-        shape = parameters.folded(parameter.shape[len(before) :], row.joins)
+    folds = parameter.folds if row.joins is None else row.joins
+    shape = parameters.folded(parameter.shape[len(parameter.shape) - sum(folds) :], folds)
     specs = []
     for index in indices:
         name = prefix + (short.replace("#", str(index[len(before)])) if "#" in short else short)
         scales = scale_name(name, layout) if row.parameter.quantized else None
-        specs.append(TensorSpec(name, scales, parameter, index, shape))
+        specs.append(TensorSpec(name, scales, parameter, index, shape, folds))
     return specs
 
 

@@ -17,13 +17,13 @@ import jax
 import numpy as np
 
 from dsv4_jax import parameters as table
+from dsv4_jax.boxes import PIECE_ELEMENTS
 from dsv4_jax.checkpoint import names, quantize
 from dsv4_jax.checkpoint.safetensors import DTYPES
 from dsv4_jax.checkpoint.side_files import GENERATION_FILE, SIDE_FILES
 from dsv4_jax.checkpoint.storage import Release, StoredTensor
 from dsv4_jax.checkpoint.tensor_rules import FP4_DTYPES
 from dsv4_jax.checkpoint.values import (
-    PIECE_ELEMENTS,
     num_non_finite,
     place_in,
     quantized_problem,

@@ -6,10 +6,11 @@ import pathlib
 import ml_dtypes
 import numpy as np
 
+from dsv4_jax.boxes import at
 from dsv4_jax.checkpoint import names
 from dsv4_jax.checkpoint.files import CheckpointFiles
 from dsv4_jax.checkpoint.manifest import Manifest, Options, open_manifest
-from dsv4_jax.checkpoint.values import Findings, read_entry
+from dsv4_jax.checkpoint.values import Findings, read_part
 from dsv4_jax.checkpoint.write import Progress
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.errors import CheckpointError
@@ -91,14 +92,19 @@ def _scan(files: CheckpointFiles, manifest: Manifest, progress: Progress | None)
         dtype = np.dtype(np.int32 if entry.spec.kind == "table" else np.float32)
         if entry.format != "plain":
             dtype = np.dtype(ml_dtypes.bfloat16)
-        read_entry(
-            entry,
-            files.read,
-            scratch(entry.spec.shape, dtype),
-            findings,
-            num_experts=manifest.config.n_routed_experts,
-            scan_weights=True,
-        )
+        parameter, dims = entry.spec.parameter, entry.spec.dims
+        joined = dims[: len(dims) - len(parameter.own)]  # matrices that one tensor joins: one at a time
+        matrix = np.empty((*(1 for _ in joined), *parameter.own), dtype)
+        for place in np.ndindex(joined):
+            read_part(
+                entry,
+                files.read,
+                at(place, dims),
+                matrix,
+                findings,
+                num_experts=manifest.config.n_routed_experts,
+                scan_weights=True,
+            )
         for tensor in (entry.tensor, entry.scale):
             if tensor is not None:
                 files.drop_pages(tensor.name)
@@ -106,10 +112,3 @@ def _scan(files: CheckpointFiles, manifest: Manifest, progress: Progress | None)
         if progress is not None:
             progress(entry.tensor.name, done, total)
     return findings
-
-
-def scratch(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """A writable array of `shape` whose leading dims all share the memory of one matrix."""
-    matrix = np.empty(shape[-2:], dtype)
-    strides = (0,) * (len(shape) - matrix.ndim) + matrix.strides
-    return np.lib.stride_tricks.as_strided(matrix, shape, strides, writeable=True)

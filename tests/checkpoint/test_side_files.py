@@ -40,7 +40,7 @@ def base(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "read_parameters", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr(loading, "stored_parameters", lambda *_, **__: pytest.fail("weights were read"))
 
 
 SIDE = ("generation_config.json", "tokenizer.json", "tokenizer_config.json")

@@ -1,0 +1,139 @@
+"""Where a model's arrays live on a mesh: rules from dims to mesh axes, and arrays made box by box.
+
+A rule gives a dim, by its letter, to a mesh axis or to several: {"E": "expert", "V": ("data", "tensor")}.
+In one array a mesh axis splits one dim, the first that asks for it; dims without a rule are whole on every
+device. Splits are even.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+Rules = Mapping[str, str | tuple[str, ...]]
+"""Letter of a dim -> the mesh axis, or axes, that it is split over."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Axis:
+    """One axis of an array that is to be placed.
+
+    Attributes:
+        letters: of its dim; of several where an array folds neighbouring dims into one axis.
+        sizes: of those dims.
+        block: elements that share a scale along this axis, which no split may part.
+    """
+
+    letters: tuple[str, ...]
+    sizes: tuple[int, ...]
+    block: int = 1
+
+    @property
+    def size(self) -> int:
+        """Number of elements along the axis."""
+        return math.prod(self.sizes)
+
+
+def rule_problems(mesh: Mesh, rules: Rules, letters: frozenset[str]) -> list[str]:
+    """What is wrong with rules whatever they are used for.
+
+    Args:
+        mesh: the devices.
+        rules: letter -> axes of the mesh.
+        letters: of all dims that there are.
+    """
+    problems = [f"rule for {letter!r}: no dim has this letter" for letter in rules if letter not in letters]
+    return problems + [
+        f"rule for {letter!r}: the mesh has no axis {axis!r}, only {list(mesh.axis_names)}"
+        for letter, axes in rules.items()
+        for axis in _names(axes)
+        if axis not in mesh.axis_names
+    ]
+
+
+def sharding_of(name: str, axes: Sequence[Axis], mesh: Mesh, rules: Rules) -> tuple[NamedSharding, list[str]]:
+    """The sharding of one array, and why it cannot be had.
+
+    Args:
+        name: of the array, for the problems.
+        axes: of the array.
+        mesh: the devices.
+        rules: letter -> axes of the mesh; axes that the mesh does not have are skipped.
+    """
+    used: set[str] = set()
+    entries: list[tuple[str, ...] | None] = []
+    problems: list[str] = []
+    for axis in axes:
+        taken: tuple[str, ...] = ()
+        for position, (letter, size) in enumerate(zip(axis.letters, axis.sizes, strict=True)):
+            wanted = tuple(a for a in _names(rules.get(letter, ())) if a in mesh.axis_names and a not in used)
+            parts = math.prod(mesh.shape[a] for a in wanted)
+            if parts == 1:
+                continue
+            used.update(wanted)
+            if size % parts:
+                problems.append(f"{name}: {letter} = {size} cannot be split {parts} ways ({_words(wanted)})")
+            elif position:
+                folded = " ".join(axis.letters)
+                problems.append(
+                    f"{name}: {letter} cannot be split ({_words(wanted)}): its stored matrix folds"
+                    f" ({folded}), and only the first of them can be cut"
+                )
+            elif axis.size // parts % axis.block:
+                problems.append(
+                    f"{name}: {parts} parts ({_words(wanted)}) of {axis.size} elements would cut"
+                    f" a quantisation block of {axis.block}"
+                )
+            taken = wanted
+        entries.append(taken or None)
+    return NamedSharding(mesh, PartitionSpec(*entries)), problems
+
+
+def placed(
+    read_box: Callable[[tuple[slice, ...]], Any], shape: Sequence[int], sharding: NamedSharding | None
+) -> Any:
+    """Arrays on their devices, from the boxes that this process's devices hold. Each box is read once.
+
+    On the host there is one box at a time, and none where the device is a CPU: there JAX takes over a buffer
+    that is aligned to 64 bytes (a buffer that is given must therefore never be written again).
+
+    Args:
+        read_box: slices of an array of `shape` -> that part, a numpy array or a tree of them whose axes may
+            be shorter than the slices by a constant factor (elements and block scales of a quantised array).
+        shape: of the whole.
+        sharding: None: the default device, not committed to it.
+
+    Returns:
+        What `read_box` returns, with whole `jax.Array`s for its arrays.
+    """
+    if sharding is None:
+        return jax.device_put(read_box(tuple(slice(0, size) for size in shape)))
+    shape = tuple(shape)
+    holders: dict[tuple[tuple[int, int, int], ...], list[jax.Device]] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        key = tuple(part.indices(size) for part, size in zip(index, shape, strict=True))
+        holders.setdefault(key, []).append(device)
+    trees = []
+    for key, devices in holders.items():
+        box = read_box(tuple(slice(start, stop) for start, stop, _ in key))
+        copies = [jax.device_put(box, device) for device in devices]
+        del box  # once it is on its devices
+        trees += jax.block_until_ready(copies)
+    parts = [size // own for size, own in zip(shape, sharding.shard_shape(shape), strict=True)]
+
+    def joined(*arrays: jax.Array) -> jax.Array:
+        size = tuple(n * count for n, count in zip(arrays[0].shape, parts, strict=True))
+        return jax.make_array_from_single_device_arrays(size, sharding, list(arrays))
+
+    return jax.tree.map(joined, *trees)
+
+
+def _names(axes: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (axes,) if isinstance(axes, str) else tuple(axes)
+
+
+def _words(axes: tuple[str, ...]) -> str:
+    return "mesh axis " + " and ".join(axes)
