@@ -118,7 +118,7 @@ def test_an_interrupt_in_the_last_step_is_a_finished_run(calls):
 
 @pytest.fixture
 def usual_interrupt():
-    """Python's own handler: a process that a shell started in the background ignores SIGINT from the start."""
+    """Python's own handler: a shell starts a process in the background with SIGINT ignored."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
