@@ -65,7 +65,7 @@ def test_a_hash_layer_reports_loads_and_no_balance():
 
 
 def test_balance_losses_add_up_in_the_order_of_the_layers():
-    """1e8 + 1 - 1e8 depends on the order: the unit of the scanned stack is (a, b), twice, then the MTP block."""
+    """1e8 + 1 - 1e8 depends on the order: a unit of two layers, twice, then the MTP block."""
 
     def stack(*balances):
         return LayerReport(jnp.zeros((len(balances), 3)), jnp.array(balances, jnp.float32))
