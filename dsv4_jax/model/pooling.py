@@ -65,10 +65,8 @@ def entries_by_kernel(
     interpret: bool,
 ) -> Float[Array, "B P Dc"]:
     """As `entries_xla`. The kernel wants a block's rows side by side, and the block before it in the list."""
-    ratio, branches, width = ape.shape
+    ratio, branches, _ = ape.shape
     is_first, cos, sin = blocks.is_first, *blocks.rotation
-    if not is_first.shape[1]:
-        return jnp.zeros((*is_first.shape, width), dtype)
     before = 0
     if blocks.source is not None:
         source = blocks.source

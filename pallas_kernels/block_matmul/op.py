@@ -45,7 +45,7 @@ def block_matmul(
         interpret: passed to `pl.pallas_call`; tests set it, callers leave it alone.
 
     Returns:
-        [T, G O] in the dtype of x.
+        [T, G O] in the dtype of x. T may be 0.
 
     Numerics: W is formed exactly (bfloat16 holds it) and multiplied in the dtype of x; sums are float32,
         rounded once. Within 1e-5, relative to max |y|, of the reference in float32 and within one rounding
@@ -65,6 +65,8 @@ def block_matmul(
     """
     if problems := _matmul_problems(x, weight, scale, groups, repeat, impl):
         raise ValueError("block_matmul: " + "; ".join(problems))
+    if len(x) == 0:
+        return jnp.zeros((0, weight.shape[-2]), x.dtype)
     if impl == "reference":
         if repeat is not None:
             weight, scale = weight[repeat], scale[repeat]
@@ -99,7 +101,7 @@ def block_cast(
         interpret: passed to `pl.pallas_call`; tests set it, callers leave it alone.
 
     Returns:
-        float8_e4m3fn [T, C] and u8[T, C / 128] E8M0 codes.
+        float8_e4m3fn [T, C] and u8[T, C / 128] E8M0 codes. T may be 0.
 
     Numerics: bit-exact against the reference: a scale is found from the bits of a float32, the quotient by a
         power of two is exact, and the cast rounds to nearest even.
@@ -111,13 +113,15 @@ def block_cast(
     """
     rules = {
         f"impl={impl!r} must be 'pallas' or 'reference'": impl in ("pallas", "reference"),
-        f"x {x.shape} must be [T, C], not empty, with C a multiple of {BLOCK}": x.ndim == 2
-        and x.size > 0
+        f"x {x.shape} must be [T, C] with C a multiple of {BLOCK}, not 0": x.ndim == 2
+        and x.shape[-1] > 0
         and x.shape[-1] % BLOCK == 0,
         f"x {x.dtype} must be bfloat16 or float32": x.dtype in (jnp.bfloat16, jnp.float32),
     }
     if problems := [rule for rule, holds in rules.items() if not holds]:
         raise ValueError("block_cast: " + "; ".join(problems))
+    if len(x) == 0:
+        return jnp.zeros(x.shape, jnp.float8_e4m3fn), jnp.zeros((0, x.shape[1] // BLOCK), jnp.uint8)
     if impl == "reference":
         return reference.block_cast_reference(x)
     rows = tuning.choose_rows(*x.shape, x.dtype.itemsize) if rows is None else rows
@@ -153,8 +157,7 @@ def _matmul_problems(
         f"impl={impl!r} must be 'pallas' or 'reference'": impl in ("pallas", "reference"),
         f"weight {weight.shape} must be {shape}, not empty": len(matrix) == 2 and weight.size > 0,
         f"groups={groups} must divide the outputs of weight {weight.shape} {parts}": divides,
-        f"x {x.shape} must be [T, {times}I], not empty, with I of weight {weight.shape}": x.ndim == 2
-        and x.size > 0
+        f"x {x.shape} must be [T, {times}I] with I of weight {weight.shape}": x.ndim == 2
         and x.shape[1] == groups * weight.shape[-1],
         f"scale {scale.shape} must be {grid}, one for every {BLOCK} x {BLOCK} block": scale.shape == grid,
         f"x {x.dtype} must be bfloat16 or float32": x.dtype in (jnp.bfloat16, jnp.float32),

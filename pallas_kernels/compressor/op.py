@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from pallas_kernels.compressor import kernel_tpu, reference, tuning
+from pallas_kernels.sizes import not_empty
 
 
 def compressor(
@@ -55,7 +56,7 @@ def compressor(
         interpret: passed to `pl.pallas_call`; tests set it, callers leave it alone.
 
     Returns:
-        [B, P, Dc] entries in the dtype of `kv`.
+        [B, P, Dc] entries in the dtype of `kv`. B and P may be 0.
 
     Numerics: float32 throughout, except that p_s is rounded to the dtype of `kv` before the norm and e_s
         after the rotation. Within 1e-5 of the reference in float32, relative to the largest entry (order of
@@ -89,6 +90,8 @@ def compressor(
         raise ValueError("compressor: " + "; ".join(problems))
     ratio, branches, width = ape.shape
     batch, num_entries, _ = cos.shape
+    if 0 in (batch, num_entries):
+        return jnp.zeros((batch, num_entries, width), kv.dtype)
     if is_first is None:
         is_first = jnp.zeros((batch, num_entries), bool)
     if impl == "reference":
@@ -125,8 +128,7 @@ def _problems(kv, gate, ape, norm, cos, sin, is_first, starts, eps: float, impl:
         f"cos {cos.shape} and sin {sin.shape} must be [{batch}, P, pairs]": cos.shape == sin.shape
         and cos.shape[0] == batch,
         f"{pairs} pairs must be within 1 .. {width // 2}": 1 <= pairs <= width // 2,
-        f"P={num_entries} entries must be within 1 .. {most} complete blocks of {length} rows": 1
-        <= num_entries
+        f"P={num_entries} entries must be within 0 .. {most} complete blocks of {length} rows": num_entries
         <= most,
         f"is_first must be bool{list(entries)}": is_first is None
         or (is_first.shape == entries and is_first.dtype == jnp.bool_),
@@ -136,7 +138,7 @@ def _problems(kv, gate, ape, norm, cos, sin, is_first, starts, eps: float, impl:
         and kv.dtype in (jnp.bfloat16, jnp.float32),
         "ape, norm, cos and sin must be float32": {ape.dtype, norm.dtype, cos.dtype, sin.dtype}
         == {jnp.dtype(jnp.float32)},
-    }
+    } | not_empty(m=ratio, Dc=width)
     if impl == "pallas":
         lanes, most_rows = tuning.LANES, tuning.HALO_ROWS // 2
         rules |= {

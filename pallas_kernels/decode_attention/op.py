@@ -20,6 +20,7 @@ from pallas_kernels.decode_attention import (
     visibility,
 )
 from pallas_kernels.decode_attention.fp8_entries import GROUP, scale_bytes
+from pallas_kernels.sizes import not_empty
 
 
 def decode_attention(
@@ -71,7 +72,8 @@ def decode_attention(
 
     Returns:
         o: [B, T, H, Dh] in the dtype of `q`, still rotated.
-        lse: f32[B, T, H], the sink included. A query that sees nothing has o = 0, lse = sink.
+        lse: f32[B, T, H], the sink included. A query that sees nothing has o = 0, lse = sink. B, T, S and K
+            may be 0.
 
     Numerics: logits, maxima, sums and accumulation are float32; the sink takes part in the maximum;
         probabilities are rounded to the dtype of `q` before they meet the values, and normalised after.
@@ -104,7 +106,9 @@ def decode_attention(
         raise ValueError("decode_attention: " + "; ".join(problems))
     if entries is not None and 0 in (stored.shape_of(entries)[2], 1 if index is None else index.shape[2]):
         operands = operands._replace(entries=None, hi=None, index=None)
-    if impl == "reference":
+    if 0 in q.shape:
+        run = _no_queries
+    elif impl == "reference":
         run = functools.partial(reference.decode_attention_reference, window=window)
     else:
         run = functools.partial(_run_kernel, window=window, blocks=blocks, interpret=interpret)
@@ -139,7 +143,8 @@ def _problems(o: _Operands, window: int, impl: str, blocks: tuning.DecodeBlocks 
         f"sink {o.sink.shape} must be {(heads,)}": o.sink.shape == (heads,),
         f"sink is {o.sink.dtype}, must be float32": o.sink.dtype == jnp.float32,
         f"repeat {o.repeat.shape} must be a scalar": o.repeat.shape == (),
-    } | _format_rules("ring", o.ring, o.q.dtype)
+    }
+    rules |= not_empty(R=repeats, H=heads, Dh=width) | _format_rules("ring", o.ring, o.q.dtype)
     if o.entries is None:
         rules["hi and index need entries"] = o.hi is None and o.index is None
     else:
@@ -214,6 +219,10 @@ def _without_gradient(run, operands):
 @_without_gradient.defjvp
 def _refuse(run, primals, tangents):
     raise TypeError("decode_attention has no gradient: train through hybrid_attention")
+
+
+def _no_queries(q, *keys):
+    return jnp.zeros_like(q), jnp.zeros(q.shape[:3], jnp.float32)
 
 
 def _run_kernel(q, ring, position, sink, repeat, entries, hi, index, *, window, blocks, interpret):

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32, UInt8
 
 from pallas_kernels.grouped_matmul import reference, routing, stream, tpu, tuning, tuning_tpu, xla
 from pallas_kernels.grouped_matmul.stored import Stack
+from pallas_kernels.sizes import not_empty
 
 
 def expert_ffn(
@@ -69,7 +70,7 @@ def expert_ffn(
         interpret: passed to `pl.pallas_call`; tests set it, callers leave it alone.
 
     Returns:
-        f32[T, D]. Finite for finite inputs; exact zeros for padding.
+        f32[T, D]. Finite for finite inputs; exact zeros for padding. T and Ke may be 0.
 
     Numerics: both products accumulate in float32, clamp, SiLU, gate product and routing weights are float32;
         the hidden activation is rounded to the dtype of `x` in between. A token's experts are added in
@@ -106,6 +107,8 @@ def expert_ffn(
     )  # fmt: skip
     if problems := _problems(operands, num_experts, swiglu_limit, impl, blocks):
         raise ValueError("expert_ffn: " + "; ".join(problems))
+    if expert_ids.size == 0:
+        return jnp.zeros(x.shape, jnp.float32)
     if impl == "reference":
         return reference.expert_ffn_reference(
             *operands, num_experts=num_experts, swiglu_limit=swiglu_limit, round_hidden=round_hidden
@@ -157,6 +160,8 @@ def _problems(o: _Operands, num_experts: int, limit: float, impl: str, blocks) -
         f"num_experts={num_experts} must be in 1 .. {stack}": 1 <= num_experts <= stack,
         f"{tokens} x {top_k} pairs of {num_experts} experts need sort keys of {bits} > 31 bits": bits <= 31,
     }
+    if len(gate_up) == 4:
+        rules |= not_empty(D=hidden, F=width)
     broken = [rule for rule, holds in rules.items() if not holds]
     if impl == "pallas":
         broken += tpu.problems(o.x, o.gate_up, o.down)

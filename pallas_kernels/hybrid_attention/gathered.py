@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels.decode_attention.kernel_tpu_gather import rows_a_copy
 from pallas_kernels.hybrid_attention import kernel_tpu_gathered, reference, tuning
+from pallas_kernels.sizes import not_empty
 
 
 def gathered_attention(
@@ -42,7 +43,7 @@ def gathered_attention(
     Returns:
         o: [B, T, H, Dh] in the dtype of `q`, still rotated.
         lse: f32[B, T, H]. A query that sees nothing has o = 0, lse = -inf. `merge` joins this with attention
-            over other keys.
+            over other keys. B, T, S and K may be 0.
 
     Numerics: logits, maxima, sums and accumulation are float32; probabilities are rounded to the dtype of `q`
         before they meet the values, and normalised after. Within 1e-5 (relative to max |o|) of the reference
@@ -66,7 +67,7 @@ def gathered_attention(
         raise ValueError("gathered_attention: " + "; ".join(problems))
     stack = entries[None] if repeat is None else entries
     operands = _Operands(q, stack, index, jnp.int32(0) if repeat is None else operands.repeat)
-    if 0 in (stack.shape[2], index.shape[2]):
+    if 0 in (*q.shape, stack.shape[2], index.shape[2]):
         run = _empty
     elif impl == "reference":
         run = reference.gathered_attention_reference
@@ -89,7 +90,7 @@ def _problems(o: _Operands, impl: str) -> list[str]:
             f"q {o.q.shape} must be [B, T, H, Dh], entries {o.entries.shape} [B, S, Dh] or [R, B, S, Dh], "
             f"index {o.index.shape} [B, T, K]"
         ]
-    batch, length, _, width = o.q.shape
+    batch, length, heads, width = o.q.shape
     *_, entries_batch, size, entries_width = o.entries.shape
     rules = {
         f"impl={impl!r} must be 'pallas' or 'reference'": impl in ("pallas", "reference"),
@@ -102,8 +103,9 @@ def _problems(o: _Operands, impl: str) -> list[str]:
         f"index {o.index.shape} must be {(batch, length, 'K')}": o.index.shape[:2] == (batch, length),
         f"index is {o.index.dtype}, must be int32": o.index.dtype == jnp.int32,
         "a stack of entries and repeat must come together": (o.entries.ndim == 4) == (o.repeat is not None),
-    }
+    } | not_empty(H=heads, Dh=width)
     if o.repeat is not None:
+        rules |= not_empty(R=o.entries.shape[0])
         rules[f"repeat {o.repeat.shape} must be a scalar"] = o.repeat.shape == ()
         rules[f"repeat is {o.repeat.dtype}, must be int32"] = o.repeat.dtype == jnp.int32
     return [rule for rule, holds in rules.items() if not holds]

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from pallas_kernels.hybrid_attention import kernel_tpu, kernel_tpu_backward, reference, tuning
+from pallas_kernels.sizes import not_empty
 
 
 def hybrid_attention(
@@ -50,7 +51,8 @@ def hybrid_attention(
 
     Returns:
         o: [B, T, H, Dh] in the dtype of `q`, still rotated.
-        lse: f32[B, T, H], the sink included: what a merge with attention over other keys needs.
+        lse: f32[B, T, H], the sink included: what a merge with attention over other keys needs. B, T and S
+            may be 0.
 
     Numerics: logits, maxima, sums and accumulation are float32; the sink takes part in the maximum;
         probabilities are rounded to the dtype of `line` before they meet the values, and normalised after.
@@ -73,6 +75,8 @@ def hybrid_attention(
     operands = _Operands(q, line, position, sink, entries, lo, hi, selected)
     if problems := _problems(operands, window, impl):
         raise ValueError("hybrid_attention: " + "; ".join(problems))
+    if 0 in q.shape:
+        return jnp.zeros_like(q), jnp.zeros(q.shape[:3], jnp.float32)
     if entries is not None:
         operands = operands._replace(entries=entries.astype(line.dtype))
         if entries.shape[1] == 0:
@@ -118,7 +122,7 @@ def _problems(o: _Operands, window: int, impl: str) -> list[str]:
         f"position {o.position.shape} must be {(batch, length)}": o.position.shape == (batch, length),
         f"sink {o.sink.shape} must be {(heads,)}": o.sink.shape == (heads,),
         f"sink is {o.sink.dtype}, must be float32": o.sink.dtype == jnp.float32,
-    }
+    } | not_empty(H=heads, Dh=width)
     for name, limits in (("lo", o.lo), ("hi", o.hi)):
         rules[f"entries and {name} must come together"] = (limits is None) == (o.entries is None)
         if limits is not None:

@@ -2,6 +2,7 @@
 
 One sublayer is `pre`, the sublayer itself, `post`; between two sublayers `post_pre` does both in one sweep
 over the streams. `collapse` ends the model. All four share one forward and one backward kernel.
+Token axes may be empty; nothing is what the reference, too, makes of no tokens.
 """
 
 import functools
@@ -15,6 +16,7 @@ from jaxtyping import Array, Float, Float32
 from pallas_kernels.hyper_connection import kernel_tpu, kernel_tpu_backward, reference, tuning
 from pallas_kernels.hyper_connection.kernel_tpu import Variant
 from pallas_kernels.hyper_connection.maps import scale_index
+from pallas_kernels.sizes import not_empty
 
 Impl = Literal["pallas", "reference"]
 
@@ -79,7 +81,7 @@ def pre(
     weights = dict(fn=fn, base=base, scale=scale, norm_weight=norm_weight)
     settings = dict(num_iters=num_iters, hc_eps=hc_eps, norm_eps=norm_eps)
     _check("pre", dict(streams=streams, **weights), impl=impl, num_iters=num_iters)
-    if impl == "reference":
+    if impl == "reference" or streams.size == 0:
         return reference.pre_reference(streams, *weights.values(), **settings)
     variant = Variant(post=False, pre=True, norm=True, **settings)
     out = _run(variant, dict(streams=streams, **weights), blocks, interpret)
@@ -121,7 +123,7 @@ def post(
     """
     operands = dict(streams=streams, update=update, maps=maps)
     _check("post", operands, impl=impl)
-    if impl == "reference":
+    if impl == "reference" or streams.size == 0:
         return reference.post_reference(**operands)
     variant = Variant(post=True, pre=False, norm=False)
     return _run(variant, operands, blocks, interpret)["next_streams"]
@@ -181,7 +183,7 @@ def post_pre(
     )
     settings = dict(num_iters=num_iters, hc_eps=hc_eps, norm_eps=norm_eps)
     _check("post_pre", operands, impl=impl, num_iters=num_iters)
-    if impl == "reference":
+    if impl == "reference" or streams.size == 0:
         return reference.post_pre_reference(**operands, **settings)
     out = _run(Variant(post=True, pre=True, norm=True, **settings), operands, blocks, interpret)
     return out["next_streams"], out["sublayer"], out["next_maps"]
@@ -229,7 +231,7 @@ def collapse(
     operands = dict(streams=streams, fn=fn, base=base, scale=scale)
     _check("collapse", operands, impl=impl)
     settings = dict(hc_eps=hc_eps, norm_eps=norm_eps)
-    if impl == "reference":
+    if impl == "reference" or streams.size == 0:
         return reference.collapse_reference(**operands, **settings)
     variant = Variant(post=False, pre=True, norm=False, **settings)
     return _run(variant, operands, blocks, interpret)["sublayer"]
@@ -270,6 +272,8 @@ def _check(name: str, operands: dict, *, impl: str, num_iters: int = 1) -> None:
         f"D={hidden} must be a multiple of {tuning.LANES}": impl != "pallas" or hidden % tuning.LANES == 0,
         f"N={n} must be at most {tuning.MAX_STREAMS}": impl != "pallas" or n <= tuning.MAX_STREAMS,
     }
+    if streams.ndim >= 2:
+        rules |= not_empty(N=n, D=hidden)
     problems += [rule for rule, holds in rules.items() if not holds]
     if problems:
         raise ValueError(f"{name}: " + "; ".join(problems))

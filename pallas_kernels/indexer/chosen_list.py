@@ -21,7 +21,7 @@ def index_list(mask: Bool[Array, "B T S"], k: int) -> Int32[Array, "B T k"]:
         k: length of the list, >= 1; of more chosen entries the first k are listed.
 
     Returns:
-        i32[B, T, k].
+        i32[B, T, k]; B, T and S may be 0.
 
     Numerics: exact.
     Gradients: none (a choice of indices).
@@ -39,6 +39,8 @@ def index_list(mask: Bool[Array, "B T S"], k: int) -> Int32[Array, "B T k"]:
     if problems := [rule for rule, holds in rules.items() if not holds]:
         raise ValueError("index_list: " + "; ".join(problems))
     batch, length, size = mask.shape
+    if mask.size == 0:
+        return jnp.full((batch, length, k), -1, jnp.int32)
     padded = jnp.pad(mask, ((0, 0), (0, 0), (0, round_up(size, GROUP) - size)))
     rows = padded.reshape(batch * length, -1, GROUP)
     listed = jax.lax.map(lambda row: _list_row(row, k), rows, batch_size=min(ROWS_AT_ONCE, len(rows)))

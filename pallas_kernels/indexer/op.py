@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 from pallas_kernels.arithmetic import round_up
 from pallas_kernels.indexer import kernel_tpu, kernel_tpu_backward, kernel_tpu_select, reference, tuning
 from pallas_kernels.indexer.formats import GROUP, Keys, format_of, shape_of
+from pallas_kernels.sizes import not_empty
 
 VMEM_BUDGET = 48 * 2**20  # bytes a step may plan with; every generation has at least 64 MiB
 VMEM_LIMIT = 60 * 2**20
@@ -46,7 +47,7 @@ def index_scores(
         interpret: passed to `pl.pallas_call`; tests set it, callers leave it alone.
 
     Returns:
-        f32[B, T, S].
+        f32[B, T, S]; B, T and S may be 0.
 
     Numerics: products accumulate in float32 (float32 operands at highest precision); ReLU, weights and the
         sum over heads are float32. Within 1e-5 (relative to the largest score) of the reference: the order of
@@ -68,6 +69,9 @@ def index_scores(
             For gradients through quantised keys or a stack.
     """
     _check("index_scores", q, weights, keys, lo, hi, repeat, impl)
+    shape = *lo.shape, shape_of(keys)[-2]
+    if 0 in shape:
+        return jnp.zeros(shape, jnp.float32)
     if impl == "reference":
         return reference.index_scores_reference(q, weights, _one_layer(keys, repeat), lo, hi)
     blocks = _chosen(blocks, q, keys, tuning.choose_blocks)
@@ -101,7 +105,7 @@ def index_select(
         k: entries to choose, >= 1 (512 Flash, 1024 Pro); a query that sees fewer keeps them all.
 
     Returns:
-        bool[B, T, S]; `index_list` makes a list of it.
+        bool[B, T, S]; B, T and S may be 0. `index_list` makes a list of it.
 
     Numerics: scores as in `index_scores`; the choice among them is exact, ties go to the lowest index. NaN
         and -inf are never chosen; -0 and subnormals equal 0.
@@ -118,6 +122,9 @@ def index_select(
         ValueError: as `index_scores`, and for k < 1.
     """
     _check("index_select", q, weights, keys, lo, hi, repeat, impl, k)
+    shape = *lo.shape, shape_of(keys)[-2]
+    if 0 in shape:
+        return jnp.zeros(shape, bool)
     q, weights, keys = jax.lax.stop_gradient((q, weights, keys))
     if impl == "reference":
         scores = reference.index_scores_reference(q, weights, _one_layer(keys, repeat), lo, hi)
@@ -148,6 +155,10 @@ def _check(name, q, weights, keys, lo, hi, repeat, impl, k=1) -> None:
         f"hi {hi.shape} must be {[batch, length]}": hi.shape == (batch, length),
         f"repeat {repeat_shape} must be a scalar": repeat_shape == (),
     }
+    if q.ndim == 4:
+        rules |= not_empty(Hi=heads, Di=width)
+    if repeat is not None and fits:
+        rules |= not_empty(R=shape[0])
     if form == "plain":
         rules[f"keys {keys.dtype} must have the dtype of q, {q.dtype}"] = keys.dtype == q.dtype
     else:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels.linear_cross_entropy import kernel_tpu, reference, tuning, xla
+from pallas_kernels.sizes import not_empty
 
 
 def linear_cross_entropy(
@@ -41,8 +42,8 @@ def linear_cross_entropy(
         interpret: passed to `pl.pallas_call`; tests set it, callers leave it alone.
 
     Returns:
-        nll f32[T], >= 0 for ids in 0 .. V-1, and lse f32[T], in nats. Weights and the mean are the caller's:
-        sum(weight * nll) / sum(weight). lse serves a z-loss and sharded vocabularies.
+        nll f32[T], >= 0 for ids in 0 .. V-1, and lse f32[T], in nats; T may be 0. Weights and the mean are
+        the caller's: sum(weight * nll) / sum(weight). lse serves a z-loss and sharded vocabularies.
 
     Numerics: sums, maxima, exponentials and logarithms are float32. Within 1e-5, relative to max(1, |lse|),
         of the reference at either precision: only the order of sums differs.
@@ -68,11 +69,13 @@ def linear_cross_entropy(
         and ids relative to them, then lse = logsumexp of the lse_i, and nll = lse - sum(lse_i - nll_i), as
         foreign ids pick 0. D must be whole. Wrap in `shard_map`: kernels are not partitioned by the compiler.
     Raises:
-        ValueError: for shapes that do not fit or are empty, dtypes other than bf16 and f32, ids other than
+        ValueError: for shapes that do not fit, D or V of 0, dtypes other than bf16 and f32, ids other than
             i32, or an unknown precision or impl; all problems at once.
     """
     if problems := _problems(hidden, head, ids, precision, impl):
         raise ValueError("linear_cross_entropy: " + "; ".join(problems))
+    if len(hidden) == 0:
+        return jnp.zeros(0, jnp.float32), jnp.zeros(0, jnp.float32)
     if impl == "reference":
         return reference.linear_cross_entropy_reference(hidden, head, ids, precision=precision)
     inside = (ids >= 0) & (ids < head.shape[0])
@@ -106,7 +109,7 @@ def weighted_cross_entropy(
         interpret: passed to `pl.pallas_call`; tests set it, callers leave it alone.
 
     Returns:
-        f32[], in nats if the weights are a mean's.
+        f32[], in nats if the weights are a mean's; 0 of no tokens.
 
     Numerics: logits, softmax and sums are float32 for every dtype of the operands.
     Gradients: w.r.t. hidden and head. "xla" computes them chunk by chunk in the forward pass and only scales
@@ -120,6 +123,8 @@ def weighted_cross_entropy(
     """
     if impl not in ("xla", "pallas", "reference"):
         raise ValueError(f"weighted_cross_entropy: impl={impl!r} must be 'xla', 'pallas' or 'reference'")
+    if len(hidden) == 0:
+        return jnp.float32(0)
     if impl == "xla":
         return xla.weighted_cross_entropy_xla(hidden, head, ids, weights, chunk=chunk)
     nll, _ = linear_cross_entropy(hidden, head, ids, impl=impl, interpret=interpret)
@@ -136,11 +141,12 @@ def _problems(hidden: jax.Array, head: jax.Array, ids: jax.Array, precision: str
         f"head {head.shape} must be [V, D] with D of hidden {hidden.shape}": head.ndim == 2
         and head.shape[-1:] == hidden.shape[-1:],
         f"ids {ids.shape} must be [T] with T of hidden {hidden.shape}": ids.shape == hidden.shape[:1],
-        f"hidden {hidden.shape} and head {head.shape} must not be empty": hidden.size > 0 and head.size > 0,
         f"hidden {hidden.dtype} and head {head.dtype} must be bfloat16 or float32": hidden.dtype in floats
         and head.dtype in floats,
         f"ids {ids.dtype} must be int32": ids.dtype == jnp.int32,
     }
+    if head.ndim == 2:
+        rules |= not_empty(V=head.shape[0], D=head.shape[1])
     return [rule for rule, holds in rules.items() if not holds]
 
 

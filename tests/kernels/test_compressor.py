@@ -234,7 +234,7 @@ def test_problems_are_named_together():
         compressor(inputs[0], inputs[1][:, :3], *inputs[2:], is_first=is_first[:, 1:], eps=0, impl="xla")
     with pytest.raises(ValueError, match="3 and 3 axes"):
         compressor(*inputs[:2], inputs[2][0], *inputs[3:], eps=EPS)
-    with pytest.raises(ValueError, match="P=10 entries must be within 1 .. 9 complete blocks"):
+    with pytest.raises(ValueError, match="P=10 entries must be within 0 .. 9 complete blocks"):
         compressor(inputs[0][:, :39], inputs[1][:, :39], *inputs[2:], eps=EPS)
     with pytest.raises(ValueError, match="both be bfloat16 or float32"):
         compressor(inputs[0].astype(jnp.bfloat16), *inputs[1:], eps=EPS)
