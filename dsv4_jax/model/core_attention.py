@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from dsv4_jax.model.entries import Entries
-from dsv4_jax.model.index_scores import index_scores, select
+from dsv4_jax.model.index_scores import index_scores, select, select_list
 from pallas_kernels.precision import einsum_float32
 
 SMALLEST_EXTENT = 64
@@ -218,8 +218,7 @@ def prefix_sizes(capacity: int) -> tuple[int, ...]:
 
 def _attend_gathered(queries, near, near_visible, entries, scores, visible, sink, top_k):
     """CSA over a long list: the chosen entries of each query are gathered, not masked."""
-    ranked = jnp.where(visible & ~jnp.isnan(scores), scores, -jnp.inf)
-    best, index = jax.lax.top_k(ranked, top_k)
+    index, any_chosen = select_list(scores, visible, top_k)
     size = scores.shape[-1]
 
     def one_query(xs):
@@ -228,5 +227,5 @@ def _attend_gathered(queries, near, near_visible, entries, scores, visible, sink
         visible = jnp.concatenate([near_seen, seen], axis=1)
         return softmax_attention(q[:, None], keys, visible[:, None], sink)[:, 0]
 
-    by_query = [jnp.moveaxis(x, 1, 0) for x in (queries.q, near_visible, index, best > -jnp.inf)]
+    by_query = [jnp.moveaxis(x, 1, 0) for x in (queries.q, near_visible, index, any_chosen)]
     return jnp.moveaxis(jax.lax.map(one_query, tuple(by_query)), 0, 1)

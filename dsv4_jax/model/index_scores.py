@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from dsv4_jax.model.entries import Entries
 from dsv4_jax.numerics import cache_formats, qat
@@ -53,7 +53,21 @@ def index_scores(
 
 
 def select(
-    scores: Float32[Array, "B T S"], visible: Float[Array, "B T S"], top_k: int
-) -> Float[Array, "B T S"]:
-    """Membership of the top-k visible entries; ties go to the lowest entry, NaN scores are never chosen."""
-    return topk_mask(scores, visible, top_k)
+    scores: Float32[Array, "B T S"], visible: Bool[Array, "B T S"], top_k: int
+) -> Bool[Array, "B T S"]:
+    """Membership of the top-k visible entries, by the same rule as the kernels and `select_list`.
+
+    Ties go to the lowest entry; -0 and subnormal scores equal 0; NaN and -inf are never chosen.
+    """
+    return topk_mask(scores, visible & (scores > -jnp.inf), top_k)
+
+
+def select_list(
+    scores: Float32[Array, "B T S"], visible: Bool[Array, "B T S"], top_k: int
+) -> tuple[Int32[Array, "B T Ki"], Bool[Array, "B T Ki"]]:
+    """The choice of `select` as indices, in no order that means anything, and which of them are any."""
+    # `lax.top_k` orders by bits: there -0 is less than 0, and a subnormal number is more.
+    level = jnp.abs(scores) < jnp.finfo(jnp.float32).tiny
+    ranked = jnp.where(visible & ~jnp.isnan(scores), jnp.where(level, 0.0, scores), -jnp.inf)
+    best, index = jax.lax.top_k(ranked, top_k)
+    return index, best > -jnp.inf
