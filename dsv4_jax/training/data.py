@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dsv4_jax.quantities import checked_integer, integer_problem, seed_problem
+
 PADDING_SEGMENT = 0
 """Segment id of positions that hold no token; those of tokens are positive."""
 
@@ -44,6 +46,11 @@ def _concatenate(documents: Sequence[np.ndarray], order: Sequence[int]) -> np.nd
     return np.stack([tokens, numbers]).astype(np.int32)
 
 
+def _size_problems(batch_size: object, seq_len: object) -> list[str]:
+    sizes = {"batch_size": batch_size, "seq_len": seq_len}
+    return [problem for name, size in sizes.items() if (problem := integer_problem(name, size, 1))]
+
+
 class TrainingRows:
     """Batches of full rows from shuffled documents, epoch after epoch, without end.
 
@@ -57,10 +64,16 @@ class TrainingRows:
         seed: of the order.
 
     Raises:
-        ValueError: when all documents together are shorter than one row.
+        ValueError: for sizes below 1, a seed outside 0 .. 2^63 - 1, or when all documents together are
+            shorter than one row; all problems at once.
     """
 
     def __init__(self, documents: Sequence[np.ndarray], batch_size: int, seq_len: int, seed: int) -> None:
+        problems = _size_problems(batch_size, seq_len)
+        if problem := seed_problem(seed):
+            problems.append(problem)
+        if problems:
+            raise ValueError("; ".join(problems))
         self._documents = list(documents)
         self._seed = seed
         self._epoch: tuple[int, np.ndarray, np.ndarray] | None = None
@@ -81,7 +94,12 @@ class TrainingRows:
         return self._epoch[1:]
 
     def batch(self, step: int) -> Batch:
-        """The batch of a training step, counted from 0; a pure function of the seed and `step`."""
+        """The batch of a training step, counted from 0; a pure function of the seed and `step`.
+
+        Raises:
+            ValueError: for a step that is no integer of at least 0.
+        """
+        step = checked_integer("step", step, 0)
         rows = []
         for index in range(step * self.batch_size, (step + 1) * self.batch_size):
             stream, order = self._rows_of_epoch(index // self.rows_per_epoch)
@@ -97,7 +115,12 @@ def validation_batches(documents: Sequence[np.ndarray], batch_size: int, seq_len
     Args:
         documents: token ids i32[n] of each document.
         batch_size: B. seq_len: T.
+
+    Raises:
+        ValueError: for sizes below 1; all problems at once.
     """
+    if problems := _size_problems(batch_size, seq_len):
+        raise ValueError("; ".join(problems))
     stream = _concatenate(documents, range(len(documents)))
     num_tokens = stream.shape[1]
     tokens_per_batch = batch_size * seq_len

@@ -6,6 +6,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from dsv4_jax.errors import ConfigError
+from dsv4_jax.quantities import integer_problem
 
 BOS = "<｜begin▁of▁sentence｜>"
 EOS = "<｜end▁of▁sentence｜>"
@@ -26,11 +27,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     Raises:
         ConfigError: if `vocab_size` cannot hold the 256 bytes and the two special tokens.
     """
-    if vocab_size < NUM_BYTES + 2:
-        raise ConfigError(
-            "cannot train a tokenizer",
-            [f"vocab_size={vocab_size} must be at least {NUM_BYTES + 2} (all bytes, bos, eos)"],
-        )
+    if problem := integer_problem("vocab_size", vocab_size, NUM_BYTES + 2):
+        raise ConfigError("cannot train a tokenizer", [f"{problem} (all bytes, bos, eos)"])
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -14,7 +14,8 @@ def operands(dtype):
     x = jax.random.normal(keys[0], shape).astype(dtype)
     y = jax.random.normal(keys[1], (2, 5, 7)).astype(dtype)
     pre, post = (jax.random.uniform(key, (4, 2, 5), jnp.float32) for key in keys[2:4])
-    comb = jax.random.uniform(keys[4], (4, 4, 2, 5), jnp.float32)  # not symmetric, not stochastic: orientation shows
+    # Not symmetric, not stochastic: orientation shows.
+    comb = jax.random.uniform(keys[4], (4, 4, 2, 5), jnp.float32)
     return x, y, pre, post, comb
 
 
@@ -37,7 +38,8 @@ def test_values_and_gradients(which, dtype, tolerance):
     x, y, pre, post, comb = operands(dtype)
     args = (x, pre) if which == "combine" else (x, y, post, comb)
     ours, plain = (combine, plain_combine) if which == "combine" else (fused_expand, plain_expand)
-    weigh = lambda f: lambda *args: (jnp.sin(jnp.arange(7, dtype=jnp.float32)) * f(*args).astype(jnp.float32)).sum()  # noqa: E731
+    waves = jnp.sin(jnp.arange(7, dtype=jnp.float32))
+    weigh = lambda f: lambda *args: (waves * f(*args).astype(jnp.float32)).sum()  # noqa: E731
     np.testing.assert_allclose(*(f(*args).astype(jnp.float32) for f in (ours, plain)), atol=tolerance)
     got, want = (jax.grad(weigh(f), tuple(range(len(args))))(*args) for f in (ours, plain))
     for mine, reference in zip(got, want, strict=True):

@@ -6,8 +6,10 @@ import pytest
 
 from dsv4_jax.inference import steps
 from dsv4_jax.language_model import LanguageModel
+from dsv4_jax.model import index_scores
 from dsv4_jax.model import span as spans
 from dsv4_jax.model.cache import new_cache
+from dsv4_jax.model.entries import Entries
 from dsv4_jax.model.initial import Network
 from dsv4_jax.numerics.policy import Policy
 from dsv4_jax.training.data import Batch
@@ -90,6 +92,20 @@ def test_no_value_of_a_program_is_64_bits_wide(dtype, numerics, cache, kernels):
     with jax.enable_x64(True):
         for program in programs(network):
             assert wide_values(jax.make_jaxpr(program)(network.shapes()).jaxpr) == [], program.__name__
+
+
+def test_scores_in_pieces_hold_no_64_bit_value(monkeypatch):
+    """A loop over pieces counts in int32; contexts as short as those above are scored at once."""
+    monkeypatch.setattr(index_scores, "MAX_SCORE_ELEMENTS", 1)  # 64 keys at once
+
+    def scores(q, weights, stack, repeat):
+        return index_scores.index_scores(q, weights, Entries(stack, repeat), 100)
+
+    shapes = ((1, 2, 2, 8), (1, 2, 2), (1, 1, 100, 8))
+    operands = [jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes]
+    with jax.enable_x64(True):
+        program = jax.make_jaxpr(scores)(*operands, jax.ShapeDtypeStruct((), np.int32)).jaxpr
+    assert "scan[" in str(program) and wide_values(program) == []
 
 
 def test_a_64_bit_value_is_found():

@@ -79,3 +79,14 @@ def test_validation_holds_every_token_exactly_once_in_order(lengths):
         check_layout(batch)
         tokens.append(batch.tokens[batch.segment_ids != PADDING_SEGMENT])
     np.testing.assert_array_equal(np.concatenate(tokens), np.concatenate(documents))
+
+
+@pytest.mark.parametrize("size", [0, -1, True, 2.0])
+def test_sizes_and_seeds_that_are_no_integers_are_named_together(size):
+    documents = [np.arange(40, dtype=np.int32)]
+    with pytest.raises(ValueError, match="batch_size=.*; seq_len=.*; seed=-1"):
+        TrainingRows(documents, size, size, -1)
+    with pytest.raises(ValueError, match="batch_size=.*; seq_len="):
+        validation_batches(documents, size, size)
+    with pytest.raises(ValueError, match="step=-1 must be an integer of at least 0"):
+        TrainingRows(documents, 2, 4, 0).batch(-1)

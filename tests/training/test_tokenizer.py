@@ -52,3 +52,9 @@ def test_vocabulary_too_small_for_all_bytes_is_refused():
     with pytest.raises(ConfigError, match="257.*258"):
         train_tokenizer(TEXTS, 257)
     assert train_tokenizer(TEXTS, 258).get_vocab_size() == 258
+
+
+@pytest.mark.parametrize("size", [257, 400.0, True])
+def test_a_vocabulary_too_small_or_no_integer_is_refused(size):
+    with pytest.raises(ConfigError, match=r"vocab_size=.* must be an integer of at least 258"):
+        train_tokenizer(TEXTS, size)
