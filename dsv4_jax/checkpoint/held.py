@@ -1,15 +1,25 @@
-"""One parameter of which boxes can be read, and how the boxes of quantised weights are cut."""
+"""One parameter by boxes, wherever it lies: on devices, in host memory, or (see `read`) in files.
+
+Saving sees nothing else of a parameter, so a whole stack of layers or experts is never in one host array: of
+a stack on devices, each tensor is fetched from the shards that it overlaps.
+"""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
+from typing import Any
 
+import jax
 import numpy as np
 
-from dsv4_jax.boxes import Box
+from dsv4_jax.boxes import Box, at, inside, overlap, shape_of, size_of
+from dsv4_jax.checkpoint.names import TensorSpec
 from dsv4_jax.checkpoint.storage import Format
 from dsv4_jax.errors import ProblemsError
 from dsv4_jax.numerics.formats import FP4_GROUP, FP8_BLOCK, Fp8Blocks, Mxfp4
+from dsv4_jax.numerics.weights import QuantizedWeight, elements, scale
 
+Leaf = jax.Array | np.ndarray | QuantizedWeight
 Blocks = Fp8Blocks | Mxfp4
 
 BLOCK: Mapping[Format, tuple[int, int]] = {"fp8": (FP8_BLOCK, FP8_BLOCK), "fp4": (1, FP4_GROUP)}
@@ -32,6 +42,33 @@ class Held:
     format: Format
     dtype: np.dtype | None
     read_box: Callable[[Box], np.ndarray | Blocks]
+
+    def tensor(self, spec: TensorSpec) -> np.ndarray | Blocks:
+        """The part of the parameter that one tensor of a checkpoint holds.
+
+        Returns:
+            A plain tensor in its shape on disk; a quantised one as [.., O, I], with the leading axes that it
+            joins in front.
+        """
+        box = self.read_box(at(spec.index, self.shape))
+        if isinstance(box, np.ndarray):
+            return box.reshape(spec.shape)
+        return jax.tree.map(lambda array: array[(0,) * len(spec.index)], box)
+
+
+def in_memory(leaf: Leaf) -> Held:
+    """A parameter on devices, possibly split over them, or in host memory."""
+    if not isinstance(leaf, QuantizedWeight):
+        return Held(tuple(leaf.shape), "bf16", np.dtype(leaf.dtype), functools.partial(part, leaf))
+    how: Format = "fp8" if isinstance(leaf.blocks, Fp8Blocks) else "fp4"
+    stored = tuple(elements(leaf).shape)
+    shape = stored if how == "fp8" else (*stored[:-1], 2 * stored[-1])
+
+    def read_box(box: Box) -> Blocks:
+        numbers, scales = part_boxes(how, box, shape)
+        return type(leaf.blocks)(part(elements(leaf), numbers), part(scale(leaf), scales))
+
+    return Held(shape, how, None, read_box)
 
 
 def part_boxes(how: Format, box: Box, shape: tuple[int, ...]) -> tuple[Box, Box]:
@@ -58,3 +95,45 @@ def part_boxes(how: Format, box: Box, shape: tuple[int, ...]) -> tuple[Box, Box]
     ]
     columns = box[-1] if how == "fp8" else slice(box[-1].start // 2, box[-1].stop // 2)
     return (*box[:-1], columns), (*box[:-2], *scales)
+
+
+def part(array: jax.Array | np.ndarray, box: Box) -> np.ndarray:
+    """A box of an array on the host: a view if it lies in one piece in host memory, else a copy of the box.
+
+    Raises:
+        ProblemsError: if a part of it is on devices of other processes only.
+    """
+    if isinstance(array, np.ndarray):
+        return array[box]
+    shards: dict[tuple[Any, ...], tuple[Box, jax.Array]] = {}
+    for shard in array.addressable_shards:
+        own = tuple(slice(*s.indices(n)[:2]) for s, n in zip(shard.index, array.shape, strict=True))
+        shared = overlap(box, own)
+        if shared == box:
+            return _fetched(shard.data, inside(box, own))
+        if shared is not None:
+            shards[tuple((s.start, s.stop) for s in own)] = (own, shard.data)
+    target, filled = np.empty(shape_of(box), array.dtype), 0
+    for own, data in shards.values():
+        shared = overlap(box, own)
+        target[inside(shared, box)] = _fetched(data, inside(shared, own))
+        filled += size_of(shared)
+    if filled != target.size:
+        missing = f"{target.size - filled} of {target.size} numbers are on devices of other processes"
+        raise ProblemsError(f"cannot fetch {box} of an array {array.shape}", [missing])
+    return target
+
+
+def _fetched(data: jax.Array, box: Box) -> np.ndarray:
+    """A box of an array on one device."""
+    if _in_host_memory(data):
+        return np.asarray(data)[box]  # a view
+    # One program for every size of boxes, and no more of the array than the box crosses to the host.
+    return np.asarray(_slice(data, [part.start for part in box], shape_of(box)))
+
+
+def _in_host_memory(data: jax.Array) -> bool:
+    return all(device.platform == "cpu" for device in data.devices())
+
+
+_slice = jax.jit(jax.lax.dynamic_slice, static_argnums=2)

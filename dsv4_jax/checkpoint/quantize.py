@@ -5,14 +5,13 @@ import ml_dtypes
 import numpy as np
 
 from dsv4_jax.checkpoint.dequantize import FP4_GROUP, dequantize_into
+from dsv4_jax.checkpoint.held import Blocks, Held
 from dsv4_jax.checkpoint.names import TensorSpec
 from dsv4_jax.checkpoint.safetensors import DTYPES
 from dsv4_jax.checkpoint.storage import Format, Release, StoredTensor, quantized
 from dsv4_jax.checkpoint.tensor_rules import FP4_DTYPES
-from dsv4_jax.checkpoint.values import place_in
 from dsv4_jax.errors import CheckpointError
 from dsv4_jax.numerics import formats
-from dsv4_jax.numerics.weights import QuantizedWeight, elements, scale
 
 CONFIG = {
     "quant_method": "fp8",
@@ -22,13 +21,6 @@ CONFIG = {
     "weight_block_size": [formats.FP8_BLOCK, formats.FP8_BLOCK],
 }
 """`quantization_config` of the released checkpoints."""
-
-
-def format_of(leaf: object) -> Format:
-    """How a parameter is held: bf16 stands for a plain array of any dtype."""
-    if not isinstance(leaf, QuantizedWeight):
-        return "bf16"
-    return "fp8" if isinstance(leaf.blocks, formats.Fp8Blocks) else "fp4"
 
 
 def format_in(release: Release, spec: TensorSpec) -> Format:
@@ -54,78 +46,73 @@ def stored_pair(spec: TensorSpec, how: Format) -> tuple[StoredTensor, StoredTens
     return first, second
 
 
-def kept(leaf: QuantizedWeight, spec: TensorSpec) -> tuple[np.ndarray, np.ndarray]:
-    """A tensor's elements (bytes) and scales (bytes) as they lie in memory.
+Pair = tuple[np.ndarray, np.ndarray]
+"""A tensor's elements and scales, both as bytes."""
 
-    Args:
-        leaf: of the parameter.
-        spec: of an official tensor, so that its index covers all leading axes.
+
+class Pairs:
+    """Official tensors in FP8 or FP4: kept as they are held, or rounded to the nearest numbers.
+
+    Remembers the last one, because its elements and scales are written in turn.
     """
-    data, codes = np.asarray(elements(leaf)), np.asarray(scale(leaf))
-    return data[spec.index].view(np.uint8), codes[spec.index]
-
-
-class Rounding:
-    """Rounds plain tensors; remembers the last one, because its elements and scales are written in turn."""
 
     def __init__(self) -> None:
-        self._name = ""
-        self._pair: tuple[np.ndarray, np.ndarray] | None = None
+        self._last: tuple[str, Pair] | None = None
 
-    def __call__(self, leaf: object, spec: TensorSpec, how: Format) -> tuple[np.ndarray, np.ndarray]:
-        """Elements (bytes) and scales (bytes) of the nearest numbers in a format, 'fp8' or 'fp4'.
+    def __call__(self, held: Held, spec: TensorSpec, how: Format) -> Pair:
+        """One tensor in a format, 'fp8' or 'fp4'.
 
         Raises:
             CheckpointError: if the tensor holds NaN or infinity, or FP4 that FP8 does not hold exactly.
         """
-        if self._pair is None or self._name != spec.name:
-            blocks = (
-                _as_fp8(leaf, spec) if (format_of(leaf), how) == ("fp4", "fp8") else _nearest(leaf, spec, how)
-            )
+        if self._last is None or self._last[0] != spec.name:
+            self._last = None  # before the next one is fetched
+            blocks = _in_format(held, spec, how)
             data = blocks.elements if isinstance(blocks, formats.Fp8Blocks) else blocks.packed
-            self._name, self._pair = spec.name, (np.asarray(data).view(np.uint8), np.asarray(blocks.scale))
-        return self._pair
+            self._last = spec.name, (np.asarray(data).view(np.uint8), np.asarray(blocks.scale))
+        return self._last[1]
 
 
-def _nearest(leaf: object, spec: TensorSpec, how: Format) -> formats.Fp8Blocks | formats.Mxfp4:
-    plain = plain_part(leaf, spec, np.dtype(np.float32))
+def _in_format(held: Held, spec: TensorSpec, how: Format) -> Blocks:
+    if held.format not in (how, "fp4"):
+        return _nearest(held, spec, how)
+    blocks = held.tensor(spec)
+    assert isinstance(blocks, Blocks)
+    if held.format == how:
+        return blocks
+    assert isinstance(blocks, formats.Mxfp4)
+    try:
+        return formats.fp4_as_fp8(blocks)
+    except ValueError as refused:
+        raise CheckpointError("cannot store FP4 as FP8", [f"{spec.name}: {refused}"]) from refused
+
+
+def _nearest(held: Held, spec: TensorSpec, how: Format) -> Blocks:
+    plain = plain_tensor(held, spec, np.dtype(np.float32))
     if not np.isfinite(plain).all():
         raise CheckpointError("cannot quantise", [f"{spec.name}: holds NaN or infinity"])
     return (_to_fp8 if how == "fp8" else _to_fp4)(plain)
-
-
-def _as_fp8(leaf: QuantizedWeight, spec: TensorSpec) -> formats.Fp8Blocks:
-    packed, codes = kept(leaf, spec)
-    try:
-        return formats.fp4_as_fp8(formats.Mxfp4(packed, codes))
-    except ValueError as refused:
-        raise CheckpointError("cannot store FP4 as FP8", [f"{spec.name}: {refused}"]) from refused
 
 
 _to_fp8 = jax.jit(formats.quantize_fp8_blocks)
 _to_fp4 = jax.jit(formats.quantize_mxfp4)
 
 
-def dequantized(leaf: QuantizedWeight, spec: TensorSpec, dtype: np.dtype) -> np.ndarray:
-    """The plain values of one tensor of any layout.
+def plain_tensor(held: Held, spec: TensorSpec, dtype: np.dtype) -> np.ndarray:
+    """The values of one tensor of any layout, dequantised if need be.
 
     Args:
-        leaf: of the parameter.
+        held: the parameter.
         spec: of a tensor that is one official tensor, or several stacked ones.
-        dtype: bfloat16 or float32.
+        dtype: of the result; bfloat16 or float32 if the parameter is quantised.
     """
-    data, codes = np.asarray(elements(leaf))[spec.index], np.asarray(scale(leaf))[spec.index]
-    fp8 = data.dtype == ml_dtypes.float8_e4m3fn
-    target = np.empty(data.shape if fp8 else (*data.shape[:-1], 2 * data.shape[-1]), dtype)
-    dequantize_into(target, data, codes.view(ml_dtypes.float8_e8m0fnu))
+    found = held.tensor(spec)
+    if isinstance(found, np.ndarray):
+        return found.astype(dtype, copy=False)
+    data = found.elements if isinstance(found, formats.Fp8Blocks) else found.packed
+    target = np.empty((*data.shape[:-2], *held.shape[-2:]), dtype)
+    dequantize_into(target, data, found.scale.view(ml_dtypes.float8_e8m0fnu))
     return target.reshape(spec.shape)
-
-
-def plain_part(leaf: object, spec: TensorSpec, dtype: np.dtype) -> np.ndarray:
-    """The values of one tensor, dequantised if need be."""
-    if isinstance(leaf, QuantizedWeight):
-        return dequantized(leaf, spec, dtype)
-    return place_in(np.asarray(leaf), spec).astype(dtype, copy=False)
 
 
 def dtype_on_disk(tensor: StoredTensor, recorded: str | None) -> str:

@@ -5,6 +5,9 @@ wider than the one in memory and holds every value exactly; otherwise the one in
 weights are written as they are held. Loading a checkpoint with native weights and saving it again
 therefore gives the same bytes for every tensor. Hash tables are always I64. The transformers layouts
 get quantised weights dequantised: they have no FP4.
+
+Parameters may be spread over the devices of this process. Host memory holds one tensor of them at a time, or
+a few while one is rounded.
 """
 
 import dataclasses
@@ -13,31 +16,25 @@ import json
 import pathlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 
-import jax
 import numpy as np
 
 from dsv4_jax import parameters as table
 from dsv4_jax.boxes import PIECE_ELEMENTS
 from dsv4_jax.checkpoint import names, quantize
+from dsv4_jax.checkpoint.held import Held, Leaf, in_memory
 from dsv4_jax.checkpoint.safetensors import DTYPES
 from dsv4_jax.checkpoint.side_files import GENERATION_FILE, SIDE_FILES
 from dsv4_jax.checkpoint.storage import Release, StoredTensor
 from dsv4_jax.checkpoint.tensor_rules import FP4_DTYPES
-from dsv4_jax.checkpoint.values import (
-    num_non_finite,
-    place_in,
-    quantized_problem,
-    scale_problem,
-)
+from dsv4_jax.checkpoint.values import NAN_CODES, bad_scales, num_nan, num_non_finite
 from dsv4_jax.checkpoint.write import Planned, Progress, TensorPlan, write_sharded
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.config_io import CONFIG_FILE, official_config_dict, token_json, transformers_config_dict
-from dsv4_jax.errors import CheckpointError
-from dsv4_jax.numerics.weights import QuantizedWeight, elements, scale
+from dsv4_jax.errors import CheckpointError, ProblemsError
+from dsv4_jax.numerics.formats import Fp8Blocks
+from dsv4_jax.numerics.weights import QuantizedWeight
 
 MAX_SHARD_BYTES = 5_000_000_000
-
-Leaf = jax.Array | np.ndarray | QuantizedWeight
 
 _NAME_OF_DTYPE = {DTYPES[name]: name for name in ("BF16", "F32")}
 
@@ -61,7 +58,8 @@ def save_checkpoint(
     Args:
         directory: new, or empty, or (with `overwrite`) a checkpoint to replace.
         config: of the model.
-        parameters: the tree of the table (`dsv4_jax.parameters`): nested dicts of arrays.
+        parameters: the tree of the table (`dsv4_jax.parameters`): nested dicts of arrays, on one device,
+            split over several of this process, or in host memory.
         layout: naming; 'transformers' is its native one, which its `from_pretrained` loads.
         stored: `Loaded.stored`, the dtypes to keep where that loses nothing.
         side_files: `Loaded.side_files`, the small files to write beside, by name; a
@@ -93,18 +91,21 @@ def save_checkpoint(
         if layout != "official":
             problems.append(f"layout={layout!r} cannot hold {release.experts} weights, only 'official' can")
         problems += quantize.quantizing_problems(names.official_tensors(config), release)
-    problems = problems or non_finite_problems(flat)
+    held = {path: in_memory(leaf) for path, leaf in flat.items()}
+    problems = problems or non_finite_problems(config, held)
     if problems:
         raise CheckpointError(f"cannot save to {directory}", problems)
     warnings = []
     if layout != "official" and config.num_nextn_predict_layers:
         warnings.append(f"the MTP block is not saved: the {layout} layout has none")
         config = dataclasses.replace(config, num_nextn_predict_layers=0)
-    held = {quantize.format_of(leaf) for leaf in flat.values()} - {"bf16"}
-    if layout != "official" and held:
-        warnings.append(f"{' and '.join(sorted(held))} weights are saved dequantised in the {layout} layout")
-    planned = list(planned_tensors(config, flat, layout, stored or {}, release))
-    param_dtype = _NAME_OF_DTYPE[np.dtype(flat["embed",].dtype)]
+    quantized = {parameter.format for parameter in held.values()} - {"bf16"}
+    if layout != "official" and quantized:
+        warnings.append(
+            f"{' and '.join(sorted(quantized))} weights are saved dequantised in the {layout} layout"
+        )
+    planned = list(planned_tensors(config, held, layout, stored or {}, release))
+    param_dtype = _name_of(held["embed",])
     write_sharded(
         pathlib.Path(directory),
         planned,
@@ -151,23 +152,43 @@ def parameter_problems(config: ModelConfig, flat: Mapping[names.Path, Leaf]) -> 
     return problems
 
 
-def non_finite_problems(flat: Mapping[names.Path, Leaf]) -> list[str]:
-    """Parameters that hold numbers which reading would refuse, one line each."""
+def non_finite_problems(config: ModelConfig, held: Mapping[names.Path, Held]) -> list[str]:
+    """Parameters that hold numbers which reading would refuse, or that cannot be read, one line each."""
+    specs: dict[names.Path, list[names.TensorSpec]] = {}
+    for spec in names.official_tensors(config):
+        specs.setdefault(spec.path, []).append(spec)
     problems = []
-    for path, leaf in flat.items():
-        if isinstance(leaf, QuantizedWeight):
-            stored, codes = np.asarray(elements(leaf)), np.asarray(scale(leaf))
-            problem = scale_problem(codes)
-            if problem is None and stored.dtype == DTYPES["F8_E4M3"] and np.isnan(stored).any():
-                problem = quantized_problem(stored)
-        else:
-            values = np.asarray(leaf).reshape(-1)
-            starts = range(0, values.size, PIECE_ELEMENTS) if values.dtype in _NAME_OF_DTYPE else ()
-            bad = sum(num_non_finite(values[start : start + PIECE_ELEMENTS]) for start in starts)
-            problem = f"{bad} of {values.size} values are NaN or infinite" if bad else None
+    for path, parameter in held.items():
+        try:
+            problem = _non_finite(parameter, specs[path])
+        except ProblemsError as unreadable:
+            problem = ", ".join(unreadable.problems)
         if problem is not None:
             problems.append(f"{_joined(path)}: {problem}")
     return problems
+
+
+def _non_finite(held: Held, specs: list[names.TensorSpec]) -> str | None:
+    """What is wrong with the numbers of a parameter, of all its tensors together."""
+    bad = size = bad_scale = num_scales = 0
+    what, what_scales = "values are NaN or infinite", ""
+    for tensor in map(held.tensor, specs):
+        if isinstance(tensor, np.ndarray):
+            values = tensor.reshape(-1)
+            starts = range(0, values.size, PIECE_ELEMENTS) if values.dtype in _NAME_OF_DTYPE else ()
+            bad += sum(num_non_finite(values[start : start + PIECE_ELEMENTS]) for start in starts)
+            size += values.size
+            continue
+        number, what_scales = bad_scales(tensor.scale)
+        bad_scale += number
+        num_scales += tensor.scale.size
+        if isinstance(tensor, Fp8Blocks):
+            bad += num_nan(tensor.elements)
+            size += tensor.elements.size
+            what = NAN_CODES
+    if bad_scale:
+        return f"{bad_scale} of {num_scales} {what_scales}"
+    return f"{bad} of {size} {what}" if bad else None
 
 
 def _joined(path: names.Path) -> str:
@@ -176,41 +197,44 @@ def _joined(path: names.Path) -> str:
 
 def planned_tensors(
     config: ModelConfig,
-    flat: Mapping[names.Path, Leaf],
+    held: Mapping[names.Path, Held],
     layout: names.Layout,
     stored: Mapping[str, str],
     release: Release | None,
 ) -> Iterator[Planned]:
     """Name, dtype and shape of every tensor of the file, and a function that gives its data."""
     records = _records(config, stored)
-    rounding = quantize.Rounding()
+    pairs = quantize.Pairs()
     for spec in names.layout_tensors(config, layout):
-        leaf = flat[spec.path]
-        held = quantize.format_of(leaf)
-        how = "bf16" if layout != "official" else held
+        parameter = held[spec.path]
+        how = "bf16" if layout != "official" else parameter.format
         if release is not None:
             how = quantize.format_in(release, spec)
         if how != "bf16":
-            give = functools.partial(quantize.kept, leaf, spec)
-            if held != how:
-                give = functools.partial(rounding, leaf, spec, how)
+            give = functools.partial(pairs, parameter, spec, how)
             yield from _planned_pair(quantize.stored_pair(spec, how), give, stored)
             continue
         dtype = "I64"
-        if held != "bf16":
-            dtype = _NAME_OF_DTYPE[np.dtype(flat["embed",].dtype)]
+        if parameter.format != "bf16":
+            dtype = _name_of(held["embed",])
         elif spec.kind != "table":
-            dtype = _NAME_OF_DTYPE[np.dtype(leaf.dtype)]
+            dtype = _name_of(parameter)
             recorded = records.get((spec.path, spec.index))
-            if recorded not in (None, dtype) and _keeps(leaf, spec, recorded):
+            if recorded not in (None, dtype) and _keeps(parameter, spec, recorded):
                 dtype = recorded
-        give = functools.partial(quantize.plain_part, leaf, spec, DTYPES[dtype])
+        give = functools.partial(quantize.plain_tensor, parameter, spec, DTYPES[dtype])
         yield spec.name, TensorPlan(dtype, spec.shape), give
+
+
+def _name_of(plain: Held) -> str:
+    """Safetensors name of the dtype that a parameter has in memory."""
+    assert plain.dtype is not None
+    return _NAME_OF_DTYPE[plain.dtype]
 
 
 def _planned_pair(
     tensors: tuple[StoredTensor, StoredTensor],
-    give: Callable[[], tuple[np.ndarray, np.ndarray]],
+    give: Callable[[], quantize.Pair],
     stored: Mapping[str, str],
 ) -> Iterator[Planned]:
     """Elements and scales, in the dtypes they were read with."""
@@ -233,12 +257,14 @@ def _records(config: ModelConfig, stored: Mapping[str, str]) -> dict[tuple[names
     return {place: dtype for place, dtype in single.items() if dtype is not None}
 
 
-def _keeps(leaf: jax.Array | np.ndarray, spec: names.TensorSpec, dtype: str) -> bool:
+def _keeps(held: Held, spec: names.TensorSpec, dtype: str) -> bool:
     """Whether the recorded dtype is narrower than the one in memory and holds every value."""
-    values = place_in(np.asarray(leaf), spec)
     narrow = DTYPES[dtype]
-    if narrow.itemsize >= values.dtype.itemsize:
+    assert held.dtype is not None
+    if narrow.itemsize >= held.dtype.itemsize:
         return False
+    values = held.tensor(spec)
+    assert isinstance(values, np.ndarray)
     flat = values.reshape(-1)
     for start in range(0, flat.size, PIECE_ELEMENTS):
         piece = flat[start : start + PIECE_ELEMENTS]

@@ -14,7 +14,6 @@ import numpy as np
 from dsv4_jax.boxes import Box, pieces, runs
 from dsv4_jax.checkpoint.dequantize import E8M0_NAN, dequantize_part
 from dsv4_jax.checkpoint.held import BLOCK
-from dsv4_jax.checkpoint.names import TensorSpec
 from dsv4_jax.checkpoint.tensor_rules import Entry
 
 Read = Callable[[str], np.ndarray]
@@ -229,20 +228,3 @@ def _placed(ranges: list[slice]) -> Iterator[tuple[int, slice]]:
     for r in ranges:
         yield position, r
         position += r.stop - r.start
-
-
-def place_in(parameter: np.ndarray, spec: TensorSpec) -> np.ndarray:
-    """The part of a parameter that a tensor fills, as a view with the tensor's shape on disk."""
-    return parameter[spec.index].reshape(spec.shape)
-
-
-def scale_problem(scale: np.ndarray) -> str | None:
-    """What is wrong with block scales: float32, or E8M0 codes."""
-    bad, what = bad_scales(scale)
-    return f"{bad} of {scale.size} {what}" if bad else None
-
-
-def quantized_problem(stored: np.ndarray) -> str:
-    """Why a quantised tensor does not give finite numbers."""
-    codes = num_nan(stored) if stored.dtype == ml_dtypes.float8_e4m3fn else 0
-    return f"{codes} of {stored.size} {NAN_CODES}" if codes else OVERFLOW

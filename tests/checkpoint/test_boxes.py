@@ -1,4 +1,4 @@
-"""Any box of a parameter is that slice of the whole; a model read on a mesh is the one read on a device."""
+"""Any box of a parameter is that slice of the whole; a model read or saved on a mesh is as on one device."""
 
 import contextlib
 import os
@@ -110,19 +110,25 @@ def test_rules_that_do_not_fit_are_refused_together(tmp_path):
 
 # A process of its own: the number of host devices is fixed when JAX starts.
 ON_EIGHT_DEVICES = """
-import sys
+import pathlib, sys
 import jax, numpy as np
 from jax.sharding import AxisType
 from dsv4_jax.checkpoint.load import load_checkpoint
+from dsv4_jax.checkpoint.save import save_checkpoint
 from dsv4_jax.numerics.policy import Policy
 
 mesh = jax.make_mesh((2, 2, 2), ("expert", "tensor", "data"), axis_types=(AxisType.Auto,) * 3)
 experts = {"E": "expert", "V": ("tensor", "data")}
 for weights, rules in (("native", experts), ("dequantized", experts | {"G": "tensor", "D": "data"})):
-    trees = [
-        load_checkpoint(sys.argv[1], Policy.of("bfloat16"), weights=weights, **where).parameters
-        for where in ({}, {"mesh": mesh, "rules": rules})
-    ]
+    trees, saved = [], []
+    for where in ({}, {"mesh": mesh, "rules": rules}):
+        loaded = load_checkpoint(sys.argv[1], Policy.of("bfloat16"), weights=weights, **where)
+        trees.append(loaded.parameters)
+        for layout in ("official", "transformers"):
+            folder = pathlib.Path(sys.argv[1]).parent / f"{weights} {len(saved)}"
+            save_checkpoint(folder, loaded.config, loaded.parameters, layout=layout, stored=loaded.stored)
+            saved.append({path.name: path.read_bytes() for path in folder.iterdir()})
+    assert saved[:2] == saved[2:] and saved[0] != saved[1]
     one, many = map(jax.tree.leaves, trees)
     assert jax.tree.structure(trees[0]) == jax.tree.structure(trees[1])
     for a, b in zip(one, many, strict=True):
@@ -132,11 +138,12 @@ for weights, rules in (("native", experts), ("dequantized", experts | {"G": "ten
 """
 
 
-def test_a_model_read_on_a_mesh_is_the_one_read_on_a_device(tmp_path):
-    synthetic.write_checkpoint(tmp_path, synthetic.small_config(), storage.PREVIEW)
+def test_a_model_read_or_saved_on_a_mesh_is_as_on_one_device(tmp_path):
+    folder = tmp_path / "source"
+    synthetic.write_checkpoint(folder, synthetic.small_config(), storage.PREVIEW)
     environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     ran = subprocess.run(
-        [sys.executable, "-c", ON_EIGHT_DEVICES, str(tmp_path)],
+        [sys.executable, "-c", ON_EIGHT_DEVICES, str(folder)],
         env=os.environ | environment,
         capture_output=True,
         text=True,
