@@ -59,7 +59,7 @@ def early_gathering():
 
 def computed_by(model: LanguageModel, chosen: Operations) -> LanguageModel:
     """The model with these operations."""
-    model._network = model._network._replace(operations=chosen)
+    model.network = model.network._replace(operations=chosen)
     return model
 
 

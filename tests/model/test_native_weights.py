@@ -86,7 +86,7 @@ def test_kernels_multiply_with_fp8_weights_as_they_are(tmp_path, monkeypatch):
     # A block of another family is straight-line code: a small one compiles five times faster.
     model = dsv4_jax.load(tmp_path, dtype="float32", kernels="pallas-interpret")
     small = operations(model.policy, HyperConnectionBlocks(16, 128))
-    model._network = model._network._replace(operations=small)
+    model.network = model.network._replace(operations=small)
     tokens = tokens_of(config, 24)
     got = np.asarray(model.logits(tokens))
     want = np.asarray(dsv4_jax.load(tmp_path, dtype="float32").logits(tokens))
