@@ -5,10 +5,13 @@ from collections.abc import Callable
 from typing import Literal
 
 from dsv4_jax.checkpoint import names
-from dsv4_jax.checkpoint.load import Weights, load_checkpoint
+from dsv4_jax.checkpoint.load import exact_dtype, stored_dtypes
+from dsv4_jax.checkpoint.manifest import Options, open_manifest
+from dsv4_jax.checkpoint.read import stored_parameters
 from dsv4_jax.checkpoint.release import DraftHead
-from dsv4_jax.checkpoint.save import save_checkpoint
+from dsv4_jax.checkpoint.save import MAX_SHARD_BYTES, non_finite_problems, option_problems, write_held
 from dsv4_jax.checkpoint.storage import BASE, PREVIEW
+from dsv4_jax.checkpoint.values import Findings
 from dsv4_jax.checkpoint.write import target_problems
 from dsv4_jax.errors import CheckpointError
 from dsv4_jax.numerics.policy import Policy
@@ -35,7 +38,9 @@ def convert_checkpoint(
     reading: Progress | None = None,
     writing: Progress | None = None,
 ) -> list[str]:
-    """Loads `source` and saves it to `destination`; the weights are held in host memory in between.
+    """Reads `source` twice, to look at every number and to write it to `destination`.
+
+    Host memory holds one tensor at a time, or a few while one is rounded.
 
     Args:
         source: checkpoint directory in any layout.
@@ -50,7 +55,7 @@ def convert_checkpoint(
         draft_head: 'ignore' leaves a DSpark draft head out instead of refusing the checkpoint.
         overwrite: replace what is at `destination`.
         allow_links: a folder that links of `source` may lead into.
-        reading, writing: progress of the two halves.
+        reading, writing: progress of looking at all numbers, and of writing.
 
     Returns:
         Warnings for the user.
@@ -61,35 +66,48 @@ def convert_checkpoint(
     problems = _destination_problems(source, destination, overwrite)
     if problems:  # before hours of reading
         raise CheckpointError(f"cannot convert to {destination}", problems)
-    policy = Policy.of(to) if to in _STORED_NAME else None
-    weights: Weights = "native" if policy is None else "dequantized"
-    loaded = load_checkpoint(
-        source,
-        policy,
-        weights=weights,
-        draft_head=draft_head,
-        allow_links=allow_links,
-        progress=reading,
-    )
-    stored = loaded.stored
-    if to in _STORED_NAME:
-        stored = {
-            spec.name: _STORED_NAME[to]
-            for spec in names.official_tensors(loaded.config)
-            if spec.kind in ("matrix", "norm")
-        }
-    warnings = save_checkpoint(
-        destination,
-        loaded.config,
-        loaded.parameters,
-        layout=layout,
-        stored=stored,
-        release=_RELEASES.get(to),
-        side_files=loaded.side_files,
-        overwrite=overwrite,
-        progress=writing,
-    )
-    return [*loaded.warnings, *warnings]
+    release = _RELEASES.get(to)
+    with open_manifest(source, Options(draft_head=draft_head, allow_links=allow_links)) as (files, manifest):
+        config, findings = manifest.config, Findings()
+        if problems := option_problems(config, layout, release):
+            raise CheckpointError(f"cannot save to {destination}", problems)
+        held = stored_parameters(
+            files,
+            manifest,
+            Policy.of(to).param_dtype if to in _STORED_NAME else exact_dtype(manifest),
+            findings,
+            keep_quantized=to not in _STORED_NAME,
+            scan_weights=False,  # `non_finite_problems` does it
+            progress=reading,
+        )
+        problems = non_finite_problems(config, held)
+        if findings.problems:
+            raise CheckpointError(f"checkpoint {source} cannot be used", findings.problems)
+        if problems:
+            raise CheckpointError(f"cannot save to {destination}", problems)
+        warnings = [*manifest.warnings, *findings.warnings()]
+        stored = stored_dtypes(manifest, held)
+        if to in _STORED_NAME:
+            stored = {
+                spec.name: _STORED_NAME[to]
+                for spec in names.official_tensors(config)
+                if spec.kind in ("matrix", "norm")
+            }
+        warnings += write_held(
+            destination,
+            config,
+            held,
+            layout=layout,
+            stored=stored,
+            side_files=manifest.side_files.contents,
+            more_files={},
+            release=release,
+            max_shard_bytes=MAX_SHARD_BYTES,
+            overwrite=overwrite,
+            progress=writing,
+            last_check=files.check_unchanged,
+        )
+    return warnings
 
 
 def _destination_problems(

@@ -1,7 +1,7 @@
 """One parameter by boxes, wherever it lies: on devices, in host memory, or (see `read`) in files.
 
-Saving sees nothing else of a parameter, so a whole stack of layers or experts is never in one host array: of
-a stack on devices, each tensor is fetched from the shards that it overlaps.
+Saving and converting see nothing else of a parameter, so a whole stack of layers or experts is never in one
+host array: of a stack on devices, each tensor is fetched from the shards that it overlaps.
 """
 
 import dataclasses

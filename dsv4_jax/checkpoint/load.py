@@ -142,7 +142,7 @@ def load_checkpoint(
     return Loaded(
         config=manifest.config,
         parameters=nested(flat),
-        stored=stored_dtypes(manifest, flat),
+        stored=stored_dtypes(manifest, held),
         warnings=(*manifest.warnings, *findings.warnings()),
         layout=manifest.layout,
         tokenizer=manifest.side_files.tokenizer,
@@ -208,7 +208,7 @@ def nested(flat: Mapping[names.Path, object]) -> Parameters:
     return tree
 
 
-def stored_dtypes(manifest: Manifest, flat: Mapping[names.Path, object]) -> dict[str, str]:
+def stored_dtypes(manifest: Manifest, held: Mapping[names.Path, Held]) -> dict[str, str]:
     """Official name -> dtype on disk of tensors that were not dequantised, and of the scales among them.
 
     A stacked tensor speaks for its parts.
@@ -216,7 +216,7 @@ def stored_dtypes(manifest: Manifest, flat: Mapping[names.Path, object]) -> dict
     by_place: dict[tuple[names.Path, tuple[int, ...]], Entry] = {
         (entry.spec.path, entry.spec.index): entry
         for entry in manifest.entries
-        if entry.format == "plain" or isinstance(flat.get(entry.spec.path), QuantizedWeight)
+        if entry.format == "plain" or held[entry.spec.path].format != "bf16"
     }
     stored = {}
     for spec in names.official_tensors(manifest.config):

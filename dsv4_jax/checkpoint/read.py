@@ -88,7 +88,8 @@ def stored_parameters(
 
 
 class _Finishing:
-    """Gives a tensor's pages back and reports progress, after each part of it that was read."""
+    """Gives a tensor's pages back and reports progress, after each part of it that was read; what is read
+    once more is no progress."""
 
     def __init__(self, files: CheckpointFiles, manifest: Manifest, progress: Progress | None) -> None:
         self._files, self._progress = files, progress
@@ -104,7 +105,7 @@ class _Finishing:
         before = self._read.get(name, 0)
         self._read[name] = after = min(before + num_elements, size)
         self._done += _num_bytes(entry) * after // size - _num_bytes(entry) * before // size
-        if self._progress is not None:
+        if self._progress is not None and after > before:
             self._progress(name, self._done, self._total)
 
 

@@ -80,42 +80,81 @@ def save_checkpoint(
             directory that must not be written. Nothing is changed then.
     """
     flat = flattened(parameters)
-    problems = [] if layout in names.LAYOUTS else [f"layout={layout!r} must be one of {names.LAYOUTS}"]
+    problems = option_problems(config, layout, release)
     problems += [
         f"side file {name!r} must be one of {SIDE_FILES}"
         for name in side_files or ()
         if name not in SIDE_FILES
     ]
     problems += parameter_problems(config, flat)
-    if release is not None:
-        if layout != "official":
-            problems.append(f"layout={layout!r} cannot hold {release.experts} weights, only 'official' can")
-        problems += quantize.quantizing_problems(names.official_tensors(config), release)
     held = {path: in_memory(leaf) for path, leaf in flat.items()}
     problems = problems or non_finite_problems(config, held)
     if problems:
         raise CheckpointError(f"cannot save to {directory}", problems)
+    return write_held(
+        directory,
+        config,
+        held,
+        layout=layout,
+        stored=stored or {},
+        side_files=side_files or {},
+        more_files=more_files or {},
+        release=release,
+        max_shard_bytes=max_shard_bytes,
+        overwrite=overwrite,
+        progress=progress,
+    )
+
+
+def option_problems(config: ModelConfig, layout: names.Layout, release: Release | None) -> list[str]:
+    """What is wrong with a layout and with formats to store weights in."""
+    problems = [] if layout in names.LAYOUTS else [f"layout={layout!r} must be one of {names.LAYOUTS}"]
+    if release is not None:
+        if layout != "official":
+            problems.append(f"layout={layout!r} cannot hold {release.experts} weights, only 'official' can")
+        problems += quantize.quantizing_problems(names.official_tensors(config), release)
+    return problems
+
+
+def write_held(
+    directory: str | pathlib.Path,
+    config: ModelConfig,
+    held: Mapping[names.Path, Held],
+    *,
+    layout: names.Layout,
+    stored: Mapping[str, str],
+    side_files: Mapping[str, bytes],
+    more_files: Mapping[str, bytes],
+    release: Release | None,
+    max_shard_bytes: int,
+    overwrite: bool,
+    progress: Progress | None,
+    last_check: Callable[[], None] | None = None,
+) -> list[str]:
+    """As `save_checkpoint`, for parameters that may lie in files, and in which no problem was found.
+
+    Args:
+        held: every parameter of the config; each tensor is read as it is written, some also before.
+        last_check: called when all is written and nothing has appeared yet; what it raises stops that.
+    """
     warnings = []
     if layout != "official" and config.num_nextn_predict_layers:
         warnings.append(f"the MTP block is not saved: the {layout} layout has none")
         config = dataclasses.replace(config, num_nextn_predict_layers=0)
-    quantized = {parameter.format for parameter in held.values()} - {"bf16"}
-    if layout != "official" and quantized:
-        warnings.append(
-            f"{' and '.join(sorted(quantized))} weights are saved dequantised in the {layout} layout"
-        )
-    planned = list(planned_tensors(config, held, layout, stored or {}, release))
-    param_dtype = _name_of(held["embed",])
+    formats = sorted({parameter.format for parameter in held.values()} - {"bf16"})
+    if layout != "official" and formats:
+        warnings.append(f"{' and '.join(formats)} weights are saved dequantised in the {layout} layout")
+    planned = list(planned_tensors(config, held, layout, stored, release))
+    dtypes = {plan.dtype for _, plan, _ in planned}
+    small = extra_files(config, layout, _name_of(held["embed",]), dtypes, side_files)
     write_sharded(
         pathlib.Path(directory),
         planned,
         max_shard_bytes=max_shard_bytes,
-        extra_files=extra_files(
-            config, layout, param_dtype, {plan.dtype for _, plan, _ in planned}, side_files or {}
-        )
-        | dict(more_files or {}),
+        extra_files=small | dict(more_files),
         overwrite=overwrite,
         progress=progress,
+        last_check=last_check,
     )
     return warnings
 
@@ -160,7 +199,7 @@ def non_finite_problems(config: ModelConfig, held: Mapping[names.Path, Held]) ->
     problems = []
     for path, parameter in held.items():
         try:
-            problem = _non_finite(parameter, specs[path])
+            problem = _non_finite(parameter, sorted(specs[path], key=lambda spec: spec.index))
         except ProblemsError as unreadable:
             problem = ", ".join(unreadable.problems)
         if problem is not None:

@@ -59,6 +59,7 @@ def write_sharded(
     metadata: Mapping[str, str] | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    last_check: Callable[[], None] | None = None,
 ) -> tuple[Path, ...]:
     """Writes a checkpoint directory that appears complete or not at all.
 
@@ -72,6 +73,7 @@ def write_sharded(
         metadata: `__metadata__` of every shard; None writes {"format": "pt"}, which loaders expect.
         overwrite: replace the tensors and the `extra_files` of a directory; its other files stay.
         progress: called after each tensor with (name, bytes written, bytes of all tensors).
+        last_check: called when all is written and nothing has appeared yet; what it raises stops that.
 
     Returns:
         The paths of all files, the index or single file last.
@@ -112,6 +114,8 @@ def write_sharded(
         for name, data in (extra_files | ({INDEX_FILE: index} if index else {})).items():
             with staged.create(name) as output:
                 output.write(data)
+        if last_check is not None:
+            last_check()
         present = staged.present()
         staged.commit(
             marker,

@@ -1,17 +1,22 @@
 """Converting between layouts and dtypes keeps every value that the target dtype can hold."""
 
+import os
+
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
 
 from dsv4_jax import config, config_io
-from dsv4_jax.checkpoint import names
+from dsv4_jax.checkpoint import names, read, storage
 from dsv4_jax.checkpoint.convert import convert_checkpoint
 from dsv4_jax.checkpoint.files import open_checkpoint
-from dsv4_jax.checkpoint.load import nested
+from dsv4_jax.checkpoint.load import load_checkpoint, nested
 from dsv4_jax.checkpoint.save import save_checkpoint
 from dsv4_jax.errors import CheckpointError
+from dsv4_jax.numerics.policy import Policy
 from dsv4_jax.parameters import WIDE_ROLES, parameters
+from tests.checkpoint import synthetic
 
 CONFIG = config.tiny(4, num_nextn_predict_layers=1)
 
@@ -85,14 +90,63 @@ def test_destination_is_protected(official, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
+@pytest.mark.parametrize("to", ["keep", "bfloat16", "fp8-fp4"])
+@pytest.mark.parametrize("release", [storage.PLAIN, storage.PREVIEW], ids=["plain", "quantised"])
+def test_a_conversion_is_a_load_and_a_save_but_reads_a_tensor_at_a_time(tmp_path, monkeypatch, release, to):
+    synthetic.write_checkpoint(tmp_path / "source", synthetic.repeated_config(), release)
+    policy = Policy.of(to) if to == "bfloat16" else None
+    loaded = load_checkpoint(
+        tmp_path / "source", policy, weights="native" if policy is None else "dequantized"
+    )
+    names_of = {spec.name: spec for spec in names.official_tensors(loaded.config)}
+    save_checkpoint(
+        tmp_path / "saved",
+        loaded.config,
+        loaded.parameters,
+        stored=dict.fromkeys(names_of, "BF16") if to == "bfloat16" else loaded.stored,
+        side_files=loaded.side_files,
+        release=storage.PREVIEW if to == "fp8-fp4" else None,
+    )
+    sizes, aligned = [], read.aligned
+
+    def counted(shape, dtype):
+        sizes.append(int(np.prod(shape)))
+        return aligned(shape, dtype)
+
+    monkeypatch.setattr(read, "aligned", counted)
+    convert_checkpoint(tmp_path / "source", tmp_path / "converted", to=to)
+    saved, converted = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+        for name in ("saved", "converted")
+    )
+    assert converted == saved
+    assert max(sizes) == max(int(np.prod(spec.shape)) for spec in names_of.values())
+    assert max(sizes) < max(leaf.size for leaf in jax.tree.leaves(loaded.parameters))
+
+
+def test_a_source_that_changes_meanwhile_gives_nothing(tmp_path):
+    synthetic.write_checkpoint(tmp_path / "source", synthetic.smallest_config())
+
+    def change(name, done, total):
+        if done == total:
+            path = tmp_path / "source" / "config.json"
+            path.write_bytes(path.read_bytes() + b" ")
+            (file,) = (tmp_path / "source").glob("*.safetensors")
+            os.utime(file, ns=(1, 1))
+
+    with pytest.raises(CheckpointError, match="changed|replaced|rewritten"):
+        convert_checkpoint(tmp_path / "source", tmp_path / "converted", writing=change)
+    assert not list(tmp_path.glob("converted/*.json"))
+
+
 def test_progress_reaches_the_end(official, tmp_path):
-    read, written = [], []
+    seen_reading, written = [], []
     convert_checkpoint(
         official,
         tmp_path / "copy",
-        reading=lambda name, done, total: read.append((done, total)),
+        reading=lambda name, done, total: seen_reading.append((done, total)),
         writing=lambda name, done, total: written.append((done, total)),
     )
-    for seen in (read, written):
+    for seen in (seen_reading, written):
         assert seen[-1][0] == seen[-1][1] > 0
         assert seen == sorted(seen)

@@ -68,6 +68,6 @@ def test_a_conversion_refuses_its_destination_before_it_reads(sound, tmp_path, m
         "not_empty": tmp_path / "taken",
         "below_a_file": tmp_path / "taken" / "file" / "converted",
     }[where]
-    monkeypatch.setattr(convert, "load_checkpoint", lambda *_, **__: pytest.fail("the source was read"))
+    monkeypatch.setattr(convert, "open_manifest", lambda *_, **__: pytest.fail("the source was read"))
     with pytest.raises(CheckpointError, match="cannot convert to"):
         convert_checkpoint(sound, destination, overwrite=where != "not_empty")
