@@ -120,7 +120,7 @@ def train(
 def study(options: Options, seed: int, data: Data, keep) -> None:
     """One seed: the base, the continuation without rounding, and one with rounding for every setting."""
     rows = TrainingRows(data.training, QUICKSTART.batch_size, QUICKSTART.seq_len, seed)
-    parameters = initial_parameters(*PLAIN, seed)
+    parameters = initial_parameters(PLAIN.config, PLAIN.policy, seed)
     schedule = Schedule(QUICKSTART.peak_learning_rate, options.base_steps, QUICKSTART.warmup_fraction)
     base = train(PLAIN, initial_state(parameters, QUICKSTART.optimizer), schedule, rows)
     schedule = Schedule(options.more_learning_rate, options.more_steps)

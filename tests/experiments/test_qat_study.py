@@ -13,7 +13,7 @@ from experiments import qat_study
 
 def test_every_matrix_of_the_sublayers_is_rounded_and_nothing_else(monkeypatch):
     monkeypatch.setattr(qat, "fake_mxfp4", lambda leaf: leaf + 1)  # which leaves; not to what
-    before = initial_parameters(*qat_study.PLAIN, seed=0)
+    before = initial_parameters(qat_study.PLAIN.config, qat_study.PLAIN.policy, seed=0)
     after = jax.tree_util.tree_map_with_path(qat_study._in_fp4, before)
     changed = set()
     for (path, old), new in zip(
