@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from dsv4_jax.config import v4_pro as v4_pro
     from dsv4_jax.errors import CheckpointError as CheckpointError
     from dsv4_jax.errors import ConfigError as ConfigError
-    from dsv4_jax.gradients import joined as joined
-    from dsv4_jax.gradients import trainable as trainable
     from dsv4_jax.language_model import LanguageModel as LanguageModel
     from dsv4_jax.language_model import load as load
     from dsv4_jax.numerics.policy import Policy as Policy
+    from dsv4_jax.training.gradients import joined as joined
+    from dsv4_jax.training.gradients import trainable as trainable
 
 _HOMES = {
     "ModelConfig": "config",
@@ -26,8 +26,8 @@ _HOMES = {
     "v4_pro": "config",
     "CheckpointError": "errors",
     "ConfigError": "errors",
-    "joined": "gradients",
-    "trainable": "gradients",
+    "joined": "training.gradients",
+    "trainable": "training.gradients",
     "LanguageModel": "language_model",
     "load": "language_model",
     "Policy": "numerics.policy",

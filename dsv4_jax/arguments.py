@@ -13,12 +13,12 @@ import numpy as np
 from jaxtyping import Array, Int32
 
 from dsv4_jax.config import ModelConfig
-from dsv4_jax.config_rules import shown
-from dsv4_jax.quantities import INT32_MAX, integer_array, outside
-from dsv4_jax.quantities import checked_integer as checked_integer
-from dsv4_jax.quantities import checked_seed as checked_seed
-from dsv4_jax.quantities import integer_problem as integer_problem
-from dsv4_jax.quantities import seed_problem as seed_problem
+from dsv4_jax.config.quantities import INT32_MAX, integer_array, outside
+from dsv4_jax.config.quantities import checked_integer as checked_integer
+from dsv4_jax.config.quantities import checked_seed as checked_seed
+from dsv4_jax.config.quantities import integer_problem as integer_problem
+from dsv4_jax.config.quantities import seed_problem as seed_problem
+from dsv4_jax.config.rules import shown
 
 SHOWN_IDS = 8
 

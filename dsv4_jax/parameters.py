@@ -4,7 +4,7 @@ The modules declare what the table says, checkpoints add names to it (`checkpoin
 optimizer groups, the balance rule and the inspection ask for a row's role. Nothing else in the package
 spells a parameter's shape or guesses its nature from its path.
 
-Dims are letters of the legend in `config.py`, with three more: M = (2 + N) N rows of an mHC matrix (pre,
+Dims are letters of the legend in `config`, with three more: M = (2 + N) N rows of an mHC matrix (pre,
 post, comb), `2` the gate and up projections, and `3` or `1` the parts of an mHC scale. In a row
 
     "E 2 | (G J Dh) Q"

@@ -32,6 +32,7 @@ import numpy as np
 import tyro
 from rich.console import Console
 
+from dsv4_jax.command_line.quickstart import spread, tokenized
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.model.initial import Network, Parameters, initial_parameters
 from dsv4_jax.model.transformer import Transformer
@@ -41,7 +42,6 @@ from dsv4_jax.parameters import DECAYED
 from dsv4_jax.training.corpus import gather_corpus
 from dsv4_jax.training.data import Batch, TrainingRows, validation_batches
 from dsv4_jax.training.optimizer import Schedule, role_of
-from dsv4_jax.training.quickstart import spread, tokenized
 from dsv4_jax.training.recipe import QUICKSTART, Recipe
 from dsv4_jax.training.step import TrainState, initial_state, train_step, validation_loss
 from experiments import study_record

@@ -20,7 +20,7 @@ from dsv4_jax.checkpoint import quantize, storage
 from dsv4_jax.checkpoint.safetensors import DTYPES
 from dsv4_jax.checkpoint.write import TensorPlan, write_sharded
 from dsv4_jax.config import ModelConfig, tiny
-from dsv4_jax.config_io import official_config_dict
+from dsv4_jax.config.io import official_config_dict
 from experiments import study_record
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "weight_memory.json"

@@ -22,48 +22,37 @@ PACKAGE_ARROWS = {
 
 # Rooms of dsv4_jax: longest matching module prefix -> room. Anything else is on top.
 ROOMS = {
+    "dsv4_jax.errors": "errors",
+    "dsv4_jax.reading": "reading",
     "dsv4_jax.config": "config",
-    "dsv4_jax.config_io": "config",
-    "dsv4_jax.config_json": "config",
-    "dsv4_jax.config_keys": "config",
-    "dsv4_jax.config_plan": "config",
-    "dsv4_jax.config_rules": "config",
-    "dsv4_jax.errors": "config",
-    "dsv4_jax.parameters": "parameters",
     "dsv4_jax.boxes": "parameters",
-    "dsv4_jax.folder": "config",
-    "dsv4_jax.foreign": "config",
-    "dsv4_jax.stored_file": "config",
-    "dsv4_jax.strict_json": "config",
-    "dsv4_jax.quantities": "config",
+    "dsv4_jax.parameters": "parameters",
     "dsv4_jax.numerics": "numerics",
     "dsv4_jax.model": "model",
     "dsv4_jax.inference": "inference",
     "dsv4_jax.training": "training",
-    "dsv4_jax.training.quickstart": "top",  # trains, then loads and generates like any user
     "dsv4_jax.checkpoint": "checkpoint",
-    "dsv4_jax.language_model": "language_model",
     "dsv4_jax.arguments": "language_model",
+    "dsv4_jax.language_model": "language_model",
+    "dsv4_jax.inspection": "inspection",
+    "dsv4_jax.command_line": "command_line",
+    "dsv4_jax.__main__": "command_line",
 }
+_BELOW_MODEL = {"errors", "config", "parameters", "numerics"}
 ROOM_ARROWS = {
-    "config": set(),
-    "parameters": {"config"},
-    "numerics": {"config"},
-    "model": {"config", "parameters", "numerics"},
-    "inference": {"config", "numerics", "model"},
-    "training": {"config", "parameters", "numerics", "model"},
-    "checkpoint": {"config", "parameters", "numerics"},
-    "language_model": {"config", "parameters", "numerics", "model", "inference", "checkpoint"},
-    "top": {
-        "config",
-        "parameters",
-        "numerics",
-        "model",
-        "inference",
-        "training",
-        "checkpoint",
-        "language_model",
-    },
+    "errors": set(),
+    "reading": {"errors"},
+    "config": {"errors", "reading"},
+    "parameters": {"errors", "config"},
+    "numerics": {"errors", "config"},
+    "model": _BELOW_MODEL,
+    "inference": {*_BELOW_MODEL, "model"},
+    "training": {*_BELOW_MODEL, "model"},
+    "checkpoint": {*_BELOW_MODEL, "reading"},
+    "language_model": {*_BELOW_MODEL, "model", "inference", "checkpoint"},
+    "inspection": {*_BELOW_MODEL, "model", "checkpoint"},
+    "command_line": {*ROOMS.values()},
+    "top": {"training", "language_model", *_BELOW_MODEL},  # the public names
 }
 
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "common", "base", "misc", "new", "fast"}
@@ -188,7 +177,7 @@ RUNTIME_SOURCES = [source for source in SOURCES if source.module.split(".")[0] i
 
 
 def test_there_is_something_to_check():
-    assert {"dsv4_jax.config", "dsv4_jax.cli", "dsv4_jax.config_io"} <= MODULES
+    assert {"dsv4_jax.config", "dsv4_jax.command_line.main", "dsv4_jax.config.io"} <= MODULES
 
 
 def test_import_arrows():
@@ -246,8 +235,8 @@ WRONG_ARROWS = [
     ("dsv4_jax.numerics.policy", "from dsv4_jax.model import norm"),
     ("dsv4_jax.config", "from dsv4_jax.checkpoint import load"),
     ("dsv4_jax.training.step", "from dsv4_jax.checkpoint import load"),
-    ("dsv4_jax.checkpoint.load", "from dsv4_jax import cli"),
-    ("dsv4_jax.language_model", "from dsv4_jax import cli"),
+    ("dsv4_jax.checkpoint.load", "from dsv4_jax.command_line import main"),
+    ("dsv4_jax.language_model", "from dsv4_jax.command_line import main"),
 ]
 
 
@@ -256,7 +245,7 @@ def test_a_wrong_arrow_is_found(module, text):
     known = {
         "dsv4_jax.checkpoint",
         "dsv4_jax.checkpoint.load",
-        "dsv4_jax.cli",
+        "dsv4_jax.command_line.main",
         "dsv4_jax.model.norm",
     }
     assert arrow_violations(Source(module, text), known)
@@ -266,7 +255,7 @@ def test_right_arrows_are_not_reported():
     known = {"dsv4_jax", "dsv4_jax.numerics.policy", "dsv4_jax.checkpoint.load"}
     for module, text in [
         ("dsv4_jax.model.norm", "from dsv4_jax.numerics import policy\nimport jax, sharding.mesh"),
-        ("dsv4_jax.training.quickstart", "from dsv4_jax.checkpoint import load"),
+        ("dsv4_jax.command_line.quickstart", "from dsv4_jax.checkpoint import load"),
         ("sharding.mesh", "import pallas_kernels.chips"),
         ("experiments.run", "import dsv4_jax, sharding, pallas_kernels"),
     ]:
@@ -276,12 +265,12 @@ def test_right_arrows_are_not_reported():
 @pytest.mark.parametrize(
     ("module", "text"),
     [
-        ("dsv4_jax.cli", "import torch.nn"),
-        ("dsv4_jax.cli", "def f():\n    from pickle import loads"),
-        ("dsv4_jax.cli", "from jinja2 import Template"),
-        ("dsv4_jax.cli", "eval('1')"),
-        ("dsv4_jax.cli", "exec(text)"),
-        ("dsv4_jax.cli", "numpy.load(path, allow_pickle=True)"),
+        ("dsv4_jax.command_line.main", "import torch.nn"),
+        ("dsv4_jax.command_line.main", "def f():\n    from pickle import loads"),
+        ("dsv4_jax.command_line.main", "from jinja2 import Template"),
+        ("dsv4_jax.command_line.main", "eval('1')"),
+        ("dsv4_jax.command_line.main", "exec(text)"),
+        ("dsv4_jax.command_line.main", "numpy.load(path, allow_pickle=True)"),
         ("dsv4_jax.model.norm", "import os\nos.environ['X']"),
         ("dsv4_jax.numerics.policy", "from os import environ"),
         ("pallas_kernels.chips", "import os\nos.getenv('X')"),
@@ -293,4 +282,7 @@ def test_forbidden_content_is_found(module, text):
 
 
 def test_environment_may_be_read_on_top():
-    assert content_violations(Source("dsv4_jax.cli", "import os\nos.environ\nre.compile('x')")) == []
+    assert (
+        content_violations(Source("dsv4_jax.command_line.main", "import os\nos.environ\nre.compile('x')"))
+        == []
+    )

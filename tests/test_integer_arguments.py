@@ -11,7 +11,7 @@ import pytest
 import dsv4_jax
 from dsv4_jax.arguments import checked_prompts, checked_seed, seed_problem
 from dsv4_jax.config import ModelConfig, tiny
-from dsv4_jax.context_cost import context_cost
+from dsv4_jax.inspection.context_cost import context_cost
 from dsv4_jax.language_model import LanguageModel
 from dsv4_jax.model.cache import Cache
 from dsv4_jax.model.initial import initial_parameters

@@ -7,7 +7,7 @@ import tomllib
 
 import pytest
 
-from dsv4_jax import cli
+from dsv4_jax.command_line import main as cli
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

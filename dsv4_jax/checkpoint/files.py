@@ -23,9 +23,9 @@ from dsv4_jax.checkpoint.shard_index import (
 )
 from dsv4_jax.checkpoint.staging import REPLACED_PREFIX
 from dsv4_jax.errors import CheckpointError
-from dsv4_jax.folder import Folder
-from dsv4_jax.stored_file import StoredFile, refusal
-from dsv4_jax.strict_json import plain, shown
+from dsv4_jax.reading.folder import Folder
+from dsv4_jax.reading.stored_file import StoredFile, refusal
+from dsv4_jax.reading.strict_json import plain, shown
 
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors")
 

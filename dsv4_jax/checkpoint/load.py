@@ -102,7 +102,7 @@ def load_checkpoint(
         require_mtp: refuse a checkpoint without an MTP block.
         scan_weights: look for NaN and infinity in bfloat16 weights too.
         copy: read files instead of mapping them (see `open_checkpoint`).
-        allow_links: a folder that links may lead into (see `dsv4_jax.folder`).
+        allow_links: a folder that links may lead into (see `dsv4_jax.reading.folder`).
         tokenizer: 'ignore' opens no tokenizer.json and no tokenizer_config.json.
         mesh: devices to place the parameters on; None: the default device.
         rules: letter of a dim (`dsv4_jax.parameters`) -> axes of the mesh that it is split over, see

@@ -13,10 +13,10 @@ from dsv4_jax.checkpoint.side_files import SideFiles, UseTokenizer, read_side_fi
 from dsv4_jax.checkpoint.tensor_rules import Entry, check_tensor
 from dsv4_jax.checkpoint.tensor_set import missing_problems, unexpected_problems
 from dsv4_jax.config import ModelConfig
-from dsv4_jax.config_io import CONFIG_FILE, ConfigFile, read_config_in
+from dsv4_jax.config.io import CONFIG_FILE, ConfigFile, read_config_in
 from dsv4_jax.errors import CheckpointError, ConfigError
-from dsv4_jax.folder import Folder
-from dsv4_jax.foreign import foreign_folder
+from dsv4_jax.reading.folder import Folder
+from dsv4_jax.reading.foreign import foreign_folder
 
 # A config may claim this many times the tensors that are there, and some more, before the claim is refused
 # as a whole instead of being listed tensor by tensor.

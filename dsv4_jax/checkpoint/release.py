@@ -9,8 +9,8 @@ from collections.abc import Collection
 from typing import Literal
 
 from dsv4_jax.checkpoint.layout import own_name
-from dsv4_jax.config_io import DSPARK_NOTE, VISION_NOTE, VISION_REFUSAL
-from dsv4_jax.foreign import foreign_quantization, refused_method
+from dsv4_jax.config.io import DSPARK_NOTE, VISION_NOTE, VISION_REFUSAL
+from dsv4_jax.reading.foreign import foreign_quantization, refused_method
 
 DraftHead = Literal["refuse", "ignore"]
 

@@ -17,8 +17,8 @@ import ml_dtypes
 import numpy as np
 
 from dsv4_jax.errors import CheckpointError
-from dsv4_jax.stored_file import StoredFile, refusal
-from dsv4_jax.strict_json import JsonError, parse_json, repeated_keys, shown
+from dsv4_jax.reading.stored_file import StoredFile, refusal
+from dsv4_jax.reading.strict_json import JsonError, parse_json, repeated_keys, shown
 
 DTYPES: Mapping[str, np.dtype] = {
     name: np.dtype(dtype)

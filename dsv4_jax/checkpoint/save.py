@@ -29,7 +29,7 @@ from dsv4_jax.checkpoint.tensor_rules import FP4_DTYPES
 from dsv4_jax.checkpoint.values import NAN_CODES, bad_scales, num_nan, num_non_finite
 from dsv4_jax.checkpoint.write import Planned, Progress, TensorPlan, write_sharded
 from dsv4_jax.config import ModelConfig
-from dsv4_jax.config_io import CONFIG_FILE, official_config_dict, token_json, transformers_config_dict
+from dsv4_jax.config.io import CONFIG_FILE, official_config_dict, token_json, transformers_config_dict
 from dsv4_jax.errors import CheckpointError, ProblemsError
 from dsv4_jax.numerics.formats import Fp8Blocks
 from dsv4_jax.numerics.weights import QuantizedWeight

@@ -4,9 +4,9 @@ import dataclasses
 from collections.abc import Collection, Iterator, Mapping
 
 from dsv4_jax.checkpoint.safetensors import MAX_TENSORS, is_tensor_name
-from dsv4_jax.folder import Folder
-from dsv4_jax.stored_file import refusal
-from dsv4_jax.strict_json import JsonError, parse_json, repeated_keys, shown
+from dsv4_jax.reading.folder import Folder
+from dsv4_jax.reading.stored_file import refusal
+from dsv4_jax.reading.strict_json import JsonError, parse_json, repeated_keys, shown
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

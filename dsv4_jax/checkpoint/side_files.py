@@ -10,12 +10,11 @@ from typing import Literal
 
 from tokenizers import Tokenizer
 
-from dsv4_jax import config_json, config_rules
-from dsv4_jax.config import ModelConfig
-from dsv4_jax.config_keys import Keys
+from dsv4_jax.config import ModelConfig, json_objects, rules
+from dsv4_jax.config.keys import Keys
 from dsv4_jax.errors import CheckpointError
-from dsv4_jax.folder import Folder
-from dsv4_jax.strict_json import JsonError, shown
+from dsv4_jax.reading.folder import Folder
+from dsv4_jax.reading.strict_json import JsonError, shown
 
 GENERATION_FILE = "generation_config.json"
 TOKENIZER_FILE = "tokenizer.json"
@@ -60,7 +59,7 @@ def read_side_files(
     for name in SIDE_FILES:
         if tokenizer == "ignore" and name != GENERATION_FILE:
             continue
-        largest = MAX_TOKENIZER_BYTES if name == TOKENIZER_FILE else config_json.MAX_JSON_BYTES
+        largest = MAX_TOKENIZER_BYTES if name == TOKENIZER_FILE else json_objects.MAX_JSON_BYTES
         try:
             data = folder.read_if_present(name, largest)
         except CheckpointError as error:
@@ -83,7 +82,7 @@ def stop_token_ids(config: ModelConfig, side_files: Mapping[str, bytes]) -> tupl
     Raises:
         CheckpointError: generation_config.json is not usable.
     """
-    ids = config_rules.token_ids(config.eos_token_id)
+    ids = rules.token_ids(config.eos_token_id)
     if GENERATION_FILE in side_files:
         eos, problems = _generation_eos(side_files[GENERATION_FILE], config.vocab_size)
         if problems:
@@ -120,7 +119,7 @@ def _object_problems(name: str, data: bytes, vocab_size: int | None) -> list[str
     if name == GENERATION_FILE:
         return _generation_eos(data, vocab_size)[1]
     try:
-        return config_json.parse_object(data)[1]
+        return json_objects.parse_object(data)[1]
     except JsonError as error:
         return [str(error)]
 
@@ -128,12 +127,12 @@ def _object_problems(name: str, data: bytes, vocab_size: int | None) -> list[str
 def _generation_eos(data: bytes, vocab_size: int | None) -> tuple[tuple[int, ...], list[str]]:
     """The EOS ids of a generation_config.json, and what is wrong with the file."""
     try:
-        raw, problems = config_json.parse_object(data)
+        raw, problems = json_objects.parse_object(data)
     except JsonError as error:
         return (), [str(error)]
     keys = Keys(raw, problems)
     ids = {"bos_token_id": keys.token("bos_token_id"), "eos_token_id": keys.tokens("eos_token_id")}
     if vocab_size is not None:
         for name, value in ids.items():
-            problems += config_rules.token_problems(name, value, vocab_size)
-    return config_rules.token_ids(ids["eos_token_id"]), problems
+            problems += rules.token_problems(name, value, vocab_size)
+    return rules.token_ids(ids["eos_token_id"]), problems

@@ -12,7 +12,7 @@ from dsv4_jax.checkpoint.dequantize import (
 )
 from dsv4_jax.checkpoint.names import TensorSpec
 from dsv4_jax.checkpoint.safetensors import TensorInfo
-from dsv4_jax.foreign import OFFICIAL_HOME
+from dsv4_jax.reading.foreign import OFFICIAL_HOME
 
 Format = Literal["plain", "fp8", "fp4"]
 

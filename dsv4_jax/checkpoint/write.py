@@ -26,7 +26,7 @@ from dsv4_jax.checkpoint.safetensors import (
 from dsv4_jax.checkpoint.shard_index import INDEX_FILE, SINGLE_FILE
 from dsv4_jax.checkpoint.staging import INCOMING_PREFIX, StagedFiles, StagedOutput
 from dsv4_jax.errors import CheckpointError
-from dsv4_jax.strict_json import plain, shown
+from dsv4_jax.reading.strict_json import plain, shown
 
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _EXTRA_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, Int32, Key
 
-from dsv4_jax.quantities import checked_seed, sampling_problems, seed_problem
+from dsv4_jax.config.quantities import checked_seed, sampling_problems, seed_problem
 
 
 def checked_sampling(temperature: Any, top_p: Any) -> tuple[np.float32, np.float32]:

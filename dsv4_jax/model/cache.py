@@ -18,10 +18,10 @@ import numpy as np
 from jaxtyping import Array, Int32
 
 from dsv4_jax.config import AttentionKind, ModelConfig, layer_stacks
+from dsv4_jax.config.quantities import INT32_MAX, integer_array, integer_problem, outside
 from dsv4_jax.model.geometry import compressor_geometry, window_geometry
 from dsv4_jax.numerics import cache_formats
 from dsv4_jax.numerics.cache_formats import CacheFormat, Stored
-from dsv4_jax.quantities import INT32_MAX, integer_array, integer_problem, outside
 from pallas_kernels.decode_attention import Fp8Rows, fp8_rows
 from pallas_kernels.decode_attention.tuning import rows_pay
 

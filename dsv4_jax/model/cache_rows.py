@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int32
 
+from dsv4_jax.config.quantities import integer_array, integer_problem, outside
 from dsv4_jax.model.cache import Cache, check_not_consumed
-from dsv4_jax.quantities import integer_array, integer_problem, outside
 
 VECTORS = ("length", "written")
 """Fields of a cache that are arrays [B]."""

@@ -9,11 +9,11 @@ import numpy as np
 from flax import nnx
 
 from dsv4_jax.config import ModelConfig
+from dsv4_jax.config.quantities import checked_seed
 from dsv4_jax.model.operations import Operations
 from dsv4_jax.model.transformer import Transformer
 from dsv4_jax.numerics.policy import Policy
 from dsv4_jax.parameters import INITIAL_VALUE, Parameter, parameters
-from dsv4_jax.quantities import checked_seed
 
 Parameters = dict[str, Any]
 """Nested dict of arrays, the pure state of `Transformer`; list positions are int keys."""

@@ -7,7 +7,7 @@ from typing import Literal
 import jax.numpy as jnp
 import numpy as np
 
-from dsv4_jax.config_rules import shown
+from dsv4_jax.config.rules import shown
 from dsv4_jax.errors import ConfigError
 from dsv4_jax.numerics.cache_formats import CACHE_FORMATS, CacheFormat
 from dsv4_jax.numerics.qat import SWITCHES

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dsv4_jax.quantities import checked_integer, integer_problem, seed_problem
+from dsv4_jax.config.quantities import checked_integer, integer_problem, seed_problem
 
 PADDING_SEGMENT = 0
 """Segment id of positions that hold no token; those of tokens are positive."""

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from dsv4_jax.config.quantities import integer_problem
 from dsv4_jax.errors import ConfigError
-from dsv4_jax.quantities import integer_problem
 
 BOS = "<｜begin▁of▁sentence｜>"
 EOS = "<｜end▁of▁sentence｜>"

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from dsv4_jax.checkpoint import storage
-from dsv4_jax.config_io import V41_REFUSAL, VISION_REFUSAL
+from dsv4_jax.config.io import V41_REFUSAL, VISION_REFUSAL
 from tests.checkpoint import synthetic
 
 CONFIG = synthetic.smallest_config()  # layers: window, window, CSA, HCA; 0..2 hash, 3 learned

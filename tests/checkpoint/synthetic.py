@@ -11,10 +11,9 @@ from collections.abc import Mapping
 import ml_dtypes
 import numpy as np
 
-from dsv4_jax import config as config_module
 from dsv4_jax.checkpoint import storage
-from dsv4_jax.config import ModelConfig
-from dsv4_jax.config_io import official_config_dict
+from dsv4_jax.config import ModelConfig, tiny
+from dsv4_jax.config.io import official_config_dict
 
 NUMPY = {
     "BF16": ml_dtypes.bfloat16,
@@ -43,19 +42,19 @@ def small_config(**overrides: object) -> ModelConfig:
         "n_routed_experts": 4,
         "num_experts_per_tok": 2,
     }
-    return config_module.tiny(5, **(fields | overrides))
+    return tiny(5, **(fields | overrides))
 
 
 def smallest_config(**overrides: object) -> ModelConfig:
     """Every kind of layer once (window, window, CSA, HCA), three experts, MTP."""
     fields = {"vocab_size": 24, "n_routed_experts": 3, "num_experts_per_tok": 2}
-    return config_module.tiny(4, **(fields | overrides))
+    return tiny(4, **(fields | overrides))
 
 
 def repeated_config(**overrides: object) -> ModelConfig:
     """As `small_config`, with four repeats of a scanned unit."""
     fields = {"vocab_size": 40, "n_routed_experts": 4, "num_experts_per_tok": 2}
-    return config_module.tiny(11, **(fields | overrides))
+    return tiny(11, **(fields | overrides))
 
 
 def make_tensors(config: ModelConfig, release: storage.Release = storage.PLAIN, seed: int = 0) -> Tensors:

@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dsv4_jax import config, inspection
+from dsv4_jax import config
 from dsv4_jax.checkpoint import names, storage
 from dsv4_jax.checkpoint.load import load_checkpoint
 from dsv4_jax.checkpoint.verify import verify_checkpoint
-from dsv4_jax.config_io import read_config_file
+from dsv4_jax.config.io import read_config_file
 from dsv4_jax.errors import CheckpointError, ConfigError
+from dsv4_jax.inspection import costs
 from dsv4_jax.numerics.policy import Policy
 from tests.checkpoint import synthetic
 
@@ -41,7 +42,7 @@ def test_three_million_experts_beside_three(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="the files hold 1"):
         load_checkpoint(tmp_path, Policy.of())
     # Without files to compare with, the cost of the model is counted from shapes.
-    found = inspection.inspect_file(read_config_file(tmp_path))
+    found = costs.inspect_file(read_config_file(tmp_path))
     assert found.layer.expert * 3_000_000 * 4 < found.parameters.total
     assert time.perf_counter() - start < 10
 

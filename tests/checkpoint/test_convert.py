@@ -7,12 +7,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from dsv4_jax import config, config_io
+from dsv4_jax import config
 from dsv4_jax.checkpoint import names, read, storage
 from dsv4_jax.checkpoint.convert import convert_checkpoint
 from dsv4_jax.checkpoint.files import open_checkpoint
 from dsv4_jax.checkpoint.load import load_checkpoint, nested
 from dsv4_jax.checkpoint.save import save_checkpoint
+from dsv4_jax.config import io as config_io
 from dsv4_jax.errors import CheckpointError
 from dsv4_jax.numerics.policy import Policy
 from dsv4_jax.parameters import WIDE_ROLES, parameters

@@ -14,7 +14,7 @@ from dsv4_jax.checkpoint import names, storage
 from dsv4_jax.checkpoint.load import load_checkpoint
 from dsv4_jax.checkpoint.read import aligned
 from dsv4_jax.checkpoint.save import flattened
-from dsv4_jax.config_io import DSPARK_NOTE, VISION_NOTE
+from dsv4_jax.config.io import DSPARK_NOTE, VISION_NOTE
 from dsv4_jax.numerics.policy import Policy
 from dsv4_jax.parameters import parameters
 from tests.checkpoint import synthetic

@@ -14,7 +14,7 @@ import pytest
 from dsv4_jax.checkpoint import storage
 from dsv4_jax.checkpoint.load import load_checkpoint
 from dsv4_jax.checkpoint.verify import verify_checkpoint
-from dsv4_jax.config_io import DSPARK_NOTE, official_config_dict
+from dsv4_jax.config.io import DSPARK_NOTE, official_config_dict
 from dsv4_jax.errors import CheckpointError
 from dsv4_jax.numerics.policy import Policy
 from tests.checkpoint import synthetic

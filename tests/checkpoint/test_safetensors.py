@@ -18,7 +18,7 @@ import torch
 from dsv4_jax.checkpoint import safetensors as reader
 from dsv4_jax.checkpoint.files import open_checkpoint
 from dsv4_jax.errors import CheckpointError
-from dsv4_jax.stored_file import StoredFile
+from dsv4_jax.reading.stored_file import StoredFile
 from tests.checkpoint.bad_files import DATA, FILE_CASES, GOOD, HEADER_CASES, W, entry, pack
 
 

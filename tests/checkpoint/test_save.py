@@ -11,7 +11,7 @@ import pytest
 from dsv4_jax.checkpoint import names, storage
 from dsv4_jax.checkpoint.load import load_checkpoint, nested
 from dsv4_jax.checkpoint.save import flattened, save_checkpoint
-from dsv4_jax.config_io import read_config
+from dsv4_jax.config.io import read_config
 from dsv4_jax.errors import CheckpointError
 from dsv4_jax.numerics.policy import Policy
 from dsv4_jax.parameters import WIDE_ROLES, parameters

@@ -12,7 +12,7 @@ from dsv4_jax.checkpoint import load as loading
 from dsv4_jax.checkpoint.convert import convert_checkpoint
 from dsv4_jax.checkpoint.load import load_checkpoint
 from dsv4_jax.checkpoint.verify import verify_checkpoint
-from dsv4_jax.config_io import read_config
+from dsv4_jax.config.io import read_config
 from dsv4_jax.errors import CheckpointError
 from dsv4_jax.numerics.policy import Policy
 from tests.checkpoint import synthetic

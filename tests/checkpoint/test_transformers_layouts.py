@@ -14,10 +14,10 @@ import safetensors.torch
 import torch
 from transformers import DeepseekV4ForCausalLM
 
-from dsv4_jax import config as config_module
 from dsv4_jax.checkpoint.load import load_checkpoint
 from dsv4_jax.checkpoint.save import flattened, save_checkpoint
-from dsv4_jax.config_io import official_config_dict
+from dsv4_jax.config import tiny
+from dsv4_jax.config.io import official_config_dict
 from dsv4_jax.numerics.policy import Policy
 from tests.checkpoint import synthetic
 from tests.parity.oracle import Oracle
@@ -40,8 +40,8 @@ SIZES = {
     "max_position_embeddings": 2**20,
 }
 CONFIGS = {
-    "flash": config_module.tiny(11, like="flash", **SIZES),
-    "pro": config_module.tiny(5, like="pro", **SIZES),
+    "flash": tiny(11, like="flash", **SIZES),
+    "pro": tiny(5, like="pro", **SIZES),
 }
 FLOAT32 = Policy.of("float32")
 

@@ -24,7 +24,7 @@ ROUTER_TYPES = {"hash": "hash_moe", "learned": "moe"}
 
 
 def transformers_config(config: ModelConfig) -> DeepseekV4Config:
-    """Our config in transformers' words, written out by hand (not by `dsv4_jax.config_io`)."""
+    """Our config in transformers' words, written out by hand (not by `dsv4_jax.config.io`)."""
     # transformers computes int(head_dim * factor); the half keeps odd head widths from rounding down.
     partial = (config.qk_rope_head_dim + 0.5) / config.head_dim
     if config.qk_rope_head_dim == config.head_dim:

@@ -1,0 +1,20 @@
+"""The kinds of layers and of routers, and YaRN's numbers: what a `ModelConfig` is made of."""
+
+import dataclasses
+from typing import Literal
+
+AttentionKind = Literal["window", "csa", "hca"]
+RouterKind = Literal["hash", "learned"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Yarn:
+    """YaRN context extension of the compressed layers' RoPE (`spec` values in the defaults of the report).
+
+    The attention temperature of YaRN is never applied (attention_factor = 1).
+    """
+
+    factor: float
+    beta_fast: float
+    beta_slow: float
+    original_max_position_embeddings: int
