@@ -1,7 +1,7 @@
 """Packed rows of a fixed length, drawn in an order that depends on a seed and the step alone.
 
 A row is `seq_len` consecutive tokens of documents laid end to end; what belongs to different documents
-gets different segment ids, and positions restart at each segment (also where a row cuts a document).
+gets different segment ids.
 Any batch can be made without making those before it, so a run restarts exactly from its step number.
 """
 
@@ -21,7 +21,6 @@ class Batch(NamedTuple):
 
     tokens: np.ndarray
     segment_ids: np.ndarray  # 1, 2, ... from the left of each row; 0 where empty
-    positions: np.ndarray  # from 0 at the start of each segment; 0 where empty
 
 
 def _pack(tokens: np.ndarray, documents: np.ndarray, num_valid: np.ndarray) -> Batch:
@@ -30,12 +29,10 @@ def _pack(tokens: np.ndarray, documents: np.ndarray, num_valid: np.ndarray) -> B
     column = np.arange(seq_len, dtype=np.int32)
     starts = np.zeros((num_rows, seq_len), bool)
     starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
-    first = np.maximum.accumulate(np.where(starts, column, 0), axis=1)
     valid = column < num_valid[:, None]
     return Batch(
         tokens=np.where(valid, tokens, 0).astype(np.int32),
         segment_ids=np.where(valid, np.cumsum(starts, axis=1) + 1, PADDING_SEGMENT).astype(np.int32),
-        positions=np.where(valid, column - first, 0).astype(np.int32),
     )
 
 

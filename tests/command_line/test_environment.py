@@ -80,7 +80,7 @@ def test_a_full_disk_is_named(base):
 def test_files_never_take_the_numbers_of_closed_streams():
     """Libraries print to descriptor 2 whatever lies behind it, which must not become a checkpoint's file."""
     script = (
-        "import os, sys\nfrom dsv4_jax import standard_streams\n"
+        "import os, sys\nfrom dsv4_jax.command_line import standard_streams\n"
         "with standard_streams.prepared():\n    print(os.open('/dev/zero', os.O_RDONLY) > 2)\n"
     )
     line = ["bash", "-c", '"$@" <&- 2>&-', "bash", sys.executable, "-c", script]

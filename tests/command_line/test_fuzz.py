@@ -413,7 +413,7 @@ def undone_enable(directory):
 
 COMPILE = """
 import sys, pathlib
-from dsv4_jax import compilation_cache, standard_streams
+from dsv4_jax.command_line import compilation_cache, standard_streams
 compilation_cache.MIN_COMPILE_SECONDS = 0
 compilation_cache.enable(pathlib.Path(sys.argv[1]))
 import jax

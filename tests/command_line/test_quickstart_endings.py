@@ -12,7 +12,7 @@ from dsv4_jax.checkpoint.write import target_problems
 from dsv4_jax.command_line import quickstart as quickstart_module
 from dsv4_jax.command_line.quickstart import RECORD_FILE, check_arguments
 from dsv4_jax.errors import CheckpointError, ProblemsError
-from tests.training.test_quickstart import SMALL, run
+from tests.command_line.test_quickstart import SMALL, run
 
 
 def dangling_link(folder):

@@ -1,4 +1,4 @@
-"""Packed rows: every token once, positions and segments right, any step reachable directly."""
+"""Packed rows: every token once, segments right, any step reachable directly."""
 
 import numpy as np
 import pytest
@@ -14,15 +14,14 @@ def make_documents(lengths):
 
 
 def check_layout(batch):
-    """Positions and segments follow from the tokens of `make_documents`."""
-    for tokens, segments, positions in zip(*batch, strict=True):
+    """Segments follow from the tokens of `make_documents`."""
+    for tokens, segments in zip(*batch, strict=True):
         valid = segments != PADDING_SEGMENT
         num_valid = valid.sum()
-        assert valid[:num_valid].all() and not tokens[~valid].any() and not positions[~valid].any()
+        assert valid[:num_valid].all() and not tokens[~valid].any()
         documents = tokens // 1000
         for t in range(num_valid):
             new = t == 0 or documents[t] != documents[t - 1]
-            assert positions[t] == (0 if new else positions[t - 1] + 1)
             assert segments[t] == (1 if t == 0 else segments[t - 1] + new)
             if not new:
                 assert tokens[t] == tokens[t - 1] + 1

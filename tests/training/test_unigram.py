@@ -20,7 +20,6 @@ def test_loss_skips_segment_starts_row_starts_and_padding():
     batch = Batch(
         tokens=np.array([[0, 1, 2, 0, 3, 0, 0]]),
         segment_ids=np.array([[1, 1, 1, 2, 2, 0, 0]]),
-        positions=np.zeros((1, 7), int),
     )
     # targets: 1, 2 (segment 1) and 3 (segment 2)
     expected = -(math.log(0.25) + 2 * math.log(0.125)) / 3
