@@ -9,7 +9,7 @@ RouterKind = Literal["hash", "learned"]
 
 @dataclasses.dataclass(frozen=True)
 class Yarn:
-    """YaRN context extension of the compressed layers' RoPE (`spec` values in the defaults of the report).
+    """YaRN context extension of the compressed layers' RoPE (official values: 16, 32, 1 and 65536).
 
     The attention temperature of YaRN is never applied (attention_factor = 1).
     """

@@ -73,7 +73,7 @@ class LayerCounts:
 
 @dataclasses.dataclass(frozen=True)
 class CacheFormat:
-    """How cache entries are stored (inference specification of the report, section 3.5)."""
+    """How cache entries are stored (report, section 2.3.4)."""
 
     name: str
     entry_bytes: int  # one KV entry: a window entry, or a compressed one
