@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from dsv4_jax.inspection.native_shapes import native_shapes
 from dsv4_jax.model import span as spans
 from dsv4_jax.model.cache import new_cache
 from dsv4_jax.model.initial import Network
 from dsv4_jax.model.operations import operations
 from dsv4_jax.numerics.policy import Policy
-from tests.model.native_shapes import native_shapes
 from tests.model.test_kernels import CONFIG
 from tests.model.test_x64 import inner_programs
 from tests.test_architecture import RUNTIME_SOURCES, Source, within

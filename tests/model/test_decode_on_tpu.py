@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import pytest
 
 from dsv4_jax.config import layer_stacks, v4_flash
+from dsv4_jax.inspection.native_shapes import native_shapes
 from dsv4_jax.model import span as spans
 from dsv4_jax.model.cache import new_cache
 from dsv4_jax.model.initial import Network
 from dsv4_jax.numerics.policy import Policy
 from dsv4_jax.parameters import parameters
 from tests.kernels.ahead_of_time import compile_for
-from tests.model.native_shapes import native_shapes
 
 BATCH, CAPACITY = 8, 2**15
 # Four repeats of the unit (HCA, CSA): a scanned stack. Few experts and a small vocabulary: their number makes
