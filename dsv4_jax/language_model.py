@@ -74,9 +74,18 @@ class LanguageModel:
         self.network = Network(config, policy)
 
     @classmethod
-    def random(cls, config: ModelConfig, policy: Policy, seed: int = 0) -> "LanguageModel":
-        """A model with freshly drawn parameters; `seed` is an integer in 0 .. 2^63 - 1, else ValueError."""
-        return cls(config, policy, initial_parameters(config, policy, seed))
+    def random(
+        cls,
+        config: ModelConfig,
+        policy: Policy,
+        seed: int = 0,
+        *,
+        mesh: jax.sharding.Mesh | None = None,
+        rules: Mapping[str, str | tuple[str, ...]] | None = None,
+    ) -> "LanguageModel":
+        """A model with freshly drawn parameters; `model.initial.initial_parameters` tells the arguments and
+        the errors. `mesh` and `rules` place it as in `load`, and change no number."""
+        return cls(config, policy, initial_parameters(config, policy, seed, mesh, rules))
 
     @property
     def num_params(self) -> int:

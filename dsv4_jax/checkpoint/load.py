@@ -6,13 +6,12 @@ peak is the weights and the tensor being read; on an accelerator it is the large
 """
 
 import dataclasses
-import itertools
 import pathlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from dsv4_jax import parameters as table
 from dsv4_jax.checkpoint import names
@@ -26,9 +25,10 @@ from dsv4_jax.checkpoint.tensor_rules import Entry
 from dsv4_jax.checkpoint.values import Findings
 from dsv4_jax.checkpoint.write import Progress
 from dsv4_jax.config import ModelConfig
-from dsv4_jax.errors import CheckpointError, ProblemsError
+from dsv4_jax.errors import CheckpointError
 from dsv4_jax.numerics.weights import QuantizedWeight
-from sharding.placement import Axis, Rules, placed, rule_problems, sharding_of
+from dsv4_jax.parameter_shardings import parameter_shardings
+from sharding.placement import Rules, placed
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -127,7 +127,8 @@ def load_checkpoint(
             scan_weights=scan_weights,
             progress=progress,
         )
-        shardings = _shardings(directory, manifest.config, held, mesh, rules or {})
+        blocks = {path: BLOCK[held[path].format] for path in held if held[path].format in BLOCK}
+        shardings = parameter_shardings(manifest.config, mesh, rules, str(directory), blocks)
         for path, parameter in held.items():
             value = placed(parameter.read_box, parameter.shape, shardings.get(path))
             if findings.problems:
@@ -161,40 +162,6 @@ def exact_dtype(manifest: Manifest) -> np.dtype:
         if entry.format == "plain" and entry.spec.kind == "matrix"
     }
     return DTYPES["BF16" if plain <= {"BF16"} else "F32"]
-
-
-def _shardings(
-    directory: str | pathlib.Path,
-    config: ModelConfig,
-    held: Mapping[names.Path, Held],
-    mesh: Mesh | None,
-    rules: Rules,
-) -> dict[names.Path, NamedSharding]:
-    """Where each parameter goes; nothing without a mesh."""
-    if mesh is None:
-        problems = ["rules are given, but no mesh"] if rules else []
-        mesh_problems, found = problems, {}
-    else:
-        mesh_problems, found = rule_problems(mesh, rules, table.LETTERS), {}
-        for path, parameter in table.parameters(config).items():
-            axes = placed_axes(parameter, BLOCK.get(held[path].format))
-            name = "/".join(map(str, path))
-            found[path], more = sharding_of(name, axes, mesh, rules)
-            mesh_problems += more
-    if mesh_problems:
-        raise ProblemsError(f"cannot place the parameters of {directory}", mesh_problems)
-    return found
-
-
-def placed_axes(parameter: table.Parameter, block: tuple[int, int] | None) -> list[Axis]:
-    """The axes of a parameter's array; with the block of a quantised weight those of its [*leading, O, I]."""
-    dims, shape = parameter.dims, parameter.shape
-    if block is None:
-        return [Axis((letter,), (size,)) for letter, size in zip(dims, shape, strict=True)]
-    axes = placed_axes(parameter, None)[: parameter.num_leading]
-    ends = list(itertools.accumulate(parameter.folds, initial=parameter.num_leading))
-    folds = list(itertools.pairwise(ends))
-    return axes + [Axis(dims[a:b], shape[a:b], n) for (a, b), n in zip(folds, block, strict=True)]
 
 
 def nested(flat: Mapping[names.Path, object]) -> Parameters:

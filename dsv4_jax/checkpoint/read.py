@@ -32,9 +32,7 @@ from dsv4_jax.checkpoint.values import (
 from dsv4_jax.checkpoint.write import Progress
 from dsv4_jax.numerics.formats import Fp8Blocks, Mxfp4
 from dsv4_jax.parameters import Parameter
-
-ALIGNMENT = 64
-"""Bytes; JAX on a CPU takes over host buffers so aligned instead of copying them."""
+from sharding.placement import aligned
 
 LARGEST_SAFE_SCALE = 127 + 118
 """E8M0 byte up to which no product can overflow: 448 < 2^9."""
@@ -218,11 +216,3 @@ def _finite(stored: np.ndarray, codes: np.ndarray) -> bool:
             for place in np.ndindex(stored.shape[:-2])
             for _, piece in rows(stored[place], scale[place])
         )
-
-
-def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An uninitialised C-contiguous array that starts at a multiple of `ALIGNMENT` bytes."""
-    num_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    raw = np.empty(num_bytes + ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % ALIGNMENT
-    return raw[start : start + num_bytes].view(dtype).reshape(shape)
