@@ -53,8 +53,10 @@ def large_config() -> ModelConfig:
     )
 
 
-def write_random(folder: pathlib.Path, config: ModelConfig) -> None:
-    """A checkpoint of random numbers in the formats of the instruct releases."""
+def write_random(
+    folder: pathlib.Path, config: ModelConfig, release: storage.Release = storage.PREVIEW
+) -> None:
+    """A checkpoint of random numbers in the formats of a release, by default the instruct ones."""
     rng = np.random.default_rng(0)
 
     def draw(tensor: storage.StoredTensor) -> np.ndarray:
@@ -70,8 +72,10 @@ def write_random(folder: pathlib.Path, config: ModelConfig) -> None:
             return rng.integers(-128, 128, tensor.shape, np.int8)
         return (0.02 * rng.standard_normal(tensor.shape, np.float32)).astype(dtype)
 
-    tensors = storage.stored_tensors(config, storage.PREVIEW)
-    fields = official_config_dict(config) | {"quantization_config": quantize.CONFIG, "expert_dtype": "fp4"}
+    tensors = storage.stored_tensors(config, release)
+    fields = official_config_dict(config)
+    if release.linears == "fp8":
+        fields |= {"quantization_config": quantize.CONFIG, "expert_dtype": release.experts}
     write_sharded(
         folder,
         [(t.name, TensorPlan(t.dtype, t.shape), lambda t=t: draw(t)) for t in tensors],
