@@ -218,8 +218,13 @@ class Transformer(nnx.Module):
         # A position counts from the start of its segment, so only a successor's is one more.
         follows = span.position[:, 1:] == span.position[:, :-1] + 1
         around = self.surroundings(here, None)._replace(counted=valid & follows)
-        following = self.embedding(span.ids[:, 1:])
-        return self.mtp[0](streams[:, :-1], following, around)
+
+        def further(streams, following):
+            return self.mtp[0](streams, following, around)
+
+        if self.policy.remat == "unit":
+            further = jax.checkpoint(further)
+        return further(streams[:, :-1], self.embedding(span.ids[:, 1:]))
 
 
 def run_stack(
