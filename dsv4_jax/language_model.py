@@ -31,10 +31,11 @@ from dsv4_jax.inference import steps
 from dsv4_jax.inference.text import TextStream, prompt_ids
 from dsv4_jax.model import span as spans
 from dsv4_jax.model.cache import Cache, check_not_consumed, check_room, check_sizes
-from dsv4_jax.model.initial import Network, Parameters, initial_parameters
+from dsv4_jax.model.initial import Network, initial_parameters
 from dsv4_jax.model.operations import operations
 from dsv4_jax.numerics.policy import Policy
 from dsv4_jax.numerics.weights import is_quantized
+from dsv4_jax.parameters import Parameters
 
 LOGGER = logging.getLogger(__name__)
 

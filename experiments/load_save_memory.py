@@ -95,7 +95,7 @@ def large_config(weights: str) -> ModelConfig:
 
 def largest_tensor(config: ModelConfig, release: storage.Release) -> int:
     """Bytes on disk."""
-    return max(tensor.num_bytes for tensor in storage.stored_tensors(config, release))
+    return max(tensor.num_bytes for tensor in storage.released_tensors(config, release))
 
 
 def measure(folder: pathlib.Path, warm_up: pathlib.Path, way: Way) -> dict[str, Any]:

@@ -15,15 +15,14 @@ from jax.sharding import Mesh
 
 from dsv4_jax import parameters as table
 from dsv4_jax.checkpoint import names
+from dsv4_jax.checkpoint.expected import StoredTensor
+from dsv4_jax.checkpoint.files import Progress
 from dsv4_jax.checkpoint.held import BLOCK, Held
 from dsv4_jax.checkpoint.manifest import Manifest, Options, open_manifest
-from dsv4_jax.checkpoint.read import stored_parameters
-from dsv4_jax.checkpoint.release import DraftHead
+from dsv4_jax.checkpoint.read import Findings, stored_parameters
+from dsv4_jax.checkpoint.recognise import DraftHead
 from dsv4_jax.checkpoint.safetensors import DTYPES
 from dsv4_jax.checkpoint.side_files import UseTokenizer
-from dsv4_jax.checkpoint.tensor_rules import Entry
-from dsv4_jax.checkpoint.values import Findings
-from dsv4_jax.checkpoint.write import Progress
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.errors import CheckpointError
 from dsv4_jax.numerics.weights import QuantizedWeight
@@ -37,9 +36,6 @@ if TYPE_CHECKING:
 
 Weights = Literal["native", "dequantized"]
 """What becomes of quantised weights: kept as they are, or made arrays of the param dtype."""
-
-Parameters = dict[str | int, object]
-"""Nested dict of arrays and quantised weights; list positions are int keys, as in `nnx.to_pure_dict`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +55,7 @@ class Loaded:
     """
 
     config: ModelConfig
-    parameters: Parameters
+    parameters: table.Parameters
     stored: Mapping[str, str]
     warnings: tuple[str, ...]
     layout: names.Layout
@@ -133,7 +129,7 @@ def load_checkpoint(
             value = placed(parameter.read_box, parameter.shape, shardings.get(path))
             if findings.problems:
                 flat.clear()  # reading goes on only to report everything
-            elif parameter.format == "bf16":
+            elif parameter.format == "plain":
                 flat[path] = value
             else:
                 flat[path] = QuantizedWeight(value, table.parameters(manifest.config)[path].own)
@@ -149,7 +145,7 @@ def load_checkpoint(
         tokenizer=manifest.side_files.tokenizer,
         side_files=manifest.side_files.contents,
         experts_in_fp4=all(
-            entry.format == "fp4" for entry in manifest.entries if entry.spec.parameter.role == "expert"
+            tensor.format == "fp4" for tensor in manifest.tensors if tensor.spec.parameter.role == "expert"
         ),
     )
 
@@ -157,16 +153,16 @@ def load_checkpoint(
 def exact_dtype(manifest: Manifest) -> np.dtype:
     """The narrower of bfloat16 and float32 that holds every matrix of a checkpoint exactly."""
     plain = {
-        entry.tensor.dtype
-        for entry in manifest.entries
-        if entry.format == "plain" and entry.spec.kind == "matrix"
+        tensor.info.dtype
+        for tensor in manifest.tensors
+        if tensor.format == "plain" and tensor.spec.kind == "matrix"
     }
     return DTYPES["BF16" if plain <= {"BF16"} else "F32"]
 
 
-def nested(flat: Mapping[names.Path, object]) -> Parameters:
+def nested(flat: Mapping[names.Path, object]) -> table.Parameters:
     """{("mtp", 0, "norm"): x} to {"mtp": {0: {"norm": x}}}."""
-    tree: Parameters = {}
+    tree: table.Parameters = {}
     for path, value in flat.items():
         node = tree
         for key in path[:-1]:
@@ -180,18 +176,18 @@ def stored_dtypes(manifest: Manifest, held: Mapping[names.Path, Held]) -> dict[s
 
     A stacked tensor speaks for its parts.
     """
-    by_place: dict[tuple[names.Path, tuple[int, ...]], Entry] = {
-        (entry.spec.path, entry.spec.index): entry
-        for entry in manifest.entries
-        if entry.format == "plain" or held[entry.spec.path].format != "bf16"
+    by_place: dict[tuple[names.Path, tuple[int, ...]], StoredTensor] = {
+        (tensor.spec.path, tensor.spec.index): tensor
+        for tensor in manifest.tensors
+        if tensor.format == "plain" or held[tensor.spec.path].format != "plain"
     }
     stored = {}
     for spec in names.official_tensors(manifest.config):
         for depth in range(len(spec.index), -1, -1):
-            entry = by_place.get((spec.path, spec.index[:depth]))
-            if entry is not None:
-                stored[spec.name] = entry.tensor.dtype
-                if entry.scale is not None and spec.scale_name is not None:
-                    stored[spec.scale_name] = entry.scale.dtype
+            tensor = by_place.get((spec.path, spec.index[:depth]))
+            if tensor is not None:
+                stored[spec.name] = tensor.info.dtype
+                if tensor.scale is not None and spec.scale_name is not None:
+                    stored[spec.scale_name] = tensor.scale.dtype
                 break
     return stored

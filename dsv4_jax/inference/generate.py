@@ -10,7 +10,8 @@ from dsv4_jax.inference import steps
 from dsv4_jax.inference.sampling import checked_sampling, request_keys
 from dsv4_jax.inference.steps import RUNNING
 from dsv4_jax.model.cache import Cache
-from dsv4_jax.model.initial import Network, Parameters
+from dsv4_jax.model.initial import Network
+from dsv4_jax.parameters import Parameters
 
 PREFILL_CHUNKS = (2048, 512, 128, 32)
 """Compiled chunk lengths, longest first; the rest of a prompt is padded up to the shortest that holds it."""

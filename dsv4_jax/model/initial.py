@@ -16,11 +16,8 @@ from dsv4_jax.model.operations import Operations
 from dsv4_jax.model.transformer import Transformer
 from dsv4_jax.numerics.policy import Policy
 from dsv4_jax.parameter_shardings import parameter_shardings
-from dsv4_jax.parameters import INITIAL_VALUE, Parameter, parameters
+from dsv4_jax.parameters import INITIAL_VALUE, Parameter, Parameters, parameters
 from sharding.placement import Rules, aligned, placed
-
-Parameters = dict[str, Any]
-"""Nested dict of arrays, the pure state of `Transformer`; list positions are int keys."""
 
 
 @functools.lru_cache(maxsize=32)

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dsv4_jax.model.initial import Parameters
 from dsv4_jax.numerics.weights import is_quantized
+from dsv4_jax.parameters import Parameters
 from dsv4_jax.training.optimizer import merge_params, split_trainable
 
 
