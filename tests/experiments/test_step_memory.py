@@ -1,4 +1,4 @@
-"""What a training step keeps of its forward pass: with remat the streams between layers, MTP block included."""
+"""What a training step keeps of its forward pass: with remat the streams between layers, MTP block too."""
 
 import pytest
 
