@@ -39,6 +39,7 @@ from dsv4_jax.numerics import cache_formats
 from dsv4_jax.numerics.cache_formats import CACHE_FORMATS, CacheFormat, Stored
 from dsv4_jax.numerics.policy import Policy
 from experiments import long_context_terms, study_record
+from pallas_kernels.formats.bits import as_stored
 
 KINDS = ("window", "csa", "hca")
 ENTRY_BYTES = {"plain": 512 * 4, "fp8+fp8": 584, "fp8+mxfp4": 584}
@@ -145,7 +146,7 @@ def _with_random_rows(stored: Stored, key: jax.Array, count: int, width: int | N
     new = rows if store is None else store(rows)
 
     def write(leaf: jax.Array, new: jax.Array) -> jax.Array:
-        return leaf.at[:, :, : shape[2]].set(cache_formats.as_stored(new, leaf.dtype))
+        return leaf.at[:, :, : shape[2]].set(as_stored(new, leaf.dtype))
 
     return jax.tree.map(write, stored, new)
 

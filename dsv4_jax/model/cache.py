@@ -22,8 +22,9 @@ from dsv4_jax.config.quantities import INT32_MAX, integer_array, integer_problem
 from dsv4_jax.model.geometry import compressor_geometry, window_geometry
 from dsv4_jax.numerics import cache_formats
 from dsv4_jax.numerics.cache_formats import CacheFormat, Stored
-from pallas_kernels.decode_attention import Fp8Rows, fp8_rows
 from pallas_kernels.decode_attention.tuning import rows_pay
+from pallas_kernels.formats import bits, entry_rows
+from pallas_kernels.formats.entry_rows import Fp8Rows
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["kv", "gate", "entries"], meta_fields=[])
@@ -182,7 +183,7 @@ def new_cache(
     check_sizes(config, batch, max_length, max_rewind)
 
     def empty(shape: tuple[int, ...], store: Callable[[jax.Array], Stored], dtype=dtype) -> Stored:
-        kept = lambda x: cache_formats.bits(store(x)) if as_bits else store(x)  # noqa: E731
+        kept = lambda x: bits.bits(store(x)) if as_bits else store(x)  # noqa: E731
         made = jax.eval_shape(kept, jax.ShapeDtypeStruct(shape, dtype))
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), made)
 
@@ -195,11 +196,11 @@ def new_cache(
     def chosen_entries(shape: tuple[int, int, int, int]) -> Stored:
         """Of CSA, of which a query looks at some: kernels fetch them one by one, if there are enough."""
         repeats, batch, size, width = shape
-        layout = fp8_rows.Layout(width, config.qk_rope_head_dim)
+        layout = entry_rows.Layout(width, config.qk_rope_head_dim)
         pays = rows_pay(rows=config.num_attention_heads, num_entries=size, num_chosen=config.index_topk)
         if as_bits or format == "plain" or layout.problems() or size <= config.index_topk or not pays:
             return empty(shape, store_entries)
-        return fp8_rows.empty(repeats, batch, size, layout)
+        return entry_rows.empty(repeats, batch, size, layout)
 
     def compressor(repeats: int, kind: AttentionKind, width: int, make) -> CompressorCache:
         geometry = compressor_geometry(config, kind, max_rewind)
@@ -268,7 +269,7 @@ def write_ring(
     def write(leaf, new):
         if kept < num_new:
             new = new.at[rows, token].get(mode="clip")
-        return leaf.at[repeat, rows, slot].set(cache_formats.as_stored(new, leaf.dtype), mode="drop")
+        return leaf.at[repeat, rows, slot].set(bits.as_stored(new, leaf.dtype), mode="drop")
 
     return jax.tree.map(write, ring, new)
 
@@ -282,13 +283,13 @@ def write_entries(
 ) -> Stored:
     """Writes the first `count` of the new entries [B, P, ...] at first, first + 1, ...; drops the rest."""
     if isinstance(entries, Fp8Rows):
-        return fp8_rows.write(entries, repeat, fp8_rows.words_of(new), first, count)
+        return entry_rows.write(entries, repeat, entry_rows.words_of(new), first, count)
     batch, num_new = jax.tree.leaves(new)[0].shape[:2]
     offset = jnp.arange(num_new, dtype=jnp.int32)
     slot = jnp.where(offset < count[:, None], first[:, None] + offset, num_slots(entries))
     rows = jnp.arange(batch, dtype=jnp.int32)[:, None]
 
     def write(leaf, new):
-        return leaf.at[repeat, rows, slot].set(cache_formats.as_stored(new, leaf.dtype), mode="drop")
+        return leaf.at[repeat, rows, slot].set(bits.as_stored(new, leaf.dtype), mode="drop")
 
     return jax.tree.map(write, entries, new)

@@ -14,7 +14,8 @@ from dsv4_jax.model.cache import num_slots
 from dsv4_jax.numerics import cache_formats
 from dsv4_jax.numerics.cache_formats import Stored
 from pallas_kernels.arithmetic import int32s
-from pallas_kernels.decode_attention import Fp8Rows, fp8_rows
+from pallas_kernels.formats import entry_rows
+from pallas_kernels.formats.entry_rows import Fp8Rows
 
 
 class Entries(NamedTuple):
@@ -45,7 +46,7 @@ class Entries(NamedTuple):
     def prefix(self, size: int, dtype: jax.typing.DTypeLike) -> Float[Array, "B size width"]:
         """The first `size` entries of every row."""
         if isinstance(self.stack, Fp8Rows):
-            return fp8_rows.prefix(self.stack, self.repeat, size, dtype)
+            return entry_rows.prefix(self.stack, self.repeat, size, dtype)
         return cache_formats.read(self.piece(0, size), dtype)
 
     def chosen(

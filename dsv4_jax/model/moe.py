@@ -12,7 +12,7 @@ from dsv4_jax.model.router import Router, Routing
 from dsv4_jax.model.span import Span
 from dsv4_jax.numerics import qat
 from dsv4_jax.numerics.policy import Policy
-from dsv4_jax.numerics.weights import elements, plain, scale
+from pallas_kernels.formats.weights import matrices, plain
 
 
 class Experts(nnx.Module):
@@ -88,8 +88,8 @@ class MixtureOfExperts(nnx.Module):
             first_expert = repeat * self.num_experts
         routed = self.operations.experts(
             seen,
-            elements(gate_up),
-            elements(down),
+            matrices(gate_up),
+            matrices(down),
             routing.experts,
             routing.weights,
             swiglu_limit=self.limit,
@@ -97,8 +97,6 @@ class MixtureOfExperts(nnx.Module):
             valid=span.valid.reshape(-1),
             first_expert=first_expert,
             round_hidden=round_hidden,
-            gate_up_scale=scale(gate_up),
-            down_scale=scale(down),
         )
         y = routed + self.shared(tokens).astype(jnp.float32)
         return y.astype(x.dtype).reshape(x.shape), routing
