@@ -18,7 +18,7 @@ from dsv4_jax.training.data import Batch
 from dsv4_jax.training.optimizer import AdamW
 from dsv4_jax.training.step import forward_losses, initial_state, train_step
 from pallas_kernels import hybrid_attention
-from pallas_kernels.decode_attention import Fp8Rows
+from pallas_kernels.formats.entry_rows import Fp8Rows
 from pallas_kernels.hybrid_attention import tuning as attention_tuning
 from pallas_kernels.hyper_connection.tuning import HyperConnectionBlocks
 from tests.model.telling_weights import telling_model
