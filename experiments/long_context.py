@@ -32,11 +32,12 @@ from rich.console import Console
 from dsv4_jax.config import ModelConfig, v4_flash
 from dsv4_jax.inference import steps
 from dsv4_jax.language_model import LanguageModel
-from dsv4_jax.model.cache import Cache, num_slots
+from dsv4_jax.model.cache import Cache
 from dsv4_jax.model.cache_rows import at_length
 from dsv4_jax.model.cache_stores import Store, stores, with_stores
 from dsv4_jax.numerics import cache_formats
 from dsv4_jax.numerics.cache_formats import CACHE_FORMATS, CacheFormat, Stored
+from dsv4_jax.numerics.cache_storage import num_slots
 from dsv4_jax.numerics.policy import Policy
 from experiments import long_context_terms, study_record
 from pallas_kernels.formats.bits import as_stored

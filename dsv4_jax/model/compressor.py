@@ -8,12 +8,13 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32
 
 from dsv4_jax.config import AttentionKind, ModelConfig
-from dsv4_jax.model.cache import CompressorCache, write_entries, write_ring
+from dsv4_jax.model.cache import CompressorCache, write_ring
 from dsv4_jax.model.declared import Declared
 from dsv4_jax.model.linear import project_float32
 from dsv4_jax.model.operations import Operations
 from dsv4_jax.model.span import Blocks, Span
 from dsv4_jax.numerics import cache_formats
+from dsv4_jax.numerics.cache_storage import write_entries
 from dsv4_jax.numerics.grids import grids
 from dsv4_jax.numerics.policy import Policy
 

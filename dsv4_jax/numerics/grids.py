@@ -15,7 +15,8 @@ sees the values that decode will read.
                  "fp8+fp8"                            Hadamard transform, FP8 with one scale
     score        idx_score_bf16                       bfloat16
 
-Every function keeps the dtype of its argument, has gradient 1 and is the identity where nothing rounds.
+Every function keeps the dtype of its argument and is the identity where nothing rounds. Roundings have
+gradient 1, the Hadamard transform its own.
 """
 
 import dataclasses

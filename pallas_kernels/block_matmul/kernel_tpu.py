@@ -25,9 +25,6 @@ from pallas_kernels.precision import product_precision
 
 Axis = Literal["output", "input"]
 
-MANTISSA_OF_MAX = 0x600000
-"""Of 448, the largest E4M3 number."""
-
 
 def _matmul_body(_, x_ref, weight_ref, scale_ref, y_ref, decoded_ref, sums_ref, *, axis: Axis) -> None:
     step = pl.program_id(2)
@@ -223,9 +220,7 @@ def _cast_body(x_ref, values_ref, codes_ref) -> None:
     for group, columns in enumerate(groups):
         own = jnp.abs(x_ref[:, columns].astype(jnp.float32)).max(axis=1, keepdims=True)
         largest = jnp.where(lane == group, jnp.maximum(own, e4m3.SMALLEST_MAX), largest)
-    # ceil(log2(largest / 448)) without the division, for all groups of a row at once: 448 = 1.75 * 2^8.
-    bits = lax.bitcast_convert_type(largest, jnp.int32)
-    codes = (bits >> 23) - 8 + ((bits & 0x7FFFFF) > MANTISSA_OF_MAX).astype(jnp.int32)
+    codes = e4m3.scale_code(largest)  # for all groups of a row at once
     codes_ref[...] = codes
     # Dividing by 2^(code - 127) is multiplying by 2^(127 - code), of exponent field 254 - code.
     inverse = e8m0.normal_value(254 - codes)

@@ -87,6 +87,14 @@ def test_every_fp8_byte_in_every_form():
     assert np.asarray(e4m3.rounded(jnp.float32([1e9, -1e9]))).astype(np.float32).tolist() == [448, -448]
 
 
+@QUICK
+@given(st.floats(2.0**-117, 2.0**126, width=32))
+def test_the_scale_without_a_division_is_the_same(largest):
+    for x in (largest, e4m3.MAX * 2.0 ** np.floor(np.log2(largest))):
+        x = jnp.minimum(jnp.float32(x), 2.0**126)
+        assert int(e4m3.scale_code(x)) == int(e8m0.code_above(x / e4m3.MAX))
+
+
 def test_every_fp4_byte_in_every_form():
     packed = np.arange(256, dtype=np.uint8)
     even, odd = e2m1.VALUES[packed & 15], e2m1.VALUES[packed >> 4]

@@ -11,11 +11,12 @@ import pytest
 from dsv4_jax.config import tiny
 from dsv4_jax.inference import steps
 from dsv4_jax.model import index_scores
-from dsv4_jax.model.cache import new_cache, write_entries
+from dsv4_jax.model.cache import new_cache
 from dsv4_jax.model.entries import Entries
 from dsv4_jax.model.initial import Network
 from dsv4_jax.numerics import cache_formats
 from dsv4_jax.numerics.cache_formats import CACHE_FORMATS
+from dsv4_jax.numerics.cache_storage import write_entries
 from dsv4_jax.numerics.policy import Policy
 from pallas_kernels.formats import bits, e2m1, e4m3, e8m0, entry_rows
 from tests.model.test_compile import abstract_decode
