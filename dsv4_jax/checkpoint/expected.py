@@ -6,18 +6,14 @@ Tensors that are missing or should not be there are reported in the model's word
 import dataclasses
 from collections.abc import Iterable, Mapping
 
-from dsv4_jax.checkpoint.dequantize import (
-    FP4_GROUP,
-    fp4_packed_shape,
-    fp4_scale_shape,
-    fp8_scale_shape,
-)
 from dsv4_jax.checkpoint.names import LAYER_PREFIX, Layout, TensorSpec
 from dsv4_jax.checkpoint.recognise import row_of
 from dsv4_jax.checkpoint.safetensors import TensorInfo
 from dsv4_jax.checkpoint.storage import FP4_DTYPES, SCALE_DTYPES, Format
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.reading.foreign import OFFICIAL_HOME
+from pallas_kernels.formats.on_host import fp4_packed_shape, fp4_scale_shape, fp8_scale_shape
+from pallas_kernels.formats.sizes import FP4_GROUP
 
 PLAIN_DTYPES = ("BF16", "F16", "F32")
 TABLE_DTYPES = ("I64", "I32")

@@ -20,12 +20,11 @@ from dsv4_jax.checkpoint.names import TensorSpec
 from dsv4_jax.checkpoint.safetensors import DTYPES
 from dsv4_jax.checkpoint.storage import Format
 from dsv4_jax.errors import CheckpointError, ProblemsError
-from dsv4_jax.numerics import formats
-from dsv4_jax.numerics.formats import FP4_GROUP, FP8_BLOCK, Fp8Blocks, Mxfp4
-from dsv4_jax.numerics.weights import QuantizedWeight, elements, scale
+from pallas_kernels.formats.blocks import Blocks, Mxfp4, fp4_as_fp8, quantize_fp8_blocks, quantize_mxfp4
+from pallas_kernels.formats.sizes import FP4_GROUP, FP8_BLOCK
+from pallas_kernels.formats.weights import QuantizedWeight
 
 Leaf = jax.Array | np.ndarray | QuantizedWeight
-Blocks = Fp8Blocks | Mxfp4
 
 BLOCK: Mapping[Format, tuple[int, int]] = {"fp8": (FP8_BLOCK, FP8_BLOCK), "fp4": (1, FP4_GROUP)}
 """Rows and columns that share a scale."""
@@ -65,13 +64,12 @@ def in_memory(leaf: Leaf) -> Held:
     """A parameter on devices, possibly split over them, or in host memory."""
     if not isinstance(leaf, QuantizedWeight):
         return Held(tuple(leaf.shape), "plain", np.dtype(leaf.dtype), functools.partial(part, leaf))
-    how: Format = "fp8" if isinstance(leaf.blocks, Fp8Blocks) else "fp4"
-    stored = tuple(elements(leaf).shape)
-    shape = stored if how == "fp8" else (*stored[:-1], 2 * stored[-1])
+    how: Format = "fp8" if leaf.blocks.format == "fp8" else "fp4"
+    shape = tuple(leaf.blocks.shape)
 
     def read_box(box: Box) -> Blocks:
         numbers, scales = part_boxes(how, box, shape)
-        return type(leaf.blocks)(part(elements(leaf), numbers), part(scale(leaf), scales))
+        return type(leaf.blocks)(part(leaf.blocks.data, numbers), part(leaf.blocks.scale, scales))
 
     return Held(shape, how, None, read_box)
 
@@ -166,8 +164,7 @@ class Pairs:
         if self._last is None or self._last[0] != spec.name:
             self._last = None  # before the next one is fetched
             blocks = _in_format(held, spec, how)
-            data = blocks.elements if isinstance(blocks, Fp8Blocks) else blocks.packed
-            self._last = spec.name, (np.asarray(data).view(np.uint8), np.asarray(blocks.scale))
+            self._last = spec.name, (np.asarray(blocks.data).view(np.uint8), np.asarray(blocks.scale))
         return self._last[1]
 
 
@@ -180,7 +177,7 @@ def _in_format(held: Held, spec: TensorSpec, how: Format) -> Blocks:
         return blocks
     assert isinstance(blocks, Mxfp4)
     try:
-        return formats.fp4_as_fp8(blocks)
+        return fp4_as_fp8(blocks)
     except ValueError as refused:
         raise CheckpointError("cannot store FP4 as FP8", [f"{spec.name}: {refused}"]) from refused
 
@@ -192,8 +189,8 @@ def _nearest(held: Held, spec: TensorSpec, how: Format) -> Blocks:
     return (_to_fp8 if how == "fp8" else _to_fp4)(plain)
 
 
-_to_fp8 = jax.jit(formats.quantize_fp8_blocks)
-_to_fp4 = jax.jit(formats.quantize_mxfp4)
+_to_fp8 = jax.jit(quantize_fp8_blocks)
+_to_fp4 = jax.jit(quantize_mxfp4)
 
 
 def plain_tensor(held: Held, spec: TensorSpec, dtype: np.dtype) -> np.ndarray:
@@ -207,9 +204,8 @@ def plain_tensor(held: Held, spec: TensorSpec, dtype: np.dtype) -> np.ndarray:
     found = held.tensor(spec)
     if isinstance(found, np.ndarray):
         return found.astype(dtype, copy=False)
-    data = found.elements if isinstance(found, Fp8Blocks) else found.packed
-    target = np.empty((*data.shape[:-2], *held.shape[-2:]), dtype)
-    dequantize_into(target, data, found.scale.view(ml_dtypes.float8_e8m0fnu))
+    target = np.empty((*found.data.shape[:-2], *held.shape[-2:]), dtype)
+    dequantize_into(target, found.data, found.scale.view(ml_dtypes.float8_e8m0fnu))
     return target.reshape(spec.shape)
 
 

@@ -25,8 +25,8 @@ from dsv4_jax.checkpoint.safetensors import DTYPES
 from dsv4_jax.checkpoint.side_files import UseTokenizer
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.errors import CheckpointError
-from dsv4_jax.numerics.weights import QuantizedWeight
 from dsv4_jax.parameter_shardings import parameter_shardings
+from pallas_kernels.formats.weights import QuantizedWeight
 from sharding.placement import Rules, placed
 
 if TYPE_CHECKING:

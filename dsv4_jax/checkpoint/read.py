@@ -18,15 +18,18 @@ import ml_dtypes
 import numpy as np
 
 from dsv4_jax.boxes import Box, concrete, pieces, places, runs, shape_of, size_of
-from dsv4_jax.checkpoint.dequantize import E8M0_NAN, FP8_BLOCK, dequantize_part, fp4_rows, fp8_rows
+from dsv4_jax.checkpoint.dequantize import dequantize_part
 from dsv4_jax.checkpoint.expected import StoredTensor
 from dsv4_jax.checkpoint.files import CheckpointFiles, Progress
-from dsv4_jax.checkpoint.held import BLOCK, Blocks, Held, part_boxes
+from dsv4_jax.checkpoint.held import BLOCK, Held, part_boxes
 from dsv4_jax.checkpoint.manifest import Manifest
 from dsv4_jax.checkpoint.names import Path
 from dsv4_jax.checkpoint.storage import Format
-from dsv4_jax.numerics.formats import Fp8Blocks, Mxfp4
 from dsv4_jax.parameters import Parameter
+from pallas_kernels.formats import e8m0
+from pallas_kernels.formats.blocks import Blocks, Fp8Blocks, Mxfp4
+from pallas_kernels.formats.on_host import fp4_rows, fp8_rows
+from pallas_kernels.formats.sizes import FP8_BLOCK
 from sharding.placement import aligned
 
 Read = Callable[[str], np.ndarray]
@@ -186,7 +189,7 @@ def bad_scales(scale: np.ndarray) -> tuple[int, str]:
     if scale.dtype == np.float32:
         bad = ~(np.isfinite(scale) & (scale > 0))
         return int(np.count_nonzero(bad)), "scales are NaN, infinite, zero or negative"
-    return int(np.count_nonzero(scale.view(np.uint8) == E8M0_NAN)), "scales are NaN (E8M0 byte 0xFF)"
+    return int(np.count_nonzero(scale.view(np.uint8) == e8m0.NAN)), "scales are NaN (E8M0 byte 0xFF)"
 
 
 def powers_of_two(scale: np.ndarray) -> bool:

@@ -20,7 +20,8 @@ from dsv4_jax.model.norm import rms_norm
 from dsv4_jax.model.operations import Operations
 from dsv4_jax.model.rope import Rotation, rotate
 from dsv4_jax.model.span import Blocks, Span
-from dsv4_jax.numerics import cache_formats, qat
+from dsv4_jax.numerics import cache_formats
+from dsv4_jax.numerics.grids import grids
 from dsv4_jax.numerics.policy import Policy
 
 
@@ -61,6 +62,8 @@ class Attention(nnx.Module):
         self.top_k = config.index_topk
         self.eps = config.rms_norm_eps
         self.policy = policy
+        self.num_rotary = config.qk_rope_head_dim
+        self.grids = grids(policy, self.num_rotary)
         self.operations = operations
 
     def __call__(
@@ -89,25 +92,20 @@ class Attention(nnx.Module):
         batch, length = x.shape[:2]
         linear = self.operations.linear
         by_head = Rotation(rotation.cos[:, :, None], rotation.sin[:, :, None])
-        seen_x = self._matmul_input(x)
-        latent = rms_norm(linear(seen_x, self.wq_a[...]), self.q_norm[...], self.eps)
-        latent = self._matmul_input(latent)
+        to_grid = self.grids.activation
+        seen_x = to_grid(x)
+        latent = to_grid(rms_norm(linear(seen_x, self.wq_a[...]), self.q_norm[...], self.eps))
         q = linear(latent, self.wq_b[...])
         groups, per_group, head_dim = q.shape[2:]
         q = rotate(rms_norm(q.reshape(batch, length, -1, head_dim), None, self.eps), by_head)
         kv = rms_norm(linear(seen_x, self.wkv[...]), self.kv_norm[...], self.eps)
-        kv = rotate(kv, rotation)
-        num_rotary = 2 * rotation.cos.shape[-1]
-        if self.policy.cache_format != "plain":
-            kv = cache_formats.round_entries(kv, self.policy.cache_format, num_rotary)
-        elif self.policy.simulates("kv_fp8"):
-            kv = qat.fake_entry(kv, num_rotary)
+        kv = self.grids.entry(rotate(kv, rotation))
 
         new_cache = cache
         if cache is None:
             line = jnp.pad(kv, ((0, 0), (self.window - 1, 0), (0, 0)))
         else:
-            ring, line = self._through_ring(cache.window, kv, span, in_ring, repeat, num_rotary)
+            ring, line = self._through_ring(cache.window, kv, span, in_ring, repeat)
             new_cache = LayerCache(ring, cache.compressor, cache.indexer)
 
         row = jnp.int32(0) if cache is None else repeat  # without a cache the stack holds this layer only
@@ -138,7 +136,7 @@ class Attention(nnx.Module):
         )
         seen = (queries, line, entries, index_keys, self.attn_sink[...].reshape(-1))
         sizes = {"window": self.window, "top_k": self.top_k}
-        rounded = self.policy.simulates("idx_score_bf16")
+        rounded = self.grids.rounds_scores
         attend, attend_cached = self.operations.attend, self.operations.attend_cached
         if attend_cached is not None and cache is not None and in_ring:
             o = attend_cached(queries, new_cache.window, repeat, entries, index_keys, seen[-1], **sizes)
@@ -152,17 +150,14 @@ class Attention(nnx.Module):
         # The values were rotated at their own positions; turning back by the query's leaves the offset.
         o = rotate(o, by_head.inverse).reshape(batch, length, groups, per_group, head_dim)
         a = self.operations.grouped_linear(flat(o), flat(self.wo_a[...]))
-        y = linear(self._matmul_input(flat(a)), flat(self.wo_b[...]))
+        y = linear(to_grid(flat(a)), flat(self.wo_b[...]))
         return y, new_cache, taps
 
-    def _matmul_input(self, x):
-        return qat.fake_activation(x) if self.policy.simulates("act_fp8") else x
-
-    def _through_ring(self, ring, kv, span, in_ring, repeat, num_rotary):
+    def _through_ring(self, ring, kv, span, in_ring, repeat):
         """The ring after the call, and the window entries before and of the call in one line."""
         num_past, num_new = self.window - 1, kv.shape[1]
         first = span.start[:, None] - num_past
-        new = cache_formats.store_entries(kv, self.policy.cache_format, num_rotary)
+        new = cache_formats.store_entries(kv, self.policy.cache_format, self.num_rotary)
 
         def read(ring, count):
             rows = read_ring(ring, repeat, first + jnp.arange(count, dtype=jnp.int32))
