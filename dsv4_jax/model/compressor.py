@@ -98,7 +98,14 @@ class Compressor(nnx.Module):
     ) -> Float[Array, "B P Dc"]:
         weights = self.ape[...], self.norm[...]
         dtype = self.policy.compute_dtype
-        entries = self.operations.compress(kv, gate, *weights, blocks, eps=self.eps, dtype=dtype)
+        entries = self.operations.compress(
+            *(kv, gate, *weights, *blocks.rotation),
+            is_first=blocks.is_first,
+            source=blocks.source,
+            previous=blocks.previous,
+            eps=self.eps,
+            dtype=dtype,
+        )
         cache_format = self.policy.cache_format
         if self.holds == "entries":
             if cache_format != "plain":

@@ -1,4 +1,4 @@
-"""Compressed entries (or indexer keys) of one layer, read where they lie in their stack.
+"""Compressed entries, indexer keys or window rows of one layer, read where they lie in their stack.
 
 Whatever the format, the stored bytes are sliced or gathered first and decoded after: the work follows the
 rows asked for, not the capacity.
@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Float32, Int32
 
-from dsv4_jax.model.cache import num_slots
+from dsv4_jax.model.cache import num_slots, read_ring
 from dsv4_jax.numerics import cache_formats
 from dsv4_jax.numerics.cache_formats import Stored
 from pallas_kernels.arithmetic import int32s
@@ -18,7 +18,7 @@ from pallas_kernels.decode_attention import Fp8Rows, fp8_rows
 
 
 class Entries(NamedTuple):
-    """One layer's entries inside their stack."""
+    """One layer's entries inside their stack: `pallas_kernels.held_rows.HeldRows`."""
 
     stack: Stored  # [R, B, S, width] in the cache's format
     repeat: Int32[Array, ""]
@@ -65,6 +65,18 @@ class Entries(NamedTuple):
             lambda leaf: leaf.at[self.repeat, rows, index].get(mode="promise_in_bounds"), self.stack
         )
         return cache_formats.read(picked, dtype)
+
+    def at_positions(
+        self, position: Int32[Array, "B P"], dtype: jax.typing.DTypeLike
+    ) -> Float[Array, "B P width"]:
+        """Rows of a ring (`cache.read_ring`)."""
+        return cache_formats.read(read_ring(self.stack, self.repeat, position), dtype)
+
+    def products(
+        self, q: Float[Array, "B N width"], start: int | Int32[Array, ""], count: int
+    ) -> Float32[Array, "B N count"]:
+        """q . row for rows start .. start + count - 1, in float32."""
+        return cache_formats.products(q, self.piece(start, count))
 
     def _refuse_rows(self) -> None:
         if isinstance(self.stack, Fp8Rows):
