@@ -18,11 +18,15 @@ from tests.test_architecture import RUNTIME_SOURCES, Source, within
 
 CHOOSE = ("dsv4_jax.model.operations", "dsv4_jax.numerics.policy")
 NAMES = {"xla", "pallas", "pallas-interpret"}
-ADAPTERS = {f"dsv4_jax.model.{name}" for name in ("attention_kernels", "linear", "pooling")}
-"""What `operations` binds where a family's operands are not those of the model: they take `interpret`."""
+ADAPTERS = {"dsv4_jax.model.linear"}
+"""What `operations` binds where a family's operands are not those of the model: it takes `interpret`.
+
+`linear` unfolds the model's container of a weight (dims, repeat) into the matrices of `block_matmul`.
+"""
 FAMILIES = (
     "block_matmul",
     "compressor",
+    "core_attention",
     "grouped_matmul",
     "hybrid_attention",
     "hyper_connection",

@@ -101,7 +101,14 @@ class Compressor(nnx.Module):
     ) -> Float[Array, "B P Dc"]:
         weights = self.ape[...], self.norm[...]
         dtype = self.policy.compute_dtype
-        entries = self.operations.compress(kv, gate, *weights, blocks, eps=self.eps, dtype=dtype)
+        entries = self.operations.compress(
+            *(kv, gate, *weights, *blocks.rotation),
+            is_first=blocks.is_first,
+            source=blocks.source,
+            previous=blocks.previous,
+            eps=self.eps,
+            dtype=dtype,
+        )
         return self.grids.entry(entries) if self.holds == "entries" else self.grids.index_key(entries)
 
     def _stored(self, entries):

@@ -1,16 +1,17 @@
-"""Compressed entries (or indexer keys) of one layer, read where they lie in their stack."""
+"""Compressed entries, indexer keys or window rows of one layer, read where they lie in their stack."""
 
 from typing import NamedTuple
 
 import jax
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Float32, Int32
 
-from dsv4_jax.numerics import cache_storage
+from dsv4_jax.model.cache import read_ring
+from dsv4_jax.numerics import cache_formats, cache_storage
 from dsv4_jax.numerics.cache_formats import Stored
 
 
 class Entries(NamedTuple):
-    """One layer's entries inside their stack."""
+    """One layer's entries inside their stack: `pallas_kernels.held_rows.HeldRows`."""
 
     stack: Stored  # [R, B, S, width] in the cache's format
     repeat: Int32[Array, ""]
@@ -37,3 +38,15 @@ class Entries(NamedTuple):
     ) -> Float[Array, "B K width"]:
         """Entries by index below `size`, as `cache_storage.chosen`."""
         return cache_storage.chosen(self.stack, self.repeat, index, size, dtype)
+
+    def at_positions(
+        self, position: Int32[Array, "B P"], dtype: jax.typing.DTypeLike
+    ) -> Float[Array, "B P width"]:
+        """Rows of a ring (`cache.read_ring`)."""
+        return cache_formats.read(read_ring(self.stack, self.repeat, position), dtype)
+
+    def products(
+        self, q: Float[Array, "B N width"], start: int | Int32[Array, ""], count: int
+    ) -> Float32[Array, "B N count"]:
+        """q . row for rows start .. start + count - 1, in float32."""
+        return cache_formats.products(q, self.piece(start, count))

@@ -12,6 +12,7 @@ from pallas_kernels.arithmetic import cdiv, round_up
 from pallas_kernels.block_matmul import kernel_tpu, reference, tuning
 from pallas_kernels.formats.blocks import Fp8Blocks
 from pallas_kernels.formats.sizes import FP8_BLOCK
+from pallas_kernels.splits import Splits
 
 Implementation = Literal["pallas", "reference"]
 
@@ -58,8 +59,7 @@ def block_matmul(
         it is, 128 inputs at a time, and T O ceil(I / 128) sums are scaled; beyond, and for f32, the vector
         unit decodes O I numbers for each block of rows. VMEM: `tuning.MatmulBlocks.vmem_bytes`. Sizes that
         are no multiple of 128 cost a padded copy of the weight; released models have none.
-    Sharding: T and whole groups may be split freely. O may be split at multiples of 128. I may be split at
-        multiples of 128 if the results are summed. R stays whole. Wrap in `shard_map`.
+    Sharding: `SPLITS`; G where there are groups, else O and I. Wrap in `shard_map`.
     Raises:
         ValueError: for shapes or dtypes that do not fit; all problems at once.
     """
@@ -108,7 +108,7 @@ def block_cast(
         power of two is exact, and the cast rounds to nearest even.
     Gradients: none; callers that train pass the gradient straight through (`numerics.qat`).
     Cost: HBM bytes T C (b + 1) + T C / 128, b bytes a number of x. VMEM about 2 rows C (b + 1 + 4).
-    Sharding: T may be split freely, C at multiples of 128.
+    Sharding: `SPLITS`.
     Raises:
         ValueError: for shapes or dtypes that do not fit; all problems at once.
     """
@@ -203,3 +203,15 @@ def _run(axis: kernel_tpu.Axis, static, x, weight, scale, repeat):
     if axis == "output" and x.dtype == jnp.bfloat16 and x.shape[0] <= tuning.FEW_ROWS:
         return kernel_tpu.block_matmul_few_rows(*operands, **how)
     return kernel_tpu.block_matmul_forward(*operands, axis=axis, **how)
+
+
+SPLITS = {
+    "block_matmul": Splits(
+        arguments={"x": "T G*I", "weight": "*R G*O I", "scale": "*R G*O/128 I/128", "repeat": ""},
+        results=("T G*O",),
+        free="T G O",
+        summed="I",
+        multiples={"O": 128, "I": 128},
+    ),
+    "block_cast": Splits({"x": "T C"}, ("T C", "T C/128"), free="T C", multiples={"C": 128}),
+}

@@ -22,6 +22,7 @@ from pallas_kernels.formats import entry_rows
 from pallas_kernels.formats.entries import Fp8Entries, scale_bytes
 from pallas_kernels.formats.sizes import ENTRY_GROUP
 from pallas_kernels.sizes import not_empty
+from pallas_kernels.splits import Splits
 
 
 def decode_attention(
@@ -93,8 +94,7 @@ def decode_attention(
         (fetching by the SparseCore: S no multiple of 16; fp8 entries: S no multiple of 128; an fp8 ring: M
         not just above a multiple of 128) in another layout, and then copies them for every call. VMEM of a
         grid step: `tuning.Geometry.vmem_bytes`; gathering, it is mostly K rows of 4 Dh bytes.
-    Sharding: B and H may be split freely (ring and entries are then repeated over H). R, T, M, S and Dh must
-        be whole.
+    Sharding: `SPLITS`. Ring and entries are repeated over the devices that share H.
     Raises:
         ValueError: for shapes or dtypes that do not fit, an unknown impl, entries without exactly one of hi
             and index, or a gathering block where rows have no pairs; all problems at once. For shapes whose
@@ -289,3 +289,21 @@ def _fetch(entries, repeat, index, interpret):
     if entries.dtype == jnp.float32:
         return kernel_sparse_core.gather_rows(table, row, interpret=interpret)
     return kernel_sparse_core.gather_halves(table, row, interpret=interpret)
+
+
+SPLITS = {
+    "decode_attention": Splits(
+        arguments={
+            "q": "B T H Dh",
+            "ring": "R B M Dh",
+            "position": "B T",
+            "sink": "H",
+            "repeat": "",
+            "entries": "R B S Dh",
+            "hi": "B T",
+            "index": "B T K",
+        },
+        results=("B T H Dh", "B T H"),
+        free="B H",
+    )
+}

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 from pallas_kernels.grouped_matmul import reference, routing, stream, tpu, tuning, tuning_tpu, xla
 from pallas_kernels.grouped_matmul.stored import Matrices, Stack, problems
 from pallas_kernels.sizes import not_empty
+from pallas_kernels.splits import Splits
 
 
 def expert_ffn(
@@ -85,9 +86,8 @@ def expert_ffn(
         is an expert's pairs up to `tuning_tpu.choose_rows` of them (in decode: once), from where they lie;
         beside them about 2 R (D b + F b) + 4 R D bytes move for R places, b bytes a number of x, R = rows *
         (min(P, E) + P / rows + 1). VMEM: `tuning_tpu.ItemBlocks.vmem_bytes`.
-    Sharding: T may be split freely. Experts may be split: give each device its slice of the stack and ids
-        relative to it (foreign ids contribute nothing), and sum the results. F may be split likewise.
-        D must be whole. Scales are split like what they scale: FP8 in whole blocks of 128, FP4 of 32.
+    Sharding: `SPLITS`. A device with some of the experts takes ids relative to them: foreign ids contribute
+        nothing. Scales are split like what they scale: FP8 in whole blocks of 128, FP4 of 32.
     Raises:
         ValueError: for shapes, dtypes, scales and blocks that do not fit, an unknown impl, or too many pairs
             for int32 sort keys; for "pallas" also float16, and FP4 matrices without a multiple of 32 outputs;
@@ -226,3 +226,24 @@ _on_kernels.defvjp(_save_on_kernels, _pull_on_kernels)
 def _dot_dtype(x: jax.Array, native_bfloat16: bool) -> jax.typing.DTypeLike:
     """What the products are computed in; bfloat16 products are exact in float32, so only speed differs."""
     return x.dtype if native_bfloat16 else jnp.float32
+
+
+SPLITS = {
+    "expert_ffn": Splits(
+        arguments={
+            "x": "T D",
+            "gate_up": "E 2 F D",
+            "down": "E D F",
+            "expert_ids": "T Ke",
+            "weights": "T Ke",
+            "gate_up_scale": "E 2 F/128 D/128",
+            "down_scale": "E D/128 F/128",
+            "first_expert": "",
+            "valid": "T",
+        },
+        results=("T D",),
+        free="T",
+        summed="E F",
+        multiples={"F": 128},
+    )
+}

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Float32, Int32
 from pallas_kernels.decode_attention.kernel_tpu_gather import rows_a_copy
 from pallas_kernels.hybrid_attention import kernel_tpu_gathered, reference, tuning
 from pallas_kernels.sizes import not_empty
+from pallas_kernels.splits import Splits
 
 
 def gathered_attention(
@@ -55,8 +56,7 @@ def gathered_attention(
         `tuning.gather_from` says when this beats masking. No copy of the entries, if they lie in
         memory row by row: XLA may store arrays whose S is no multiple of 8 in another layout, and then copies
         them for every call. VMEM: `tuning.GatherGeometry.vmem_bytes`, mostly K rows of 4 Dh bytes.
-    Sharding: B, T and H may be split freely (entries are then repeated over T and H). R, K, S and Dh must be
-        whole.
+    Sharding: `SPLITS`. Entries are repeated over the devices that share T and H.
     Raises:
         ValueError: for shapes or dtypes that do not fit, an unknown impl, a stack without `repeat` or the
             reverse, or bfloat16 entries without pairs; all problems at once. For lists that exceed VMEM.
@@ -143,3 +143,12 @@ def _run_kernel(q, entries, index, repeat, *, blocks, interpret):
         interpret=interpret,
     )
     return o.reshape(q.shape), lse.reshape(batch, length, heads)
+
+
+SPLITS = {
+    "gathered_attention": Splits(
+        arguments={"q": "B T H Dh", "entries": "*R B S Dh", "index": "B T K", "repeat": ""},
+        results=("B T H Dh", "B T H"),
+        free="B T H",
+    )
+}

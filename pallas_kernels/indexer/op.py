@@ -12,6 +12,7 @@ from pallas_kernels.formats.index_keys import Keys, format_of
 from pallas_kernels.formats.sizes import FP4_GROUP
 from pallas_kernels.indexer import kernel_tpu, kernel_tpu_backward, kernel_tpu_select, reference, tuning
 from pallas_kernels.sizes import not_empty
+from pallas_kernels.splits import Splits
 
 VMEM_BUDGET = 48 * 2**20  # bytes a step may plan with; every generation has at least 64 MiB
 VMEM_LIMIT = 60 * 2**20
@@ -63,8 +64,7 @@ def index_scores(
         once for every block of queries: B T / queries * S * (2 Di | Di + 4 | Di / 2 + Di / 32). Tiles past
         the last entry a block of queries sees are neither fetched nor scored. [Hi, T, S] is never in HBM.
         Backward: 2.5 times the FLOP, operands and scores twice. VMEM: `tuning.IndexerBlocks.vmem_bytes`.
-    Sharding: B and T may be split freely (keys replicated over T's axis), and S (scores stay split); Hi
-        may be split if the results are summed. Di must be whole. R must be whole.
+    Sharding: `SPLITS`. Keys are repeated over the devices that share T; scores stay split in S.
     Raises:
         ValueError: for shapes or dtypes that do not fit, or blocks that do not suit T; all problems at once.
             For gradients through quantised keys or a stack.
@@ -118,7 +118,7 @@ def index_select(
         selection makes at most 34 counting passes over 2 bytes an entry in VMEM; equal scores at the cut add
         log2 S passes. It follows the last entry a block of queries sees, ends early once all its rows are
         decided, and hardly begins where none sees more than k.
-    Sharding: B and T may be split freely; S, Hi, Di and R must be whole on every device.
+    Sharding: `SPLITS`.
     Raises:
         ValueError: as `index_scores`, and for k < 1.
     """
@@ -266,3 +266,17 @@ def _refuse(q, weights, keys, lo, hi, repeat, blocks, interpret):
 
 
 _scores_only.defvjp(_refuse, lambda *_: None)
+
+
+_ARGUMENTS = {
+    "q": "B T Hi Di",
+    "weights": "B T Hi",
+    "keys": "*R B S Di",
+    "lo": "B T",
+    "hi": "B T",
+    "repeat": "",
+}
+SPLITS = {
+    "index_scores": Splits(_ARGUMENTS, ("B T S",), free="B T S", summed="Hi"),
+    "index_select": Splits(_ARGUMENTS, ("B T S",), free="B T"),
+}

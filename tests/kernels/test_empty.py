@@ -123,7 +123,7 @@ def _topk_mask(impl, *, B, T, S, **_):
 OPERATIONS = {
     _block_matmul: (("reference", "pallas"), "T", "DV", ["TV"]),
     _block_cast: (("reference", "pallas"), "T", "D", ["TD", ("T", 1)]),
-    _compressor: (("reference", "pallas"), "BP", "D", ["BPD"]),
+    _compressor: (("reference", "pallas", "xla"), "BP", "D", ["BPD"]),
     _decode_attention: (("reference", "pallas"), "BT", "HD", ["BTHD", "BTH"]),
     _expert_ffn: (("reference", "pallas", "xla"), "TK", "DE", ["TD"]),
     _gathered_attention: (("reference", "pallas"), "BTSK", "HD", ["BTHD", "BTH"]),

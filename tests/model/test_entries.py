@@ -10,7 +10,6 @@ import pytest
 
 from dsv4_jax.config import tiny
 from dsv4_jax.inference import steps
-from dsv4_jax.model import index_scores
 from dsv4_jax.model.cache import new_cache
 from dsv4_jax.model.entries import Entries
 from dsv4_jax.model.initial import Network
@@ -19,6 +18,7 @@ from dsv4_jax.numerics.cache_formats import CACHE_FORMATS
 from dsv4_jax.numerics.cache_storage import write_entries
 from dsv4_jax.numerics.policy import Policy
 from pallas_kernels.formats import bits, e2m1, e4m3, e8m0, entry_rows
+from pallas_kernels.indexer import xla as indexer_xla
 from tests.model.test_compile import abstract_decode
 
 QUANTISED = CACHE_FORMATS[1:]
@@ -87,8 +87,8 @@ def test_scores_in_pieces(cache_format, size, monkeypatch):
     """A piece at a time, the last one moved back, gives the scores of all decoded keys at once."""
     q, weights = draw(2, 3, 5, 32), draw(2, 3, 5, seed=2)
     keys = Entries(cache_formats.store_keys(draw(2, 2, 200, 32, seed=3), cache_format), jnp.int32(1))
-    monkeypatch.setattr(index_scores, "KEYS_AT_ONCE", 64)
-    got = jax.jit(lambda q, weights, keys: index_scores.index_scores(q, weights, keys, size))(
+    monkeypatch.setattr(indexer_xla, "KEYS_AT_ONCE", 64)
+    got = jax.jit(lambda q, weights, keys: indexer_xla.index_scores_xla(q, weights, keys, size))(
         q, weights, keys
     )
     read = np.asarray(keys.prefix(size, jnp.float32), np.float64)

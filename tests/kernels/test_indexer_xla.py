@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from hypothesis import strategies as st
 
-from dsv4_jax.model.index_scores import select, select_list
+from pallas_kernels.indexer.xla import select_list_xla, select_xla
 
 AWKWARD = [0.0, -0.0, 1e-40, -1e-40, 1.0, -1.0, 1.2e-38, -1.2e-38, np.inf, -np.inf, np.nan]
 
@@ -27,8 +27,8 @@ def test_mask_and_list_follow_the_rule(row, top_k):
     scores = np.array([[[score for score, _ in row]]], np.float32)
     visible = np.array([[[seen for _, seen in row]]])
     want = chosen_by_rule(scores[0, 0], visible[0, 0], top_k)
-    mask = np.asarray(select(jnp.asarray(scores), jnp.asarray(visible), top_k))[0, 0]
+    mask = np.asarray(select_xla(jnp.asarray(scores), jnp.asarray(visible), top_k))[0, 0]
     assert set(np.flatnonzero(mask)) == want
-    index, any_chosen = select_list(jnp.asarray(scores), jnp.asarray(visible), top_k)
+    index, any_chosen = select_list_xla(jnp.asarray(scores), jnp.asarray(visible), top_k)
     listed = np.asarray(index)[0, 0][np.asarray(any_chosen)[0, 0]]
     assert set(listed) == want and len(listed) == len(want)

@@ -1,49 +1,34 @@
-"""Core attention by Pallas kernels; operands and result as in `core_attention.py`."""
+"""Core attention by the ops of `indexer`, `hybrid_attention` and `decode_attention`; contract in `op`."""
 
 import jax
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Float, Float32
 
-from dsv4_jax.model.core_attention import Queries
-from dsv4_jax.model.entries import Entries
-from dsv4_jax.numerics.cache_formats import Stored
 from pallas_kernels import decode_attention as decode_family
 from pallas_kernels import hybrid_attention as attention_family
 from pallas_kernels import indexer as indexer_family
+from pallas_kernels.core_attention.operands import Queries
+from pallas_kernels.held_rows import HeldRows
 from pallas_kernels.hybrid_attention import tuning as attention_tuning
 
 
-def hybrid_attention(
+def attend_by_kernels(
     queries: Queries,
     line: Float[Array, "B past+T Dh"],
-    entries: Entries | None,
-    index_keys: Entries | None,
+    entries: HeldRows | None,
+    index_keys: HeldRows | None,
     sink: Float32[Array, "H"],
     *,
     window: int,
     top_k: int,
-    rounded_scores: bool = False,
-    forward_only: bool = False,
-    interpret: bool,
+    forward_only: bool,
+    how: dict,
 ) -> Float[Array, "B T H Dh"]:
-    """Attention of T queries by the kernels of `indexer` and `hybrid_attention`, forward and backward.
-
-    Args:
-        queries, line, entries, index_keys, sink, window, top_k: as `core_attention.hybrid_attention`.
-        forward_only: nobody asks for gradients (a call with a cache). Only then, once a query sees as many
-            entries as `tuning.gather_from` says, the chosen ones are fetched row by row; else all visible
-            ones are read and masked.
-        interpret: run the kernels in the interpreter.
-
-    Raises:
-        ValueError: for rounded_scores, which no kernel computes.
-    """
-    if rounded_scores:
-        raise ValueError("rounded_scores: no kernel rounds the steps of its index scores")
+    """As `op.attend`; `how` are `impl` and `interpret` for each of the ops."""
     line = line.astype(queries.q.dtype)
     near = (queries.q, line, queries.position, sink)
-    how = {"window": window, "interpret": interpret}
+    sized = {"window": window, **how}
     if entries is None or not (size := entries.size):
-        return attention_family.hybrid_attention(*near, **how)[0]
+        return attention_family.hybrid_attention(*near, **sized)[0]
     chosen = None
     if index_keys is not None and size > top_k:
         chosen = indexer_family.index_select(
@@ -53,12 +38,12 @@ def hybrid_attention(
             queries.lo,
             queries.hi,
             top_k,
-            interpret=interpret,
+            **how,
         )
 
     def masked() -> Float[Array, "B T H Dh"]:
         values = entries.prefix(size, line.dtype)
-        return attention_family.hybrid_attention(*near, values, queries.lo, queries.hi, chosen, **how)[0]
+        return attention_family.hybrid_attention(*near, values, queries.lo, queries.hi, chosen, **sized)[0]
 
     def gathered() -> Float[Array, "B T H Dh"]:
         index = indexer_family.index_list(chosen, top_k)
@@ -66,7 +51,9 @@ def hybrid_attention(
             values, repeat = entries.stack, entries.repeat  # where it lies
         else:
             values, repeat = entries.prefix(size, line.dtype), None
-        return attention_family.csa_attention(*near, values, queries.lo, queries.hi, index, repeat, **how)[0]
+        return attention_family.csa_attention(*near, values, queries.lo, queries.hi, index, repeat, **sized)[
+            0
+        ]
 
     if chosen is None or not forward_only:
         return masked()
@@ -79,27 +66,18 @@ def hybrid_attention(
     return jax.lax.cond((queries.hi - queries.lo).max() >= first, gathered, masked)
 
 
-def decode_attention(
+def attend_cached_by_kernels(
     queries: Queries,
-    ring: Stored,
-    repeat: Int32[Array, ""],
-    entries: Entries | None,
-    index_keys: Entries | None,
+    ring: HeldRows,
+    entries: HeldRows | None,
+    index_keys: HeldRows | None,
     sink: Float32[Array, "H"],
     *,
     window: int,
     top_k: int,
-    interpret: bool,
+    how: dict,
 ) -> Float[Array, "B T H Dh"]:
-    """Attention of a few new tokens over the cache where it lies; no gradients.
-
-    Args:
-        queries: of the call, whose rows and entries are in the cache already.
-        ring: the stack of window rings [R, B, M, Dh], and `repeat`, which of them.
-        entries, index_keys: whole stacks, of the same repeat. All three in the cache's format: the kernels
-            read FP8 rows, FP8 or FP4 keys as they lie.
-        sink, window, top_k, interpret: as `hybrid_attention`.
-    """
+    """As `op.attend_cached`: ring, entries and keys are read where they lie, in the cache's format."""
     values = hi = index = None
     if entries is not None and (size := entries.size):
         values = entries.stack
@@ -114,19 +92,19 @@ def decode_attention(
                 queries.hi,
                 top_k,
                 repeat=index_keys.repeat,
-                interpret=interpret,
+                **how,
             )
             index = indexer_family.index_list(chosen, top_k)
     o, _ = decode_family.decode_attention(
         queries.q,
-        ring,
+        ring.stack,
         queries.position,
         sink,
-        repeat,
+        ring.repeat,
         values,
         hi,
         index,
         window=window,
-        interpret=interpret,
+        **how,
     )
     return o

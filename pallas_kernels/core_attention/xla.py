@@ -1,18 +1,14 @@
-"""Core attention on plain XLA: a window and compressed entries in one softmax (report, section 2.3).
-
-A query sees the last W tokens of its segment, plus the compressed entries of its layer: all complete blocks
-(HCA), the indexer's choice (CSA), or none (window). `attention_kernels.py` does the same with kernels.
-"""
+"""Core attention in plain XLA; the contract is in `op`."""
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
-from dsv4_jax.model.entries import Entries
-from dsv4_jax.model.index_scores import index_scores, select, select_list
+from pallas_kernels.core_attention.operands import Queries
+from pallas_kernels.held_rows import HeldRows
+from pallas_kernels.indexer.xla import index_scores_xla, select_list_xla, select_xla
 from pallas_kernels.precision import einsum_float32
 
 SMALLEST_EXTENT = 64
@@ -20,17 +16,6 @@ SMALLEST_EXTENT = 64
 
 GATHER_BEYOND = 8
 """Above this many times top-k entries, gathering the chosen ones beats masking all of them on a CPU."""
-
-
-class Queries(NamedTuple):
-    """A block of c queries and what decides their view; every field is [B, c, ...]."""
-
-    q: Float[Array, "B c H Dh"]
-    position: Int32[Array, "B c"]
-    lo: Int32[Array, "B c"] | None
-    hi: Int32[Array, "B c"] | None
-    index_q: Float[Array, "B c Hi Di"] | None
-    index_weights: Float32[Array, "B c Hi"] | None
 
 
 def softmax_attention(
@@ -62,38 +47,22 @@ def _sink_softmax(q, keys, visible, sink):
     return weight, weight.sum(axis=-1, keepdims=True) + jnp.exp(sink[:, None] - top)
 
 
-def hybrid_attention(
+def attend_xla(
     queries: Queries,
     line: Float[Array, "B past+T Dh"],
-    entries: Entries | None,
-    index_keys: Entries | None,
+    entries: HeldRows | None,
+    index_keys: HeldRows | None,
     sink: Float32[Array, "H"],
     *,
     window: int,
     top_k: int,
-    rounded_scores: bool = False,
-    forward_only: bool = False,
+    rounded_scores: bool,
 ) -> Float[Array, "B T H Dh"]:
-    """Attention of T queries, a block of queries at a time.
+    """As `op.attend`, a block of queries at a time.
 
-    Args:
-        queries: of the whole call, [B, T, ...].
-        line: window entries of the W - 1 tokens before the call, then of the call.
-        entries: compressed entries; None for window layers.
-        index_keys: the indexer's keys for the same entries; None for HCA.
-        sink: f32[H].
-        window: W.
-        top_k: Ki, entries a CSA query may attend to.
-        rounded_scores: round every step of the index scores to bfloat16.
-        forward_only: changes nothing here; see `attention_kernels.hybrid_attention`.
-
-    Returns:
-        The head outputs, still rotated.
-
-    Cost: every block of queries reads only the shortest power-of-two prefix of the entries that holds
-    all it can see, so the work follows the live length, not the capacity.
+    Every block reads only the shortest power-of-two prefix of the entries that holds all it can see, so the
+    work follows the live length, not the capacity.
     """
-    del forward_only
     batch, length = queries.position.shape
     block = query_block(length)
     num_blocks = -(-length // block)
@@ -114,6 +83,30 @@ def hybrid_attention(
     return jnp.moveaxis(out, 0, 1).reshape(batch, -1, *out.shape[3:])[:, :length]
 
 
+def attend_cached_xla(
+    queries: Queries,
+    ring: HeldRows,
+    entries: HeldRows | None,
+    index_keys: HeldRows | None,
+    sink: Float32[Array, "H"],
+    *,
+    window: int,
+    top_k: int,
+    rounded_scores: bool,
+) -> Float[Array, "B T H Dh"]:
+    """As `op.attend_cached`: the rows that the window can see are gathered, then it is `attend_xla`."""
+    line = line_of(queries, ring, window)
+    sizes = {"window": window, "top_k": top_k, "rounded_scores": rounded_scores}
+    return attend_xla(queries, line, entries, index_keys, sink, **sizes)
+
+
+def line_of(queries: Queries, ring: HeldRows, window: int) -> Float[Array, "B past+T Dh"]:
+    """Rows of the W - 1 tokens before a call and of the call itself, from the ring that holds them."""
+    first = queries.position[:, :1] - (window - 1)
+    count = window - 1 + queries.position.shape[1]
+    return ring.at_positions(first + jnp.arange(count, dtype=jnp.int32), queries.q.dtype)
+
+
 def query_block(length: int) -> int:
     """Queries attended to at once: all of a short call, else 128 (measured in experiments/bench_cpu.py)."""
     return length if length <= 256 else 128
@@ -132,7 +125,7 @@ def _attend_block(line, entries, index_keys, sink, start, queries, *, window, to
             scores = _scores(queries, index_keys, size, rounded_scores)
             if size > GATHER_BEYOND * top_k:
                 return _attend_gathered(queries, near, near_visible, entries, scores, visible, sink, top_k)
-            visible = select(scores, visible, top_k)
+            visible = select_xla(scores, visible, top_k)
         values = entries.prefix(size, near.dtype)
         return softmax_attention(
             queries.q,
@@ -166,17 +159,17 @@ def _entries_visible(queries: Queries, size: int) -> Bool[Array, "B c size"]:
     return (index >= queries.lo[..., None]) & (index < queries.hi[..., None])
 
 
-def _scores(queries: Queries, index_keys: Entries, size: int, rounded: bool) -> Float32[Array, "B c size"]:
+def _scores(queries: Queries, index_keys: HeldRows, size: int, rounded: bool) -> Float32[Array, "B c size"]:
     # Choosing entries is not differentiable: cut here, no loop over the keys is linearised.
-    q, weights, stack = jax.lax.stop_gradient((queries.index_q, queries.index_weights, index_keys.stack))
-    return index_scores(q, weights, Entries(stack, index_keys.repeat), size, rounded=rounded)
+    q, weights, keys = jax.lax.stop_gradient((queries.index_q, queries.index_weights, index_keys))
+    return index_scores_xla(q, weights, keys, size, rounded=rounded)
 
 
 def view(
     queries: Queries,
-    line: Float[Array, "B past+T Dh"],
-    entries: Entries | None,
-    index_keys: Entries | None,
+    near: Float[Array, "B past+T Dh"] | HeldRows,
+    entries: HeldRows | None,
+    index_keys: HeldRows | None,
     sink: Float32[Array, "H"],
     *,
     window: int,
@@ -186,10 +179,16 @@ def view(
 ) -> dict[str, jax.Array]:
     """What the queries look at, for inspection: dense, so for short calls only.
 
+    Args:
+        queries, entries, index_keys, sink, window, top_k, rounded_scores: as `op.attend`.
+        near: the line of `op.attend`, or the ring of `op.attend_cached`.
+        collect: "selected" and "attention".
+
     Returns:
         "selected": bool[B, T, S], the entries the indexer chose (CSA layers);
         "attention": f32[B, T, H, W - 1 + T + S], probabilities over the window entries, then the entries.
     """
+    line = near if isinstance(near, jax.Array) else line_of(queries, near, window)
     taps = {}
     keys, visible = line, _window_visible(queries.position, window)
     if entries is not None:
@@ -197,7 +196,7 @@ def view(
         chosen = _entries_visible(queries, size)
         if index_keys is not None:
             if size > top_k:
-                chosen = select(_scores(queries, index_keys, size, rounded_scores), chosen, top_k)
+                chosen = select_xla(_scores(queries, index_keys, size, rounded_scores), chosen, top_k)
             taps["selected"] = chosen
         keys = jnp.concatenate([line, entries.prefix(size, line.dtype)], axis=1)
         visible = jnp.concatenate([visible, chosen], axis=2)
@@ -218,7 +217,7 @@ def prefix_sizes(capacity: int) -> tuple[int, ...]:
 
 def _attend_gathered(queries, near, near_visible, entries, scores, visible, sink, top_k):
     """CSA over a long list: the chosen entries of each query are gathered, not masked."""
-    index, any_chosen = select_list(scores, visible, top_k)
+    index, any_chosen = select_list_xla(scores, visible, top_k)
     size = scores.shape[-1]
 
     def one_query(xs):
