@@ -30,7 +30,9 @@ from dsv4_jax.inference import generate as generation
 from dsv4_jax.inference import steps
 from dsv4_jax.inference.text import TextStream, prompt_ids
 from dsv4_jax.model import span as spans
-from dsv4_jax.model.cache import Cache, check_not_consumed, check_room, check_sizes
+from dsv4_jax.model.cache import Cache, check_not_consumed, check_sizes, counts_after
+from dsv4_jax.model.cache_counts import Counts
+from dsv4_jax.model.geometry import allocated_length
 from dsv4_jax.model.initial import Network, initial_parameters
 from dsv4_jax.model.operations import operations
 from dsv4_jax.numerics.policy import Policy
@@ -178,27 +180,32 @@ class LanguageModel:
     def _span(self, tokens: Any, num_valid: Any, segment_ids: Any) -> spans.Span:
         ids = checked_tokens(tokens, self.config.vocab_size)
         if segment_ids is None:
-            return spans.from_start(ids, checked_counts(num_valid, ids.shape))
+            return spans.from_start(ids, jnp.asarray(checked_counts(num_valid, ids.shape)))
         if num_valid is not None:
             raise ValueError("give num_valid or segment_ids, not both")
         return spans.packed(ids, checked_segments(segment_ids, ids.shape))
 
     # ---- incremental -----------------------------------------------------------------------------
 
-    def new_cache(self, batch: int, max_length: int, max_rewind: int = 8) -> Cache:
+    def new_cache(self, batch: int, max_length: int, max_rewind: int = 8, *, mtp: bool = False) -> Cache:
         """An empty cache for `batch` rows of up to `max_length` tokens (see `model.cache.new_cache`).
 
+        Arrays are allocated for the next power of two, so that lengths between two powers share programs;
+        `dsv4 inspect --context` shows the bytes. `mtp` adds the slot of the MTP block (`steps.draft`).
+
         Raises:
-            ValueError: for sizes that are no integers or out of range.
+            ValueError: for sizes that are no integers or out of range, or `mtp` without such a block.
             TypeError: for traced sizes: they decide shapes.
         """
         sizes = (batch, max_length, max_rewind)
         refuse_traced("the sizes of a cache decide its shapes", "give ints, known before tracing", sizes)
         check_sizes(self.config, *sizes)
-        p = self.policy
-        how = (p.row_dtype, p.cache_format, operations(p).cache_of_bits)
         batch, max_length, max_rewind = map(int, sizes)
-        return steps.empty_cache(self.config, batch, max_length, p.cache_dtype, max_rewind, *how)
+        allocated, p = allocated_length(self.config, max_length), self.policy
+        how = (p.cache_dtype, max_rewind, p.row_dtype, p.cache_format, operations(p).cache_of_bits)
+        more = {"max_length": np.int32(max_length), "stream_dtype": p.compute_dtype if mtp else None}
+        empty = steps.empty_cache(self.config, batch, allocated, *how, **more)
+        return empty.knowing(Counts.empty(batch, max_length))
 
     def extend(
         self,
@@ -208,6 +215,9 @@ class LanguageModel:
     ) -> tuple[Float32[Array, "B T V"], Cache]:
         """Appends tokens to each row at its own position. The given cache is consumed (donated): go on
         with the returned one. Under an outer `jax.jit`, donating is up to that.
+
+        Returns while the device works: room is checked by `Cache.counts`. Only tokens and counts that are
+        arrays on a device are waited for, and, once, a cache out of a `jax.jit` or the like.
 
         Args:
             cache: from `new_cache` or an earlier `extend`.
@@ -226,8 +236,9 @@ class LanguageModel:
         counts = checked_counts(num_valid, ids.shape)
         if ids.shape[0] != len(cache.length):
             raise ValueError(f"tokens have {ids.shape[0]} rows, the cache {len(cache.length)}")
-        check_room(cache, counts)
-        return steps.extend(self.network, self.parameters, cache, ids, counts)
+        known = counts_after(cache, counts)
+        logits, cache = steps.extend(self.network, self.parameters, cache, ids, jnp.asarray(counts))
+        return logits, cache.knowing(known)
 
     # ---- generation ------------------------------------------------------------------------------
 
@@ -259,6 +270,7 @@ class LanguageModel:
 
         Raises:
             ValueError: for arguments that break a rule above; it names the value and the rule.
+            FloatingPointError: for logits that are not finite numbers, by row and position.
             TypeError: for traced arguments or parameters.
         """
         if isinstance(tokens, str):

@@ -112,10 +112,9 @@ def filled(cache: Cache, config: ModelConfig, format: CacheFormat, length: int, 
     Raises:
         ValueError: if the cache has more than one row, or does not hold so many tokens.
     """
-    if len(cache.length) != 1 or not 0 < length <= cache.max_length:
-        raise ValueError(
-            f"length={length}, {len(cache.length)} rows: one row of 1..{cache.max_length} tokens"
-        )
+    most = int(cache.counts().max_length.min())
+    if len(cache.length) != 1 or not 0 < length <= most:
+        raise ValueError(f"length={length}, {len(cache.length)} rows: one row of 1..{most} tokens")
     keys = iter(jax.random.split(jax.random.key(seed), 1024))
     store_entries = functools.partial(
         cache_formats.store_entries, format=format, num_rotary=config.qk_rope_head_dim

@@ -247,22 +247,25 @@ def allocated_cache(
     config: ModelConfig, dtype: str = "bfloat16", cache_format: str = "plain"
 ) -> AllocatedCache:
     """Measures `model.cache.new_cache` for one sequence, by its shapes at two capacities."""
-    import jax
-    import jax.numpy as jnp
-
-    from dsv4_jax.model.cache import new_cache
     from dsv4_jax.model.geometry import ROWS
 
     page = math.lcm(config.csa_ratio, config.hca_ratio) * ROWS
     roomy = dataclasses.replace(config, max_position_embeddings=max(config.max_position_embeddings, 2 * page))
-
-    def allocated(max_length: int) -> int:
-        make = lambda: new_cache(roomy, 1, max_length, jnp.dtype(dtype), format=cache_format)  # noqa: E731
-        cache = jax.eval_shape(make)
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
-
-    small, large = allocated(page), allocated(2 * page)
+    small, large = (allocated_bytes(roomy, size, dtype, cache_format) for size in (page, 2 * page))
     return AllocatedCache(dtype, Fraction(large - small, page), 2 * small - large)
+
+
+def allocated_bytes(
+    config: ModelConfig, capacity: int, dtype: str = "bfloat16", cache_format: str = "plain"
+) -> int:
+    """Bytes of all arrays of a cache for one sequence, allocated for `capacity` tokens."""
+    import jax
+    import jax.numpy as jnp
+
+    from dsv4_jax.model.cache import new_cache
+
+    make = lambda: new_cache(config, 1, capacity, jnp.dtype(dtype), format=cache_format)  # noqa: E731
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(make)))
 
 
 def checkpoint_bytes(config: ModelConfig, dspark_markov_rank: int | None = None) -> dict[str, int]:

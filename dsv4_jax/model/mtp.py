@@ -7,6 +7,7 @@ from jaxtyping import Array, Float
 
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.model.block import Block, Surroundings
+from dsv4_jax.model.cache import LayerCache
 from dsv4_jax.model.declared import Declared
 from dsv4_jax.model.hyper_connection import StreamCollapse
 from dsv4_jax.model.layer_report import LayerReport
@@ -41,13 +42,15 @@ class MultiTokenPrediction(nnx.Module):
         streams: Float[Array, "B T N D"],
         next_embedding: Float[Array, "B T D"],
         around: Surroundings,
-    ) -> tuple[Float[Array, "B T D"], LayerReport]:
-        """Hidden states for the head, row t standing for token t + 2, and the report of the layer.
+        cache: LayerCache | None = None,
+    ) -> tuple[Float[Array, "B T D"], LayerReport, LayerCache | None]:
+        """Hidden states for the head, row t standing for token t + 2, the report of the layer, and its cache.
 
         Args:
             streams: backbone streams after the last layer, before collapse and norm.
             next_embedding: embedding of token t + 1 beside the streams of token t.
             around: positions of the tokens t.
+            cache: None for whole sequences; else the block's own, which holds the rows before these.
         """
         to_grid = self.grids.activation
         e = to_grid(rms_norm(next_embedding, self.enorm[...], self.eps))
@@ -57,5 +60,5 @@ class MultiTokenPrediction(nnx.Module):
         graph, state = nnx.split(self.block)
         block = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[0], state))
         x = (e[:, :, None] + h).astype(streams.dtype)
-        x, _, report, _ = block(x, around, None, jnp.int32(0), frozenset())
-        return rms_norm(self.hc_head(x), self.norm[...], self.eps), report.stacked_once()
+        x, cache, report, _ = block(x, around, cache, jnp.int32(0), frozenset())
+        return rms_norm(self.hc_head(x), self.norm[...], self.eps), report.stacked_once(), cache

@@ -58,8 +58,9 @@ def programs(network: Network):
 
     def generated(parameters):
         rows = policy.row_dtype, policy.cache_format, policy.kernels == "xla"
-        cache = new_cache(config, 1, 64, policy.cache_dtype, 8, *rows)
-        logits, cache = steps.extend(network, parameters, cache, IDS, counts)
+        slot = {"stream_dtype": policy.compute_dtype}
+        cache = new_cache(config, 1, 64, policy.cache_dtype, 8, *rows, **slot)
+        logits, _, cache = steps.extend_further(network, parameters, cache, IDS, counts)
         draw = (
             jax.random.key(0)[None],
             np.full(1, 0.7, np.float32),
