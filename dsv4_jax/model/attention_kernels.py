@@ -1,14 +1,17 @@
-"""Core attention by Pallas kernels; operands and result as in `core_attention.py`."""
+"""Core attention and writes to its cache by Pallas kernels; operands as in `core_attention` and `cache`."""
 
 import jax
 from jaxtyping import Array, Float, Float32, Int32
 
+from dsv4_jax.model import cache
 from dsv4_jax.model.core_attention import Queries
 from dsv4_jax.model.entries import Entries
 from dsv4_jax.numerics.cache_formats import Stored
 from pallas_kernels import decode_attention as decode_family
+from pallas_kernels import entry_write
 from pallas_kernels import hybrid_attention as attention_family
 from pallas_kernels import indexer as indexer_family
+from pallas_kernels.columns import Columns
 from pallas_kernels.hybrid_attention import tuning as attention_tuning
 
 
@@ -130,3 +133,23 @@ def decode_attention(
         interpret=interpret,
     )
     return o
+
+
+def write_entries(
+    entries: Stored,
+    repeat: Int32[Array, ""],
+    new: Stored,
+    first: Int32[Array, "B"],
+    count: Int32[Array, "B"],
+    *,
+    interpret: bool,
+) -> Stored:
+    """As `cache.write_entries`; narrow arrays, which XLA would copy whole, in place.
+
+    Args:
+        entries, repeat, new, first, count: as there.
+        interpret: run the kernel in the interpreter.
+    """
+    if isinstance(entries, Columns):
+        return entry_write.write_entries(entries, repeat, new, first, count, interpret=interpret)
+    return cache.write_entries(entries, repeat, new, first, count)

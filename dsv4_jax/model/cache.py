@@ -22,6 +22,7 @@ from dsv4_jax.config.quantities import INT32_MAX, integer_array, integer_problem
 from dsv4_jax.model.geometry import compressor_geometry, window_geometry
 from dsv4_jax.numerics import cache_formats
 from dsv4_jax.numerics.cache_formats import CacheFormat, Stored
+from pallas_kernels.columns import Columns
 from pallas_kernels.decode_attention import Fp8Rows, fp8_rows
 from pallas_kernels.decode_attention.tuning import rows_pay
 
@@ -186,6 +187,11 @@ def new_cache(
         made = jax.eval_shape(kept, jax.ShapeDtypeStruct(shape, dtype))
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), made)
 
+    def in_columns(shape: tuple[int, int, int, int], store: Callable[[jax.Array], Stored]) -> Stored:
+        """Of entries and keys: for kernels, narrow arrays lie as kernels read them."""
+        made = empty(shape, store)
+        return made if as_bits else cache_formats.in_columns(made)
+
     def store_entries(x: jax.Array) -> Stored:
         return cache_formats.store_entries(x, format, config.qk_rope_head_dim)
 
@@ -198,7 +204,7 @@ def new_cache(
         layout = fp8_rows.Layout(width, config.qk_rope_head_dim)
         pays = rows_pay(rows=config.num_attention_heads, num_entries=size, num_chosen=config.index_topk)
         if as_bits or format == "plain" or layout.problems() or size <= config.index_topk or not pays:
-            return empty(shape, store_entries)
+            return in_columns(shape, store_entries)
         return fp8_rows.empty(repeats, batch, size, layout)
 
     def compressor(repeats: int, kind: AttentionKind, width: int, make) -> CompressorCache:
@@ -216,10 +222,10 @@ def new_cache(
         if kind == "window":
             return LayerCache(window, None, None)
         if kind == "hca":
-            every = functools.partial(empty, store=store_entries)
+            every = functools.partial(in_columns, store=store_entries)
             return LayerCache(window, compressor(repeats, kind, config.head_dim, every), None)
         main = compressor(repeats, kind, config.head_dim, chosen_entries)
-        keys = functools.partial(empty, store=store_keys)
+        keys = functools.partial(in_columns, store=store_keys)
         keys = compressor(repeats, kind, config.index_head_dim, keys)
         return LayerCache(window, main, keys)
 
@@ -238,6 +244,8 @@ def new_cache(
 
 def num_slots(ring: Stored) -> int:
     """M of a ring, or S of a stack of entries, in any format."""
+    if isinstance(ring, Columns):
+        return ring.size
     return jax.tree.leaves(ring)[0].shape[2]
 
 

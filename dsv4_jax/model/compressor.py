@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32
 
 from dsv4_jax.config import AttentionKind, ModelConfig
-from dsv4_jax.model.cache import CompressorCache, write_entries, write_ring
+from dsv4_jax.model.cache import CompressorCache, write_ring
 from dsv4_jax.model.declared import Declared
 from dsv4_jax.model.linear import project_float32
 from dsv4_jax.model.operations import Operations
@@ -90,8 +90,9 @@ class Compressor(nnx.Module):
             lambda: self._emit(*sources(), blocks),
             lambda: jnp.zeros((*blocks.is_first.shape, kv.shape[-1]), self.policy.compute_dtype),
         )
-        entries = write_entries(cache.entries, repeat, self._stored(new), blocks.first, blocks.count)
-        return entries, CompressorCache(*rings, entries)
+        at = (blocks.first, blocks.count)
+        entries = self.operations.store(cache.entries, repeat, self._stored(new), *at)
+        return cache_formats.in_rows(entries), CompressorCache(*rings, entries)
 
     def _emit(
         self, kv: Float[Array, "B rows w Dc"], gate: Float[Array, "B rows w Dc"], blocks: Blocks

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from dsv4_jax.model import attention_kernels, core_attention, linear, pooling
+from dsv4_jax.model import attention_kernels, cache, core_attention, linear, pooling
 from dsv4_jax.numerics.policy import Policy
 from pallas_kernels import hyper_connection
 from pallas_kernels.grouped_matmul import expert_ffn
@@ -58,6 +58,7 @@ class Operations:
     linear: Operation  # x, weight: `linear.project`
     grouped_linear: Operation  # x, weight: `linear.project_groups`
     compress: Operation  # rows, gates, bias, norm, blocks: `pooling.entries_xla`
+    store: Operation  # stack, repeat, new entries, first, count: `cache.write_entries`
     attend: Operation  # queries, line, entries, index keys, sink: `core_attention.hybrid_attention`
     attend_cached: Operation | None  # a few queries over the cache where it lies; None: by `attend`
     enter: Operation  # streams, fn, base, scale, norm: `hyper_connection.pre`
@@ -89,6 +90,7 @@ def operations(policy: Policy, hyper_connection_blocks: HyperConnectionBlocks | 
             linear=Operation("linear", linear.project),
             grouped_linear=Operation("grouped_linear", linear.project_groups),
             compress=Operation("compress", pooling.entries_xla),
+            store=Operation("store", cache.write_entries),
             attend=Operation("attend", core_attention.hybrid_attention),
             attend_cached=None,
             enter=Operation("enter", hyper_connection_xla.pre_xla),
@@ -109,6 +111,9 @@ def operations(policy: Policy, hyper_connection_blocks: HyperConnectionBlocks | 
         linear=Operation("linear", linear.project_stored, how, **fp8),
         grouped_linear=Operation("grouped_linear", linear.project_groups_stored, how, **fp8),
         compress=Operation("compress", pooling.entries_by_kernel, how, ("compressor",)),
+        store=Operation(
+            "store", attention_kernels.write_entries, how, ("entry_write",), "with an FP8 or FP4 cache"
+        ),
         attend=Operation("attend", attention_kernels.hybrid_attention, how, ("indexer", "hybrid_attention")),
         attend_cached=Operation(
             "attend_cached", attention_kernels.decode_attention, how, ("indexer", "decode_attention")

@@ -12,7 +12,8 @@ reading it back is then exact. Formats are those of the kernel families.
 A cache may keep the FP8 and bfloat16 numbers as unsigned integers with the same bits (`bits`). XLA:CPU has no
 slices and no updates of such types: it converts a whole stack to a wider type and back for each of them.
 Kernels take the numbers themselves; on a TPU a change of type would be a pass over the stack. Where they
-fetch FP8 entries one by one, the cache keeps those as rows of words (`Fp8Rows`), at 585.2 bytes for 584.
+fetch FP8 entries one by one, the cache keeps those as rows of words (`Fp8Rows`), at 585.2 bytes for 584; what
+they stream, as `Columns`.
 """
 
 import functools
@@ -24,6 +25,7 @@ from jaxtyping import Array, Float, Float32, UInt16
 
 from dsv4_jax.numerics import formats, qat
 from pallas_kernels.arithmetic import cdiv, round_up
+from pallas_kernels.columns import Columns, columns_of
 from pallas_kernels.decode_attention import Fp8Entries, Fp8Rows
 from pallas_kernels.indexer import Fp8Keys, Mxfp4Keys
 from pallas_kernels.precision import einsum_float32
@@ -65,9 +67,24 @@ def store_keys(x: Float[Array, "*rows Di"], format: CacheFormat) -> Stored:
     return Mxfp4Keys(quantised.packed[..., : cdiv(x.shape[-1], 2)], quantised.scale)
 
 
+def in_columns(stored: Stored) -> Stored:
+    """A stack of entries or keys as kernels read it: narrow arrays with the entries on the last axis.
+
+    Plain ones stay: their rows fill whole tiles. FP8 keys do too, but for their scales.
+    """
+    if is_plain(stored):
+        return stored
+    return columns_of(stored, keep_rows=(0,) if isinstance(stored, Fp8Keys) else ())
+
+
+def in_rows(stored: Stored) -> Stored:
+    """The same stack as operations take it, with every array [R, B, S, ...]."""
+    return stored.rows if isinstance(stored, Columns) else stored
+
+
 def is_plain(stored: Stored) -> bool:
     """Whether these are numbers of the cache dtype."""
-    return not isinstance(stored, tuple | Fp8Rows)
+    return not isinstance(stored, tuple | Fp8Rows | Columns)
 
 
 NUMBERS_OF_BITS = {jnp.dtype("uint8"): jnp.float8_e4m3fn, jnp.dtype("uint16"): jnp.bfloat16}
