@@ -256,6 +256,9 @@ def new_cache(
     def empty(shape: tuple[int, ...], store: Callable[[jax.Array], Stored], dtype=dtype) -> Stored:
         return cache_storage.empty(shape, store, dtype, as_bits)
 
+    def stack(shape: tuple[int, int, int, int], store: Callable[[jax.Array], Stored]) -> Stored:
+        return cache_storage.empty_stack(shape, store, dtype, as_bits)
+
     def store_entries(x: jax.Array) -> Stored:
         return cache_formats.store_entries(x, format, config.qk_rope_head_dim)
 
@@ -289,10 +292,10 @@ def new_cache(
         if kind == "window":
             return LayerCache(window, None, None)
         if kind == "hca":
-            every = functools.partial(empty, store=store_entries)
+            every = functools.partial(stack, store=store_entries)
             return LayerCache(window, compressor(repeats, kind, config.head_dim, every), None)
         main = compressor(repeats, kind, config.head_dim, chosen_entries)
-        keys = functools.partial(empty, store=store_keys)
+        keys = functools.partial(stack, store=store_keys)
         keys = compressor(repeats, kind, config.index_head_dim, keys)
         return LayerCache(window, main, keys)
 

@@ -13,8 +13,7 @@ from dsv4_jax.model.declared import Declared
 from dsv4_jax.model.linear import project_float32
 from dsv4_jax.model.operations import Operations
 from dsv4_jax.model.span import Blocks, Span
-from dsv4_jax.numerics import cache_formats
-from dsv4_jax.numerics.cache_storage import write_entries
+from dsv4_jax.numerics import cache_formats, cache_storage
 from dsv4_jax.numerics.grids import grids
 from dsv4_jax.numerics.policy import Policy
 
@@ -93,8 +92,9 @@ class Compressor(nnx.Module):
             lambda: self._emit(*sources(), blocks),
             lambda: jnp.zeros((*blocks.is_first.shape, kv.shape[-1]), self.policy.compute_dtype),
         )
-        entries = write_entries(cache.entries, repeat, self._stored(new), blocks.first, blocks.count)
-        return entries, CompressorCache(*rings, entries)
+        at = (blocks.first, blocks.count)
+        entries = self.operations.store(cache.entries, repeat, self._stored(new), *at)
+        return cache_storage.in_rows(entries), CompressorCache(*rings, entries)
 
     def _emit(
         self, kv: Float[Array, "B rows w Dc"], gate: Float[Array, "B rows w Dc"], blocks: Blocks

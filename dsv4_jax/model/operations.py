@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from dsv4_jax.model import linear
+from dsv4_jax.numerics import cache_storage
 from dsv4_jax.numerics.policy import Policy
 from pallas_kernels import core_attention, hyper_connection
 from pallas_kernels.compressor import compressor
@@ -60,6 +61,7 @@ class Operations:
     linear: Operation  # x, weight: `linear.project`
     grouped_linear: Operation  # x, weight: `linear.project_groups`
     compress: Operation  # rows, gates, bias, norm, cos, sin: `compressor.compressor`
+    store: Operation  # stack, repeat, new entries, first, count: `cache_storage.write_entries`
     attend: Operation  # queries, line, entries, index keys, sink: `core_attention.attend`
     attend_cached: Operation  # queries, ring, entries, index keys, sink: `core_attention.attend_cached`
     view: Operation  # as `attend`, and what to collect: `core_attention.view`
@@ -92,6 +94,7 @@ def operations(policy: Policy, hyper_connection_blocks: HyperConnectionBlocks | 
             linear=Operation("linear", linear.project),
             grouped_linear=Operation("grouped_linear", linear.project_groups),
             compress=Operation("compress", compressor, (("impl", "xla"),)),
+            store=Operation("store", cache_storage.write_entries, (("impl", "reference"),)),
             attend=Operation("attend", core_attention.attend, (("impl", "xla"),)),
             attend_cached=Operation("attend_cached", core_attention.attend_cached, (("impl", "xla"),)),
             view=Operation("view", core_attention.view),
@@ -113,6 +116,13 @@ def operations(policy: Policy, hyper_connection_blocks: HyperConnectionBlocks | 
         linear=Operation("linear", linear.project_stored, how, **fp8),
         grouped_linear=Operation("grouped_linear", linear.project_groups_stored, how, **fp8),
         compress=Operation("compress", compressor, (("impl", "pallas"), *how), ("compressor",)),
+        store=Operation(
+            "store",
+            cache_storage.write_entries,
+            (("impl", "pallas"), *how),
+            ("entry_write",),
+            "with an FP8 or FP4 cache",
+        ),
         attend=Operation(
             "attend", core_attention.attend, (("impl", "pallas"), *how), ("indexer", "hybrid_attention")
         ),

@@ -12,7 +12,8 @@ reading it back is then exact. Formats are those of the kernel families.
 A cache may keep the FP8 and bfloat16 numbers as unsigned integers with the same bits (`bits`). XLA:CPU has no
 slices and no updates of such types: it converts a whole stack to a wider type and back for each of them.
 Kernels take the numbers themselves; on a TPU a change of type would be a pass over the stack. Where they
-fetch FP8 entries one by one, the cache keeps those as rows of words (`Fp8Rows`), at 585.2 bytes for 584.
+fetch FP8 entries one by one, the cache keeps those as rows of words (`Fp8Rows`), at 585.2 bytes for 584; what
+they stream, as `Columns`.
 """
 
 import functools
@@ -25,6 +26,7 @@ from pallas_kernels.arithmetic import cdiv
 from pallas_kernels.formats import e8m0
 from pallas_kernels.formats.bits import bfloat16_value
 from pallas_kernels.formats.blocks import Mxfp4, padded, quantize_fp8_groups, quantize_mxfp4
+from pallas_kernels.formats.columns import Columns
 from pallas_kernels.formats.entries import Fp8Entries, quantize_entries
 from pallas_kernels.formats.entry_rows import Fp8Rows
 from pallas_kernels.formats.index_keys import Fp8Keys
@@ -59,7 +61,7 @@ def store_keys(x: Float[Array, "*rows Di"], format: CacheFormat) -> Stored:
 
 def is_plain(stored: Stored) -> bool:
     """Whether these are numbers of the cache dtype."""
-    return not isinstance(stored, Fp8Entries | Fp8Keys | Mxfp4 | Fp8Rows)
+    return not isinstance(stored, Fp8Entries | Fp8Keys | Mxfp4 | Fp8Rows | Columns)
 
 
 def read(stored: Stored, dtype: jax.typing.DTypeLike) -> Float[Array, "*rows width"]:

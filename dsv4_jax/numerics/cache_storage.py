@@ -1,17 +1,20 @@
 """The arrays in which a cache keeps rows, entries and keys: made, written and read here, and only here.
 
-Three ways to keep the numbers of a format (`cache_formats`), chosen when a cache is made:
+Four ways to keep the numbers of a format (`cache_formats`), chosen when a cache is made:
 
-    numbers   as the kernels stream them
+    numbers   as they are: of plain formats, and the rings
     bits      FP8 and bfloat16 as unsigned integers with the same bits, which XLA:CPU can slice and update
     words     FP8 entries as rows of words (`Fp8Rows`), which a TPU can copy one by one: where kernels choose
               some of many entries
+    columns   narrow arrays with the slots on the last axis (`Columns`), as kernels stream entries and keys; a
+              kernel writes them in place
 
 Whatever the way, stored bytes are sliced or gathered first and decoded after: the work follows the rows asked
-for, not the capacity. Every array is [R, B, slots, ...] with the repeats R of a layer in front.
+for, not the capacity. Every array has the repeats R of a layer and the rows B in front.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +22,14 @@ from jaxtyping import Array, Float, Int32
 
 from dsv4_jax.numerics import cache_formats
 from dsv4_jax.numerics.cache_formats import CacheFormat, Stored
+from pallas_kernels import entry_write
 from pallas_kernels.arithmetic import int32s
 from pallas_kernels.decode_attention.tuning import rows_pay
 from pallas_kernels.formats import entry_rows
 from pallas_kernels.formats.bits import as_stored, bits
+from pallas_kernels.formats.columns import Columns, columns_of
 from pallas_kernels.formats.entry_rows import Fp8Rows, Layout
+from pallas_kernels.formats.index_keys import Fp8Keys
 
 
 def empty(
@@ -33,6 +39,22 @@ def empty(
     kept = (lambda x: bits(store(x))) if as_bits else store
     made = jax.eval_shape(kept, jax.ShapeDtypeStruct(shape, dtype))
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), made)
+
+
+def empty_stack(
+    shape: tuple[int, int, int, int],
+    store: Callable[[jax.Array], Stored],
+    dtype: jax.typing.DTypeLike,
+    as_bits: bool,
+) -> Stored:
+    """As `empty`, for entries or keys [R, B, S, width]: for kernels, those of narrow formats in columns.
+
+    Plain ones stay: their rows fill whole tiles. The numbers of FP8 keys do too, but not their scales.
+    """
+    made = empty(shape, store, dtype, as_bits)
+    if as_bits or cache_formats.is_plain(made):
+        return made
+    return columns_of(made, keep_rows=(0,) if isinstance(made, Fp8Keys) else ())
 
 
 def empty_entries(
@@ -57,13 +79,20 @@ def empty_entries(
     layout = Layout(width, num_rotary)
     pays = rows_pay(rows=num_heads, num_entries=size, num_chosen=num_chosen)
     if as_bits or format == "plain" or layout.problems() or size <= num_chosen or not pays:
-        return empty(shape, lambda x: cache_formats.store_entries(x, format, num_rotary), dtype, as_bits)
+        return empty_stack(
+            shape, lambda x: cache_formats.store_entries(x, format, num_rotary), dtype, as_bits
+        )
     return entry_rows.empty(repeats, batch, size, layout)
 
 
 def num_slots(stored: Stored) -> int:
     """M of a ring, or S of a stack of entries, in any format."""
-    return jax.tree.leaves(stored)[0].shape[2]
+    return stored.size if isinstance(stored, Columns) else jax.tree.leaves(stored)[0].shape[2]
+
+
+def in_rows(stored: Stored) -> Stored:
+    """The same stack as operations take it, with every array [R, B, S, ...]."""
+    return stored.rows if isinstance(stored, Columns) else stored
 
 
 def read_slots(stored: Stored, repeat: Int32[Array, ""], slot: Int32[Array, "B P"]) -> Stored:
@@ -93,8 +122,16 @@ def write_entries(
     new: Stored,
     first: Int32[Array, "B"],
     count: Int32[Array, "B"],
+    **how: Any,
 ) -> Stored:
-    """Writes the first `count` of the new entries [B, P, ...] at first, first + 1, ...; drops the rest."""
+    """Writes the first `count` of the new entries [B, P, ...] at first, first + 1, ...; drops the rest.
+
+    Args:
+        entries, repeat, new, first, count: as `entry_write.write_entries`.
+        how: keyword arguments of that operation, for columns.
+    """
+    if isinstance(entries, Columns):
+        return entry_write.write_entries(entries, repeat, new, first, count, **how)
     if isinstance(entries, Fp8Rows):
         return entry_rows.write(entries, repeat, entry_rows.words_of(new), first, count)
     offset = jnp.arange(jax.tree.leaves(new)[0].shape[1], dtype=jnp.int32)

@@ -10,6 +10,7 @@ from pallas_kernels import (
     block_matmul,
     compressor,
     decode_attention,
+    entry_write,
     grouped_matmul,
     hybrid_attention,
     hyper_connection,
@@ -18,6 +19,7 @@ from pallas_kernels import (
     topk_mask,
 )
 from pallas_kernels.formats.blocks import Fp8Blocks
+from pallas_kernels.formats.columns import Columns
 
 SIZES = dict(B=2, T=3, S=8, K=4, H=2, D=128, P=2, V=16, E=3)
 """An axis of every kind; each case sets one of them to 0, so that no kernel runs."""
@@ -115,6 +117,11 @@ def _weighted_cross_entropy(impl, *, T, D, V, **_):
     return linear_cross_entropy.weighted_cross_entropy(f32(T, D), f32(V, D), i32(T), f32(T), impl=impl)
 
 
+def _write_entries(impl, *, B, S, P, D, **_):
+    stack, new = Columns((f32(1, B, D, S),), (True,)), (f32(B, P, D),)
+    return entry_write.write_entries(stack, jnp.int32(0), new, i32(B), i32(B), impl=impl)
+
+
 def _topk_mask(impl, *, B, T, S, **_):
     return topk_mask.topk_mask(f32(B, T, S), jnp.ones((B, T, S), bool), 2)
 
@@ -137,6 +144,7 @@ OPERATIONS = {
     _index_list: (("any",), "BTS", "", [("B", "T", 4)]),
     _linear_cross_entropy: (("reference", "pallas"), "T", "DV", ["T", "T"]),
     _weighted_cross_entropy: (("reference", "pallas", "xla"), "T", "", [()]),
+    _write_entries: (("reference", "pallas"), "B", "SPD", [(1, "B", "D", "S")]),
     _topk_mask: (("any",), "BTS", "", ["BTS"]),
 }
 
