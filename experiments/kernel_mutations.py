@@ -75,11 +75,13 @@ def run_tests(root: Path, family: str, timeout_seconds: float) -> Outcome:
     """The default tests of a family in a copy of the tree, up to the first failure."""
     # The copy comes first on the path, and no byte code outlives the text it was made from.
     environment = os.environ | {"PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "300"}
+    environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # all of them take longer than a short test
     # A family that also computes without kernels keeps the tests of these in a file of their own.
     tests = root / "tests/kernels"
     by_kernel = tests / f"test_{family}_tpu.py"
     files = [by_kernel] if by_kernel.exists() else sorted(tests.glob(f"test_{family}*.py"))
-    options = ["-x", "-q", "-p", "no:cacheprovider", "-k", LEFT_OUT]
+    # `pyproject.toml` sets options of xdist.
+    options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "xdist.plugin", "-k", LEFT_OUT]
     start = time.perf_counter()
     try:
         done = subprocess.run(
