@@ -4,10 +4,11 @@
     python -m experiments.kernel_mutations --families indexer --faults tie
     python -m experiments.kernel_mutations --missing          # those not yet caught
 
-A fault of `kernel_faults.toml` replaces a text that must occur exactly once in its file. The family's default
-tests then have to fail; those that only compile are left out, because they cannot notice a wrong value. Each
-family first runs without a fault, and must pass. Exit code 1 if a fault survives or a run says nothing
-(collection error, timeout). Needs the `test` extra.
+A fault of `kernel_faults.toml` replaces an expression or statements of one function, which must occur there
+exactly once, however they are formatted (`kernel_faults.py`). The family's default tests then have to fail;
+those that only compile are left out, because they cannot notice a wrong value. Each family first runs without
+a fault, and must pass. Exit code 1 if a fault survives or a run says nothing (collection error, timeout).
+Needs the `test` extra.
 """
 
 import dataclasses
@@ -20,8 +21,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import tomllib
-from collections.abc import Callable
 from pathlib import Path
 
 import tyro
@@ -29,38 +28,10 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-ROOT = Path(__file__).parents[1]
+from experiments.kernel_faults import ROOT, Fault, read_faults
+
 COPIED = ("pallas_kernels", "tests/kernels", "tests/conftest.py", "pyproject.toml")
 LEFT_OUT = "not compile and not lower"  # tests that only compile, by name
-
-
-@dataclasses.dataclass(frozen=True)
-class Fault:
-    """`old` becomes `new` in pallas_kernels/<family>/<file>."""
-
-    family: str
-    name: str
-    file: str
-    old: str
-    new: str
-
-    def apply(self, root: Path) -> Callable[[], None]:
-        """Writes the faulty file; returns what undoes it."""
-        path = root / "pallas_kernels" / self.family / self.file
-        text = path.read_text()
-        if (count := text.count(self.old)) != 1:
-            raise ValueError(
-                f"{self.family}: {self.name}: {count} times in {self.file}, not once: {self.old!r}"
-            )
-        path.write_text(text.replace(self.old, self.new))
-        return lambda: path.write_text(text)
-
-
-def read_faults(path: Path = ROOT / "experiments/kernel_faults.toml") -> list[Fault]:
-    """All faults, by family in the order of the file."""
-    families = tomllib.loads(path.read_text())
-    return [Fault(family, **fault) for family, faults in families.items() for fault in faults]
-
 
 FAULTS = read_faults()
 FAMILIES = tuple(dict.fromkeys(fault.family for fault in FAULTS))
@@ -104,11 +75,13 @@ def run_tests(root: Path, family: str, timeout_seconds: float) -> Outcome:
     """The default tests of a family in a copy of the tree, up to the first failure."""
     # The copy comes first on the path, and no byte code outlives the text it was made from.
     environment = os.environ | {"PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "300"}
+    environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # all of them take longer than a short test
     # A family that also computes without kernels keeps the tests of these in a file of their own.
     tests = root / "tests/kernels"
     by_kernel = tests / f"test_{family}_tpu.py"
     files = [by_kernel] if by_kernel.exists() else sorted(tests.glob(f"test_{family}*.py"))
-    options = ["-x", "-q", "-p", "no:cacheprovider", "-k", LEFT_OUT]
+    # `pyproject.toml` sets options of xdist.
+    options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "xdist.plugin", "-k", LEFT_OUT]
     start = time.perf_counter()
     try:
         done = subprocess.run(

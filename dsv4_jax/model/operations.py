@@ -14,7 +14,7 @@ import jax
 from dsv4_jax.model import linear
 from dsv4_jax.numerics import cache_storage
 from dsv4_jax.numerics.policy import Policy
-from pallas_kernels import core_attention, hyper_connection
+from pallas_kernels import core_attention, entry_write, hyper_connection
 from pallas_kernels.compressor import compressor
 from pallas_kernels.core_attention import Queries as Queries
 from pallas_kernels.grouped_matmul import expert_ffn
@@ -89,12 +89,13 @@ def operations(policy: Policy, hyper_connection_blocks: HyperConnectionBlocks | 
         policy: of the model.
         hyper_connection_blocks: tile sizes of those kernels, for tests; None lets the family choose.
     """
+    columns = (("columns", entry_write.write_entries),)
     if policy.kernels == "xla":
         return Operations(
             linear=Operation("linear", linear.project),
             grouped_linear=Operation("grouped_linear", linear.project_groups),
             compress=Operation("compress", compressor, (("impl", "xla"),)),
-            store=Operation("store", cache_storage.write_entries, (("impl", "reference"),)),
+            store=Operation("store", cache_storage.write_entries, (*columns, ("impl", "reference"))),
             attend=Operation("attend", core_attention.attend, (("impl", "xla"),)),
             attend_cached=Operation("attend_cached", core_attention.attend_cached, (("impl", "xla"),)),
             view=Operation("view", core_attention.view),
@@ -119,7 +120,7 @@ def operations(policy: Policy, hyper_connection_blocks: HyperConnectionBlocks | 
         store=Operation(
             "store",
             cache_storage.write_entries,
-            (("impl", "pallas"), *how),
+            (*columns, ("impl", "pallas"), *how),
             ("entry_write",),
             "with an FP8 or FP4 cache",
         ),

@@ -22,7 +22,6 @@ from jaxtyping import Array, Float, Int32
 
 from dsv4_jax.numerics import cache_formats
 from dsv4_jax.numerics.cache_formats import CacheFormat, Stored
-from pallas_kernels import entry_write
 from pallas_kernels.arithmetic import int32s
 from pallas_kernels.decode_attention.tuning import rows_pay
 from pallas_kernels.formats import entry_rows
@@ -79,9 +78,11 @@ def empty_entries(
     layout = Layout(width, num_rotary)
     pays = rows_pay(rows=num_heads, num_entries=size, num_chosen=num_chosen)
     if as_bits or format == "plain" or layout.problems() or size <= num_chosen or not pays:
-        return empty_stack(
-            shape, lambda x: cache_formats.store_entries(x, format, num_rotary), dtype, as_bits
-        )
+
+        def store(x: jax.Array) -> Stored:
+            return cache_formats.store_entries(x, format, num_rotary)
+
+        return empty_stack(shape, store, dtype, as_bits)
     return entry_rows.empty(repeats, batch, size, layout)
 
 
@@ -122,16 +123,19 @@ def write_entries(
     new: Stored,
     first: Int32[Array, "B"],
     count: Int32[Array, "B"],
+    *,
+    columns: Callable[..., Columns] | None = None,
     **how: Any,
 ) -> Stored:
     """Writes the first `count` of the new entries [B, P, ...] at first, first + 1, ...; drops the rest.
 
     Args:
-        entries, repeat, new, first, count: as `entry_write.write_entries`.
-        how: keyword arguments of that operation, for columns.
+        entries, repeat, new, first, count: as `pallas_kernels.entry_write.write_entries`.
+        columns, how: that operation and its settings, needed where entries are columns.
     """
     if isinstance(entries, Columns):
-        return entry_write.write_entries(entries, repeat, new, first, count, **how)
+        assert columns is not None
+        return columns(entries, repeat, new, first, count, **how)
     if isinstance(entries, Fp8Rows):
         return entry_rows.write(entries, repeat, entry_rows.words_of(new), first, count)
     offset = jnp.arange(jax.tree.leaves(new)[0].shape[1], dtype=jnp.int32)
