@@ -35,6 +35,7 @@ ROOMS = {
     "dsv4_jax.checkpoint": "checkpoint",
     "dsv4_jax.arguments": "language_model",
     "dsv4_jax.language_model": "language_model",
+    "dsv4_jax.loading": "language_model",
     "dsv4_jax.inspection": "inspection",
     "dsv4_jax.command_line": "command_line",
     "dsv4_jax.__main__": "command_line",

@@ -46,7 +46,7 @@ class FakeModel:
 @pytest.fixture
 def model(monkeypatch):
     """Replaces loading, and keeps the tests away from the user's compilation cache."""
-    from dsv4_jax import language_model
+    from dsv4_jax import loading
     from dsv4_jax.command_line import compilation_cache
 
     fake = FakeModel()
@@ -57,7 +57,7 @@ def model(monkeypatch):
         fake.how = {"tokenizer": tokenizer, "allow_links": allow_links}
         return fake
 
-    monkeypatch.setattr(language_model, "load", load)
+    monkeypatch.setattr(loading, "load", load)
     monkeypatch.setattr(compilation_cache, "enable", lambda: fake.calls.append("cache on"))
     return fake
 
