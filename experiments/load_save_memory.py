@@ -1,6 +1,6 @@
 """Host memory of loading and saving a checkpoint, beside the model itself. Measured by RSS.
 
-    python -m experiments.load_save_memory        # makes checkpoints of 4.4 and 5.0 GB in a temporary folder
+    python -m experiments.load_save_memory        # makes checkpoints of 4.3 and 4.8 GB in a temporary folder
 
 A checkpoint here has few and large parameters: the routed experts of a layer are one array of many tensors.
 The rule: at its peak the process holds the loaded model and at most twice the largest tensor on disk.
@@ -82,7 +82,7 @@ print(json.dumps({"arrays": arrays, "load": load, "save": save}))
 
 
 def large_config(weights: str) -> ModelConfig:
-    """Four layers, one of each kind: 4.4 GB in BF16, or 5.0 GB in FP8 and FP4."""
+    """Four layers, one of each kind: 4.3 GB in BF16, or 4.8 GB in FP8 and FP4."""
     return tiny(
         4,
         vocab_size=1024,
