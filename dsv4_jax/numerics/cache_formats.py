@@ -9,11 +9,7 @@
 attends, with a cache or without: prefill sees the values that decode will read. Storing a rounded value and
 reading it back is then exact. Formats are those of the kernel families.
 
-A cache may keep the FP8 and bfloat16 numbers as unsigned integers with the same bits (`bits`). XLA:CPU has no
-slices and no updates of such types: it converts a whole stack to a wider type and back for each of them.
-Kernels take the numbers themselves; on a TPU a change of type would be a pass over the stack. Where they
-fetch FP8 entries one by one, the cache keeps those as rows of words (`Fp8Rows`), at 585.2 bytes for 584; what
-they stream, as `Columns`.
+Arrays of a cache may hold these as other types with the same bits; see `cache_storage`.
 """
 
 import functools

@@ -234,6 +234,8 @@ def fp4_as_fp8(weight: Mxfp4) -> Fp8Blocks:
 
 def padded(x: jax.Array, width: int) -> jax.Array:
     """x with zeros behind its last axis, up to a width."""
+    if x.shape[-1] == width:
+        return x
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, width - x.shape[-1])])
 
 
