@@ -34,7 +34,7 @@ from dsv4_jax.model.cache import Cache, check_not_consumed, check_room, check_si
 from dsv4_jax.model.initial import Network, Parameters, initial_parameters
 from dsv4_jax.model.operations import operations
 from dsv4_jax.numerics.policy import Policy
-from dsv4_jax.numerics.weights import is_quantized
+from pallas_kernels.formats.weights import is_quantized
 
 LOGGER = logging.getLogger(__name__)
 

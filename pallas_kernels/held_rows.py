@@ -25,6 +25,9 @@ class HeldRows(Protocol):
     def size(self) -> int:
         """S, the capacity."""
 
+    def are_numbers(self, dtype: jax.typing.DTypeLike) -> bool:
+        """Whether the stack is one array of this dtype."""
+
     def prefix(self, size: int, dtype: jax.typing.DTypeLike) -> Float[Array, "B size width"]:
         """The first `size` rows of every sequence."""
 

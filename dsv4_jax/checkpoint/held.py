@@ -16,11 +16,11 @@ from dsv4_jax.boxes import Box, at, inside, overlap, shape_of, size_of
 from dsv4_jax.checkpoint.names import TensorSpec
 from dsv4_jax.checkpoint.storage import Format
 from dsv4_jax.errors import ProblemsError
-from dsv4_jax.numerics.formats import FP4_GROUP, FP8_BLOCK, Fp8Blocks, Mxfp4
-from dsv4_jax.numerics.weights import QuantizedWeight, elements, scale
+from pallas_kernels.formats.blocks import Blocks
+from pallas_kernels.formats.sizes import FP4_GROUP, FP8_BLOCK
+from pallas_kernels.formats.weights import QuantizedWeight
 
 Leaf = jax.Array | np.ndarray | QuantizedWeight
-Blocks = Fp8Blocks | Mxfp4
 
 BLOCK: Mapping[Format, tuple[int, int]] = {"fp8": (FP8_BLOCK, FP8_BLOCK), "fp4": (1, FP4_GROUP)}
 """Rows and columns that share a scale."""
@@ -60,13 +60,12 @@ def in_memory(leaf: Leaf) -> Held:
     """A parameter on devices, possibly split over them, or in host memory."""
     if not isinstance(leaf, QuantizedWeight):
         return Held(tuple(leaf.shape), "bf16", np.dtype(leaf.dtype), functools.partial(part, leaf))
-    how: Format = "fp8" if isinstance(leaf.blocks, Fp8Blocks) else "fp4"
-    stored = tuple(elements(leaf).shape)
-    shape = stored if how == "fp8" else (*stored[:-1], 2 * stored[-1])
+    how: Format = "fp8" if leaf.blocks.format == "fp8" else "fp4"
+    shape = tuple(leaf.blocks.shape)
 
     def read_box(box: Box) -> Blocks:
         numbers, scales = part_boxes(how, box, shape)
-        return type(leaf.blocks)(part(elements(leaf), numbers), part(scale(leaf), scales))
+        return type(leaf.blocks)(part(leaf.blocks.data, numbers), part(leaf.blocks.scale, scales))
 
     return Held(shape, how, None, read_box)
 

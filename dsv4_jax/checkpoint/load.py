@@ -27,7 +27,7 @@ from dsv4_jax.checkpoint.values import Findings
 from dsv4_jax.checkpoint.write import Progress
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.errors import CheckpointError, ProblemsError
-from dsv4_jax.numerics.weights import QuantizedWeight
+from pallas_kernels.formats.weights import QuantizedWeight
 from sharding.placement import Axis, Rules, placed, rule_problems, sharding_of
 
 if TYPE_CHECKING:

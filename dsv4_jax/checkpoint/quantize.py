@@ -4,21 +4,22 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from dsv4_jax.checkpoint.dequantize import FP4_GROUP, dequantize_into
+from dsv4_jax.checkpoint.dequantize import dequantize_into
 from dsv4_jax.checkpoint.held import Blocks, Held
 from dsv4_jax.checkpoint.names import TensorSpec
 from dsv4_jax.checkpoint.safetensors import DTYPES
 from dsv4_jax.checkpoint.storage import Format, Release, StoredTensor, quantized
 from dsv4_jax.checkpoint.tensor_rules import FP4_DTYPES
 from dsv4_jax.errors import CheckpointError
-from dsv4_jax.numerics import formats
+from pallas_kernels.formats.blocks import Mxfp4, fp4_as_fp8, quantize_fp8_blocks, quantize_mxfp4
+from pallas_kernels.formats.sizes import FP4_GROUP, FP8_BLOCK
 
 CONFIG = {
     "quant_method": "fp8",
     "fmt": "e4m3",
     "activation_scheme": "dynamic",
     "scale_fmt": "ue8m0",
-    "weight_block_size": [formats.FP8_BLOCK, formats.FP8_BLOCK],
+    "weight_block_size": [FP8_BLOCK, FP8_BLOCK],
 }
 """`quantization_config` of the released checkpoints."""
 
@@ -68,8 +69,7 @@ class Pairs:
         if self._last is None or self._last[0] != spec.name:
             self._last = None  # before the next one is fetched
             blocks = _in_format(held, spec, how)
-            data = blocks.elements if isinstance(blocks, formats.Fp8Blocks) else blocks.packed
-            self._last = spec.name, (np.asarray(data).view(np.uint8), np.asarray(blocks.scale))
+            self._last = spec.name, (np.asarray(blocks.data).view(np.uint8), np.asarray(blocks.scale))
         return self._last[1]
 
 
@@ -80,9 +80,9 @@ def _in_format(held: Held, spec: TensorSpec, how: Format) -> Blocks:
     assert isinstance(blocks, Blocks)
     if held.format == how:
         return blocks
-    assert isinstance(blocks, formats.Mxfp4)
+    assert isinstance(blocks, Mxfp4)
     try:
-        return formats.fp4_as_fp8(blocks)
+        return fp4_as_fp8(blocks)
     except ValueError as refused:
         raise CheckpointError("cannot store FP4 as FP8", [f"{spec.name}: {refused}"]) from refused
 
@@ -94,8 +94,8 @@ def _nearest(held: Held, spec: TensorSpec, how: Format) -> Blocks:
     return (_to_fp8 if how == "fp8" else _to_fp4)(plain)
 
 
-_to_fp8 = jax.jit(formats.quantize_fp8_blocks)
-_to_fp4 = jax.jit(formats.quantize_mxfp4)
+_to_fp8 = jax.jit(quantize_fp8_blocks)
+_to_fp4 = jax.jit(quantize_mxfp4)
 
 
 def plain_tensor(held: Held, spec: TensorSpec, dtype: np.dtype) -> np.ndarray:
@@ -109,9 +109,8 @@ def plain_tensor(held: Held, spec: TensorSpec, dtype: np.dtype) -> np.ndarray:
     found = held.tensor(spec)
     if isinstance(found, np.ndarray):
         return found.astype(dtype, copy=False)
-    data = found.elements if isinstance(found, formats.Fp8Blocks) else found.packed
-    target = np.empty((*data.shape[:-2], *held.shape[-2:]), dtype)
-    dequantize_into(target, data, found.scale.view(ml_dtypes.float8_e8m0fnu))
+    target = np.empty((*found.data.shape[:-2], *held.shape[-2:]), dtype)
+    dequantize_into(target, found.data, found.scale.view(ml_dtypes.float8_e8m0fnu))
     return target.reshape(spec.shape)
 
 

@@ -13,7 +13,6 @@ import ml_dtypes
 import numpy as np
 
 from dsv4_jax.boxes import Box, concrete, places, shape_of, size_of
-from dsv4_jax.checkpoint.dequantize import FP8_BLOCK, fp4_rows, fp8_rows
 from dsv4_jax.checkpoint.files import CheckpointFiles
 from dsv4_jax.checkpoint.held import Blocks, Held, part_boxes
 from dsv4_jax.checkpoint.manifest import Manifest
@@ -30,8 +29,10 @@ from dsv4_jax.checkpoint.values import (
     read_part,
 )
 from dsv4_jax.checkpoint.write import Progress
-from dsv4_jax.numerics.formats import Fp8Blocks, Mxfp4
 from dsv4_jax.parameters import Parameter
+from pallas_kernels.formats.blocks import Fp8Blocks, Mxfp4
+from pallas_kernels.formats.on_host import fp4_rows, fp8_rows
+from pallas_kernels.formats.sizes import FP8_BLOCK
 
 ALIGNMENT = 64
 """Bytes; JAX on a CPU takes over host buffers so aligned instead of copying them."""

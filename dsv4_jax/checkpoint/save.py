@@ -31,8 +31,8 @@ from dsv4_jax.checkpoint.write import Planned, Progress, TensorPlan, write_shard
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.config.io import CONFIG_FILE, official_config_dict, token_json, transformers_config_dict
 from dsv4_jax.errors import CheckpointError, ProblemsError
-from dsv4_jax.numerics.formats import Fp8Blocks
-from dsv4_jax.numerics.weights import QuantizedWeight
+from pallas_kernels.formats.blocks import Fp8Blocks
+from pallas_kernels.formats.weights import QuantizedWeight
 
 MAX_SHARD_BYTES = 5_000_000_000
 

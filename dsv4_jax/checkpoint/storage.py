@@ -13,8 +13,8 @@ from typing import Literal
 import ml_dtypes
 
 from dsv4_jax.checkpoint import names
-from dsv4_jax.checkpoint.dequantize import fp4_packed_shape, fp4_scale_shape, fp8_scale_shape
 from dsv4_jax.config import ModelConfig
+from pallas_kernels.formats.on_host import fp4_packed_shape, fp4_scale_shape, fp8_scale_shape
 
 DTYPE_BITS = {"F8_E4M3": 8, "F8_E8M0": 8, "I8": 8, "BF16": 16, "F32": 32, "I64": 64}
 

@@ -4,15 +4,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Literal
 
-from dsv4_jax.checkpoint.dequantize import (
-    FP4_GROUP,
-    fp4_packed_shape,
-    fp4_scale_shape,
-    fp8_scale_shape,
-)
 from dsv4_jax.checkpoint.names import TensorSpec
 from dsv4_jax.checkpoint.safetensors import TensorInfo
 from dsv4_jax.reading.foreign import OFFICIAL_HOME
+from pallas_kernels.formats.on_host import fp4_packed_shape, fp4_scale_shape, fp8_scale_shape
+from pallas_kernels.formats.sizes import FP4_GROUP
 
 Format = Literal["plain", "fp8", "fp4"]
 

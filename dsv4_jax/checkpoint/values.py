@@ -12,9 +12,10 @@ import ml_dtypes
 import numpy as np
 
 from dsv4_jax.boxes import Box, pieces, runs
-from dsv4_jax.checkpoint.dequantize import E8M0_NAN, dequantize_part
+from dsv4_jax.checkpoint.dequantize import dequantize_part
 from dsv4_jax.checkpoint.held import BLOCK
 from dsv4_jax.checkpoint.tensor_rules import Entry
+from pallas_kernels.formats import e8m0
 
 Read = Callable[[str], np.ndarray]
 """Name in the files -> stored array."""
@@ -165,7 +166,7 @@ def bad_scales(scale: np.ndarray) -> tuple[int, str]:
     if scale.dtype == np.float32:
         bad = ~(np.isfinite(scale) & (scale > 0))
         return int(np.count_nonzero(bad)), "scales are NaN, infinite, zero or negative"
-    return int(np.count_nonzero(scale.view(np.uint8) == E8M0_NAN)), "scales are NaN (E8M0 byte 0xFF)"
+    return int(np.count_nonzero(scale.view(np.uint8) == e8m0.NAN)), "scales are NaN (E8M0 byte 0xFF)"
 
 
 def powers_of_two(scale: np.ndarray) -> bool:

@@ -19,7 +19,8 @@ from dsv4_jax.model.norm import rms_norm
 from dsv4_jax.model.operations import Operations, Queries
 from dsv4_jax.model.rope import Rotation, rotate
 from dsv4_jax.model.span import Blocks, Span
-from dsv4_jax.numerics import cache_formats, qat
+from dsv4_jax.numerics import cache_formats
+from dsv4_jax.numerics.grids import grids
 from dsv4_jax.numerics.policy import Policy
 
 
@@ -60,6 +61,8 @@ class Attention(nnx.Module):
         self.top_k = config.index_topk
         self.eps = config.rms_norm_eps
         self.policy = policy
+        self.num_rotary = config.qk_rope_head_dim
+        self.grids = grids(policy, self.num_rotary)
         self.operations = operations
 
     def __call__(
@@ -88,25 +91,20 @@ class Attention(nnx.Module):
         batch, length = x.shape[:2]
         linear = self.operations.linear
         by_head = Rotation(rotation.cos[:, :, None], rotation.sin[:, :, None])
-        seen_x = self._matmul_input(x)
-        latent = rms_norm(linear(seen_x, self.wq_a[...]), self.q_norm[...], self.eps)
-        latent = self._matmul_input(latent)
+        to_grid = self.grids.activation
+        seen_x = to_grid(x)
+        latent = to_grid(rms_norm(linear(seen_x, self.wq_a[...]), self.q_norm[...], self.eps))
         q = linear(latent, self.wq_b[...])
         groups, per_group, head_dim = q.shape[2:]
         q = rotate(rms_norm(q.reshape(batch, length, -1, head_dim), None, self.eps), by_head)
         kv = rms_norm(linear(seen_x, self.wkv[...]), self.kv_norm[...], self.eps)
-        kv = rotate(kv, rotation)
-        num_rotary = 2 * rotation.cos.shape[-1]
-        if self.policy.cache_format != "plain":
-            kv = cache_formats.round_entries(kv, self.policy.cache_format, num_rotary)
-        elif self.policy.simulates("kv_fp8"):
-            kv = qat.fake_entry(kv, num_rotary)
+        kv = self.grids.entry(rotate(kv, rotation))
 
         new_cache = cache
         if cache is None:
             near = jnp.pad(kv, ((0, 0), (self.window - 1, 0), (0, 0)))
         else:
-            ring, near = self._through_ring(cache.window, kv, span, in_ring, repeat, num_rotary)
+            ring, near = self._through_ring(cache.window, kv, span, in_ring, repeat)
             new_cache = LayerCache(ring, cache.compressor, cache.indexer)
 
         row = jnp.int32(0) if cache is None else repeat  # without a cache the stack holds this layer only
@@ -136,7 +134,7 @@ class Attention(nnx.Module):
             index_weights,
         )
         seen = (queries, near, entries, index_keys, self.attn_sink[...].reshape(-1))
-        rounded = self.policy.simulates("idx_score_bf16")
+        rounded = self.grids.rounds_scores
         sizes = {"window": self.window, "top_k": self.top_k, "rounded_scores": rounded}
         if cache is not None and in_ring:
             o = self.operations.attend_cached(*seen, **sizes)
@@ -147,18 +145,15 @@ class Attention(nnx.Module):
         # The values were rotated at their own positions; turning back by the query's leaves the offset.
         o = rotate(o, by_head.inverse).reshape(batch, length, groups, per_group, head_dim)
         a = self.operations.grouped_linear(flat(o), flat(self.wo_a[...]))
-        y = linear(self._matmul_input(flat(a)), flat(self.wo_b[...]))
+        y = linear(to_grid(flat(a)), flat(self.wo_b[...]))
         return y, new_cache, taps
 
-    def _matmul_input(self, x):
-        return qat.fake_activation(x) if self.policy.simulates("act_fp8") else x
-
-    def _through_ring(self, ring, kv, span, in_ring, repeat, num_rotary):
+    def _through_ring(self, ring, kv, span, in_ring, repeat):
         """The ring after the call, and what holds the window entries before and of the call.
 
         That is the ring itself for a short call, else the entries in one line.
         """
-        new = cache_formats.store_entries(kv, self.policy.cache_format, num_rotary)
+        new = cache_formats.store_entries(kv, self.policy.cache_format, self.num_rotary)
         if in_ring:
             ring = write_ring(ring, repeat, new, span.start, span.num_valid)
             return ring, Entries(ring, repeat)

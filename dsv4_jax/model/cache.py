@@ -20,10 +20,9 @@ from jaxtyping import Array, Int32
 from dsv4_jax.config import AttentionKind, ModelConfig, layer_stacks
 from dsv4_jax.config.quantities import INT32_MAX, integer_array, integer_problem, outside
 from dsv4_jax.model.geometry import compressor_geometry, window_geometry
-from dsv4_jax.numerics import cache_formats
+from dsv4_jax.numerics import cache_formats, cache_storage
 from dsv4_jax.numerics.cache_formats import CacheFormat, Stored
-from pallas_kernels.decode_attention import Fp8Rows, fp8_rows
-from pallas_kernels.decode_attention.tuning import rows_pay
+from dsv4_jax.numerics.cache_storage import num_slots, write_slots
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["kv", "gate", "entries"], meta_fields=[])
@@ -182,9 +181,7 @@ def new_cache(
     check_sizes(config, batch, max_length, max_rewind)
 
     def empty(shape: tuple[int, ...], store: Callable[[jax.Array], Stored], dtype=dtype) -> Stored:
-        kept = lambda x: cache_formats.bits(store(x)) if as_bits else store(x)  # noqa: E731
-        made = jax.eval_shape(kept, jax.ShapeDtypeStruct(shape, dtype))
-        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), made)
+        return cache_storage.empty(shape, store, dtype, as_bits)
 
     def store_entries(x: jax.Array) -> Stored:
         return cache_formats.store_entries(x, format, config.qk_rope_head_dim)
@@ -193,13 +190,16 @@ def new_cache(
         return cache_formats.store_keys(x, format)
 
     def chosen_entries(shape: tuple[int, int, int, int]) -> Stored:
-        """Of CSA, of which a query looks at some: kernels fetch them one by one, if there are enough."""
-        repeats, batch, size, width = shape
-        layout = fp8_rows.Layout(width, config.qk_rope_head_dim)
-        pays = rows_pay(rows=config.num_attention_heads, num_entries=size, num_chosen=config.index_topk)
-        if as_bits or format == "plain" or layout.problems() or size <= config.index_topk or not pays:
-            return empty(shape, store_entries)
-        return fp8_rows.empty(repeats, batch, size, layout)
+        """Of CSA, of which a query looks at some."""
+        return cache_storage.empty_entries(
+            shape,
+            dtype,
+            format,
+            as_bits,
+            num_rotary=config.qk_rope_head_dim,
+            num_heads=config.num_attention_heads,
+            num_chosen=config.index_topk,
+        )
 
     def compressor(repeats: int, kind: AttentionKind, width: int, make) -> CompressorCache:
         geometry = compressor_geometry(config, kind, max_rewind)
@@ -236,18 +236,6 @@ def new_cache(
     )
 
 
-def num_slots(ring: Stored) -> int:
-    """M of a ring, or S of a stack of entries, in any format."""
-    return jax.tree.leaves(ring)[0].shape[2]
-
-
-def read_ring(ring: Stored, repeat: Int32[Array, ""], positions: Int32[Array, "B P"]) -> Stored:
-    """Rows [B, P, ...] at these positions; positions it does not hold give some other row (mask them)."""
-    rows = jnp.arange(positions.shape[0], dtype=jnp.int32)[:, None]
-    slot = positions % num_slots(ring)
-    return jax.tree.map(lambda leaf: leaf.at[repeat, rows, slot].get(mode="promise_in_bounds"), ring)
-
-
 def write_ring(
     ring: Stored,
     repeat: Int32[Array, ""],
@@ -262,33 +250,8 @@ def write_ring(
     kept = min(num_new, slots)
     first = jnp.maximum(num_valid - kept, 0)
     token = first[:, None] + jnp.arange(kept, dtype=jnp.int32)
-    rows = jnp.arange(batch, dtype=jnp.int32)[:, None]
     slot = jnp.where(token < num_valid[:, None], (start[:, None] + token) % slots, slots)
-
-    def write(leaf, new):
-        if kept < num_new:
-            new = new.at[rows, token].get(mode="clip")
-        return leaf.at[repeat, rows, slot].set(cache_formats.as_stored(new, leaf.dtype), mode="drop")
-
-    return jax.tree.map(write, ring, new)
-
-
-def write_entries(
-    entries: Stored,
-    repeat: Int32[Array, ""],
-    new: Stored,
-    first: Int32[Array, "B"],
-    count: Int32[Array, "B"],
-) -> Stored:
-    """Writes the first `count` of the new entries [B, P, ...] at first, first + 1, ...; drops the rest."""
-    if isinstance(entries, Fp8Rows):
-        return fp8_rows.write(entries, repeat, fp8_rows.words_of(new), first, count)
-    batch, num_new = jax.tree.leaves(new)[0].shape[:2]
-    offset = jnp.arange(num_new, dtype=jnp.int32)
-    slot = jnp.where(offset < count[:, None], first[:, None] + offset, num_slots(entries))
-    rows = jnp.arange(batch, dtype=jnp.int32)[:, None]
-
-    def write(leaf, new):
-        return leaf.at[repeat, rows, slot].set(cache_formats.as_stored(new, leaf.dtype), mode="drop")
-
-    return jax.tree.map(write, entries, new)
+    if kept < num_new:
+        rows = jnp.arange(batch, dtype=jnp.int32)[:, None]
+        new = jax.tree.map(lambda leaf: leaf.at[rows, token].get(mode="clip"), new)
+    return write_slots(ring, repeat, slot, new)

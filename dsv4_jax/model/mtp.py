@@ -12,7 +12,7 @@ from dsv4_jax.model.hyper_connection import StreamCollapse
 from dsv4_jax.model.layer_report import LayerReport
 from dsv4_jax.model.norm import rms_norm
 from dsv4_jax.model.operations import Operations
-from dsv4_jax.numerics import qat
+from dsv4_jax.numerics.grids import grids
 from dsv4_jax.numerics.policy import Policy
 
 
@@ -32,7 +32,7 @@ class MultiTokenPrediction(nnx.Module):
         self.norm = declared("norm")
         self.hc_head = StreamCollapse(config, operations, declared.under("hc_head"))
         self.block = Block(config, policy, operations, "window", "learned", declared.under("block"))
-        self.policy = policy
+        self.grids = grids(policy, config.qk_rope_head_dim)
         self.operations = operations
         self.eps = config.rms_norm_eps
 
@@ -49,7 +49,7 @@ class MultiTokenPrediction(nnx.Module):
             next_embedding: embedding of token t + 1 beside the streams of token t.
             around: positions of the tokens t.
         """
-        to_grid = qat.fake_activation if self.policy.simulates("act_fp8") else lambda x: x
+        to_grid = self.grids.activation
         e = to_grid(rms_norm(next_embedding, self.enorm[...], self.eps))
         h = to_grid(rms_norm(streams, self.hnorm[...], self.eps))
         linear = self.operations.linear

@@ -28,8 +28,8 @@ from dsv4_jax.model.norm import rms_norm
 from dsv4_jax.model.operations import Operations, operations
 from dsv4_jax.model.span import Span
 from dsv4_jax.numerics.policy import Policy
-from dsv4_jax.numerics.weights import is_quantized
 from dsv4_jax.parameters import parameters
+from pallas_kernels.formats.weights import is_quantized
 
 TAPS = {
     "streams": "residual streams after each layer, [B, T, N, D]",

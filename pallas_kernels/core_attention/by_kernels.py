@@ -47,7 +47,7 @@ def attend_by_kernels(
 
     def gathered() -> Float[Array, "B T H Dh"]:
         index = indexer_family.index_list(chosen, top_k)
-        if isinstance(entries.stack, jax.Array) and entries.stack.dtype == line.dtype:
+        if entries.are_numbers(line.dtype):
             values, repeat = entries.stack, entries.repeat  # where it lies
         else:
             values, repeat = entries.prefix(size, line.dtype), None

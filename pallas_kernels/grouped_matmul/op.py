@@ -6,23 +6,21 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Float32, Int32, UInt8
+from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from pallas_kernels.grouped_matmul import reference, routing, stream, tpu, tuning, tuning_tpu, xla
-from pallas_kernels.grouped_matmul.stored import Stack
+from pallas_kernels.grouped_matmul.stored import Matrices, Stack, problems
 from pallas_kernels.sizes import not_empty
 from pallas_kernels.splits import Splits
 
 
 def expert_ffn(
     x: Float[Array, "T D"],
-    gate_up: Float[Array, "S 2 F D"] | UInt8[Array, "S 2 F half_D"],
-    down: Float[Array, "S D F"] | UInt8[Array, "S D half_F"],
+    gate_up: Matrices,
+    down: Matrices,
     expert_ids: Int32[Array, "T Ke"],
     weights: Float32[Array, "T Ke"],
     *,
-    gate_up_scale: UInt8[Array, "S 2 row_blocks column_blocks"] | None = None,
-    down_scale: UInt8[Array, "S row_blocks column_blocks"] | None = None,
     swiglu_limit: float,
     num_experts: int | None = None,
     first_expert: Int32[Array, ""] | int = 0,
@@ -43,16 +41,12 @@ def expert_ffn(
         x: [T, D] tokens in the compute dtype.
         gate_up: [S, 2, F, D] W1 and W3 of S >= E experts, output dim first; rounded to the dtype of `x`.
             S > E: the experts of several layers behind one another (see `first_expert`).
-            Quantised, and then decoded exactly, one expert at a time:
-            float8_e4m3fn [S, 2, F, D], without NaN, with scales of blocks of 128 x 128; or
-            uint8 [S, 2, F, D / 2], two E2M1 numbers a byte, the even column in the low four bits, with
-            scales of 32 columns.
+            Quantised, and then decoded exactly, one expert at a time (`formats.blocks`; codes of scales
+            1 .. 254): `Fp8Blocks` with elements [S, 2, F, D], without NaN, and scales
+            [S, 2, ceil(F / 128), ceil(D / 128)]; or `Mxfp4` with [S, 2, F, D / 2] and [S, 2, F, D / 32].
         down: [S, D, F] W2, likewise, in the same or another format.
         expert_ids: i32[T, Ke] in 0 .. E-1. Pairs whose id lies outside contribute nothing and cost nothing.
         weights: f32[T, Ke] routing weights, applied after W2.
-        gate_up_scale: E8M0 bytes b (2^(b - 127), b in 1 .. 254) of a quantised `gate_up`:
-            u8[S, 2, ceil(F / 128), ceil(D / 128)] for FP8, u8[S, 2, F, D / 32] for FP4.
-        down_scale: likewise u8[S, ceil(D / 128), ceil(F / 128)] or u8[S, D, F / 32].
         swiglu_limit: c >= 0 (10 in V4); 0 means no clamp.
         num_experts: E (256 or 384 in V4); None means S.
         first_expert: i32[] where this layer's experts start in the stack; may be traced. Inside a scan over
@@ -101,12 +95,13 @@ def expert_ffn(
     """
     num_experts = gate_up.shape[0] if num_experts is None else num_experts
     operands = _Operands(
-        x, Stack(gate_up, gate_up_scale), Stack(down, down_scale), expert_ids, weights,
+        x, Stack.of(gate_up), Stack.of(down), expert_ids, weights,
         jnp.asarray(first_expert, jnp.int32),
         jnp.ones(x.shape[:1], bool) if valid is None else valid,
     )  # fmt: skip
-    if problems := _problems(operands, num_experts, swiglu_limit, impl, blocks):
-        raise ValueError("expert_ffn: " + "; ".join(problems))
+    wrong = _problems(operands, num_experts, swiglu_limit, impl, blocks)
+    if wrong := wrong + problems("gate_up", gate_up) + problems("down", down):
+        raise ValueError("expert_ffn: " + "; ".join(wrong))
     if expert_ids.size == 0:
         return jnp.zeros(x.shape, jnp.float32)
     if impl == "reference":
@@ -165,7 +160,7 @@ def _problems(o: _Operands, num_experts: int, limit: float, impl: str, blocks) -
     broken = [rule for rule, holds in rules.items() if not holds]
     if impl == "pallas":
         broken += tpu.problems(o.x, o.gate_up, o.down)
-    return broken + o.gate_up.problems("gate_up") + o.down.problems("down")
+    return broken
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -241,8 +236,6 @@ SPLITS = {
             "down": "E D F",
             "expert_ids": "T Ke",
             "weights": "T Ke",
-            "gate_up_scale": "E 2 F/128 D/128",
-            "down_scale": "E D/128 F/128",
             "first_expert": "",
             "valid": "T",
         },

@@ -10,9 +10,9 @@ from dsv4_jax.checkpoint.convert import convert_checkpoint
 from dsv4_jax.checkpoint.load import load_checkpoint
 from dsv4_jax.checkpoint.save import flattened, save_checkpoint
 from dsv4_jax.errors import CheckpointError
-from dsv4_jax.numerics.formats import quantize_mxfp4
 from dsv4_jax.numerics.policy import Policy
-from dsv4_jax.numerics.weights import QuantizedWeight, is_quantized, plain
+from pallas_kernels.formats.blocks import quantize_mxfp4
+from pallas_kernels.formats.weights import QuantizedWeight, is_quantized, plain
 from tests.checkpoint import synthetic
 from tests.checkpoint.test_save import file_contents, stored_contents
 

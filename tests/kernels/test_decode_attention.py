@@ -11,14 +11,14 @@ import torch
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.decode_attention import (
-    Fp8Entries,
-    Fp8Rows,
     decode_attention,
     kernel_sparse_core,
     kernel_tpu,
     visibility,
 )
 from pallas_kernels.decode_attention.tuning import DecodeBlocks
+from pallas_kernels.formats.entries import Fp8Entries
+from pallas_kernels.formats.entry_rows import Fp8Rows
 
 # Small blocks on purpose: the cases below span several groups and blocks, and ragged ends of both.
 SMALL = DecodeBlocks(sequences=2, entries=128)

@@ -17,6 +17,7 @@ from pallas_kernels import (
     linear_cross_entropy,
     topk_mask,
 )
+from pallas_kernels.formats.blocks import Fp8Blocks
 
 SIZES = dict(B=2, T=3, S=8, K=4, H=2, D=128, P=2, V=16, E=3)
 """An axis of every kind; each case sets one of them to 0, so that no kernel runs."""
@@ -32,7 +33,8 @@ def i32(*shape):
 
 def _block_matmul(impl, *, B, T, D, V, **_):
     scale = jnp.full((-(-V // 128), -(-D // 128)), 127, jnp.uint8)
-    return block_matmul.block_matmul(f32(T, D), jnp.ones((V, D), jnp.float8_e4m3fn), scale, impl=impl)
+    weight = Fp8Blocks(jnp.ones((V, D), jnp.float8_e4m3fn), scale)
+    return block_matmul.block_matmul(f32(T, D), weight, impl=impl)
 
 
 def _block_cast(impl, *, T, D, **_):

@@ -58,8 +58,7 @@ def operands(form, dtype, tokens=5, *, experts=4, hidden=256, width=256, layers=
 
 def run(x, gate_up, down, ids, weights, **options):
     return expert_ffn(
-        x, gate_up.values, down.values, ids, weights,
-        gate_up_scale=gate_up.scale, down_scale=down.scale, swiglu_limit=LIMIT, **options,
+        x, gate_up.matrices, down.matrices, ids, weights, swiglu_limit=LIMIT, **options,
     )  # fmt: skip
 
 

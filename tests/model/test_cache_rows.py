@@ -13,7 +13,7 @@ from dsv4_jax.model.cache import Cache, new_cache
 from dsv4_jax.model.cache_rows import at_length, put, reset, snapshot, take
 from dsv4_jax.model.cache_stores import stores, with_stores
 from dsv4_jax.numerics.cache_formats import CACHE_FORMATS
-from pallas_kernels.decode_attention import Fp8Rows
+from pallas_kernels.formats.entry_rows import Fp8Rows
 from tests.model.equivalence import SMALL, append, random_rows
 from tests.model.telling_weights import telling_model
 

@@ -25,12 +25,13 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int32, UInt32
 
 from pallas_kernels.arithmetic import cdiv, int32s, round_up
-from pallas_kernels.decode_attention.fp8_entries import GROUP, Fp8Entries, scale_bytes
-from pallas_kernels.low_precision import e8m0_value
+from pallas_kernels.formats import e4m3, e8m0
+from pallas_kernels.formats.entries import Fp8Entries, scale_bytes
+from pallas_kernels.formats.sizes import ENTRY_GROUP
 from pallas_kernels.precision import einsum_float32
 
 PLANES = 4  # bytes of a word
-GROUP_WORDS = GROUP // PLANES
+GROUP_WORDS = ENTRY_GROUP // PLANES
 TILE_ROWS = 8
 
 
@@ -73,8 +74,8 @@ class Layout(NamedTuple):
         """Why there is no such layout."""
         still = self.num_channels - self.num_rotary
         rules = {
-            f"{still} channels that are not rotated must be a positive multiple of {GROUP}": still > 0
-            and still % GROUP == 0,
+            f"{still} channels that are not rotated must be a positive multiple of {ENTRY_GROUP}": still > 0
+            and still % ENTRY_GROUP == 0,
             f"{self.num_rotary} rotated channels must be a multiple of {PLANES}": self.num_rotary % PLANES
             == 0,
         }
@@ -92,8 +93,18 @@ class Fp8Rows:
     rest: UInt32[Array, "R B S/P Dh/4"]  # P entries a row, see `Layout`
     num_rotary: int  # Dr
 
+    def entries(self) -> Fp8Entries:
+        """The same entries as three arrays."""
+        return entries_of(whole(self.words, self.rest, self.layout), self.layout)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[R, B, S, Dh]."""
+        return (*self.words.shape[:-1], self.layout.num_channels)
+
     @property
     def layout(self) -> Layout:
+        """Where things lie in the words of an entry."""
         return Layout(PLANES * self.words.shape[-1], self.num_rotary)
 
 
@@ -242,28 +253,13 @@ def planes(
     for w in range(layout.scales):
         column = jnp.broadcast_to(own[..., w : w + 1], words.shape)
         exponents = jnp.where(jax.lax.shift_right_logical(group, np.int32(2)) == w, column, exponents)
-    scale = e8m0_value(jax.lax.shift_right_logical(exponents, 8 * (group & 3)) & 0xFF)
+    scale = e8m0.normal_value(jax.lax.shift_right_logical(exponents, 8 * (group & 3)) & 0xFF)
 
     def plane(p: int) -> jax.Array:
         source = words if p < 2 else own
         half = source << 16 if p % 2 == 0 else source & jnp.int32(-0x10000)
         rotated = jax.lax.bitcast_convert_type(half, jnp.float32)
-        value = e4m3_value(jax.lax.shift_right_logical(words, np.int32(8 * p))) * scale
+        value = e4m3.value_in_word(jax.lax.shift_right_logical(words, np.int32(8 * p))) * scale
         return jnp.where(lane < first_rotary, value, rotated)
 
     return jnp.concatenate([plane(p) for p in range(PLANES)], axis=last)
-
-
-def e4m3_value(code: Int32[Array, "*n"]) -> Float[Array, "*n"]:
-    """The number in the lowest byte, exact, in operations every TPU has; the codes of NaN give 480.
-
-    A subnormal is built between 2^-6 and 2^-5, where its bits weigh what they should, and moved down.
-    """
-    magnitude = code & 0x7F
-    is_normal = magnitude >= 8
-    bits = (magnitude << 20) + jnp.where(is_normal, jnp.int32(120 << 23), jnp.int32(121 << 23))
-    size = jax.lax.bitcast_convert_type(bits, jnp.float32) - jnp.where(
-        is_normal, jnp.float32(0), jnp.float32(2.0**-6)
-    )
-    signed = jax.lax.bitcast_convert_type(size, jnp.int32) | ((code & 0x80) << 24)
-    return jax.lax.bitcast_convert_type(signed, jnp.float32)

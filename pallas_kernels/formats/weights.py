@@ -6,9 +6,9 @@ import math
 from types import EllipsisType
 
 import jax
-from jaxtyping import Array, Float, Int32, UInt8
+from jaxtyping import Array, Float, Int32
 
-from dsv4_jax.numerics.formats import Fp8Blocks, Mxfp4
+from pallas_kernels.formats.blocks import Blocks, Format
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["blocks", "repeat"], meta_fields=["dims"])
@@ -27,7 +27,7 @@ class QuantizedWeight:
             axis in front, and is sliced only by who cannot read it in place.
     """
 
-    blocks: Fp8Blocks | Mxfp4
+    blocks: Blocks
     dims: tuple[int, ...]
     repeat: Int32[Array, ""] | None = None
 
@@ -95,14 +95,11 @@ def plain(weight: Weight, dtype: jax.typing.DTypeLike) -> Float[Array, "..."]:
     return weight.dequantize(dtype) if isinstance(weight, QuantizedWeight) else weight.astype(dtype)
 
 
-def elements(weight: Weight) -> Array:
-    """A plain weight itself; float8_e4m3fn [.., O, I] or bytes of two FP4 numbers [.., O, I / 2]."""
-    if not isinstance(weight, QuantizedWeight):
-        return weight
-    blocks = weight.blocks
-    return blocks.elements if isinstance(blocks, Fp8Blocks) else blocks.packed
+def format_of(weight: Weight) -> Format:
+    """Which numbers a weight is held in."""
+    return weight.blocks.format if isinstance(weight, QuantizedWeight) else "plain"
 
 
-def scale(weight: Weight) -> UInt8[Array, "..."] | None:
-    """The E8M0 bytes of a quantised weight, else None."""
-    return weight.blocks.scale if isinstance(weight, QuantizedWeight) else None
+def matrices(weight: Weight) -> Float[Array, "..."] | Blocks:
+    """What a kernel takes: a plain weight itself, or the blocks [*leading, O, I] of a quantised one."""
+    return weight.blocks if isinstance(weight, QuantizedWeight) else weight
