@@ -41,7 +41,7 @@ class Entries(NamedTuple):
     def at_positions(
         self, position: Int32[Array, "B P"], dtype: jax.typing.DTypeLike
     ) -> Float[Array, "B P width"]:
-        """Rows of a ring, whose slot is position mod M; some other row for a position that it does not hold."""
+        """Rows of a ring, whose slot is position mod M; any row for a position that it does not hold."""
         rows = cache_storage.read_slots(self.stack, self.repeat, position % self.size)
         return cache_formats.read(rows, dtype)
 
