@@ -59,9 +59,10 @@ def decode_attention(
         position: i32[B, T], the last T tokens of each sequence in any order; negative for padding, which
             sees no row of the ring. Padding behind the last token may also count on, as if it were tokens.
         sink: f32[H] logits, finite, not scaled.
-        entries: [B, S, Dh], or with `repeat` [R, B, S, Dh], compressed entries in the dtype of `q`, `Fp8Entries`, or with `index`
-            `entry_rows.Fp8Rows`, whatever the ring is; None for none (window layers). With `hi`, those from
-            max_t hi_t on may be uninitialised memory; with `index` all must be finite.
+        entries: [B, S, Dh], or with `repeat` [R, B, S, Dh]: compressed entries in the dtype of `q`,
+            `Fp8Entries`, or with `index` `entry_rows.Fp8Rows`, whatever the ring is; None for none (window
+            layers). With `hi`, those from max_t hi_t on may be uninitialised memory; with `index` all must be
+            finite.
         hi: i32[B, T], 0 <= hi <= S: query t sees entries s < hi_t (HCA).
         index: i32[B, T, K]: query t sees these (CSA); -1 for none, any order, none twice, < S.
         repeat: i32[], which layer of the stacks ring and entries to use, 0 .. R - 1; None where there is no

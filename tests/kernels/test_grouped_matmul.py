@@ -289,6 +289,10 @@ def test_all_problems_are_reported_at_once():
         run(x[:3], gate_up, down[:, :5], ids, weights[:, :1], impl="triton")
     for part in ("'triton'", "down (3, 5, 16)", "weights (4, 1)", "x (3, 32)"):
         assert part in str(error.value)
+    with pytest.raises(
+        ValueError, match=r"gate_up .* must be a stack .*; down .*; repeat \(1,\) must be a sc"
+    ):
+        run(x, gate_up, down, ids, weights, repeat=jnp.zeros(1, jnp.int32))
 
 
 def test_too_many_pairs_for_the_sort_keys():
