@@ -150,7 +150,7 @@ def jax_candidates(o: Options, num_tokens: int, dtype: str, stack) -> dict[str, 
         for form in ("fp8", "mxfp4"):
             plans[f"{form} weights"] = {}
             weights[f"{form} weights"] = draw_quantised_stack(o, form)
-    options = dict(swiglu_limit=LIMIT, num_experts=o.experts)
+    options = dict(swiglu_limit=LIMIT)
     found = {name: functools.partial(expert_ffn, **options, **plan) for name, plan in plans.items()}
     if num_tokens <= 8:
         found["gathered weights"] = gathered_weights
@@ -159,16 +159,15 @@ def jax_candidates(o: Options, num_tokens: int, dtype: str, stack) -> dict[str, 
         found["lax.ragged_dot"] = functools.partial(ragged_dot, num_experts=o.experts)
 
     def call(function, matrices):
-        takes_first = "first_expert" if isinstance(function, functools.partial) else "first"
-        if function is gathered_weights or getattr(function, "func", None) is ragged_dot:
-            takes_first = "first"
-
         @jax.jit
-        def compiled(x, gate_up, down, ids, weights, first):
-            return function(x, gate_up, down, ids, weights, **{takes_first: first})
+        def compiled(x, gate_up, down, ids, weights, layer):
+            if getattr(function, "func", None) is not expert_ffn:
+                return function(x, gate_up, down, ids, weights, layer * o.experts)
+            gate_up, down = jax.tree.map(lambda a: a.reshape(LAYERS, -1, *a.shape[1:]), (gate_up, down))
+            return function(x, gate_up, down, ids, weights, repeat=layer)
 
         return lambda c: jax.block_until_ready(
-            compiled(c.x, *matrices, c.expert_ids, c.weights, jnp.int32(c.layer * o.experts))
+            compiled(c.x, *matrices, c.expert_ids, c.weights, jnp.int32(c.layer))
         )
 
     return {name: call(function, weights.get(name, stack)) for name, function in found.items()}

@@ -23,7 +23,7 @@ from dsv4_jax.model.cache_counts import Counts
 from dsv4_jax.model.geometry import compressor_geometry, stream_slots, window_geometry
 from dsv4_jax.numerics import cache_formats, cache_storage
 from dsv4_jax.numerics.cache_formats import CacheFormat, Stored
-from dsv4_jax.numerics.cache_storage import num_slots, read_slots, write_slots
+from dsv4_jax.numerics.cache_storage import num_slots, write_slots
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["kv", "gate", "entries"], meta_fields=[])
@@ -315,11 +315,6 @@ def new_cache(
         mtp=None if stream_dtype is None else mtp(),
         max_rewind=max_rewind,
     )
-
-
-def read_ring(ring: Stored, repeat: Int32[Array, ""], positions: Int32[Array, "B P"]) -> Stored:
-    """Rows [B, P, ...] at these positions; positions it does not hold give some other row (mask them)."""
-    return read_slots(ring, repeat, positions % num_slots(ring))
 
 
 def write_ring(

@@ -5,7 +5,6 @@ from typing import NamedTuple
 import jax
 from jaxtyping import Array, Float, Float32, Int32
 
-from dsv4_jax.model.cache import read_ring
 from dsv4_jax.numerics import cache_formats, cache_storage
 from dsv4_jax.numerics.cache_formats import Stored
 
@@ -42,8 +41,9 @@ class Entries(NamedTuple):
     def at_positions(
         self, position: Int32[Array, "B P"], dtype: jax.typing.DTypeLike
     ) -> Float[Array, "B P width"]:
-        """Rows of a ring (`cache.read_ring`)."""
-        return cache_formats.read(read_ring(self.stack, self.repeat, position), dtype)
+        """Rows of a ring, whose slot is position mod M; any row for a position that it does not hold."""
+        rows = cache_storage.read_slots(self.stack, self.repeat, position % self.size)
+        return cache_formats.read(rows, dtype)
 
     def products(
         self, q: Float[Array, "B N width"], start: int | Int32[Array, ""], count: int

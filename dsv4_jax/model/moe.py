@@ -60,7 +60,6 @@ class MixtureOfExperts(nnx.Module):
         self.experts = Experts(declared.under("experts"))
         self.shared = SharedExpert(config, policy, operations, declared.under("shared"))
         self.limit = config.swiglu_limit
-        self.num_experts = config.n_routed_experts
         self.grids = grids(policy, config.qk_rope_head_dim)
         self.operations = operations
 
@@ -75,11 +74,6 @@ class MixtureOfExperts(nnx.Module):
         tokens = x.reshape(-1, x.shape[-1])
         routing = self.gate(tokens, span.ids.reshape(-1))
         gate_up, down = (self.grids.expert(w[...]) for w in (self.experts.gate_up, self.experts.down))
-        first_expert: Int32[Array, ""] | int = 0
-        if gate_up.ndim == 5:
-            # Of quantised weights both arrays: elements and scales.
-            gate_up, down = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), (gate_up, down))
-            first_expert = repeat * self.num_experts
         routed = self.operations.experts(
             self.grids.activation(tokens),
             matrices(gate_up),
@@ -87,9 +81,8 @@ class MixtureOfExperts(nnx.Module):
             routing.experts,
             routing.weights,
             swiglu_limit=self.limit,
-            num_experts=self.num_experts,
             valid=span.valid.reshape(-1),
-            first_expert=first_expert,
+            repeat=repeat if gate_up.ndim == 5 else None,
             round_hidden=self.grids.hidden,
         )
         y = routed + self.shared(tokens).astype(jnp.float32)

@@ -29,7 +29,7 @@ from dsv4_jax.model.operations import Operations, operations
 from dsv4_jax.model.span import Span
 from dsv4_jax.numerics import cache_formats
 from dsv4_jax.numerics.policy import Policy
-from dsv4_jax.parameters import parameters
+from dsv4_jax.parameters import parameters, row_at
 from pallas_kernels.formats.weights import is_quantized
 
 TAPS = {
@@ -323,21 +323,20 @@ def run_stack(
 
 
 def _one_repeat(states: dict[str, Any], repeat: Int32[Array, ""], in_place: bool) -> dict[str, Any]:
-    """A repeat's parameters, but all experts: a cached step uses few of them, and indexes their stack.
+    """A repeat's parameters; operations index the stacks of experts, of which a cached step uses few.
 
-    With `in_place`, quantised weights stay in their stacks too.
+    With `in_place`, other quantised weights stay in their stacks too.
     """
     # The barrier keeps the slicing inside the loop: a backend that computes bfloat16 in float32 would
     # otherwise convert whole stacks before it, at every call.
     states, repeat = jax.lax.optimization_barrier((states, repeat))
-    experts = {index: block["ffn"].pop("experts") for index, block in states["blocks"].items()}
 
-    def one(leaf: Any) -> Any:
+    def one(path: tuple[Any, ...], leaf: Any) -> Any:
+        # The table describes the layers of all stacks alike: any number will do.
+        if row_at(("stacks", 0, *(part.key for part in path))).role == "expert":
+            return leaf
         if in_place and is_quantized(leaf):
             return leaf.at(repeat)
         return jax.tree.map(lambda array: array[repeat], leaf)
 
-    sliced = jax.tree.map(one, states, is_leaf=is_quantized)
-    for index, block in sliced["blocks"].items():
-        block["ffn"]["experts"] = experts[index]
-    return sliced
+    return jax.tree_util.tree_map_with_path(one, states, is_leaf=is_quantized)

@@ -207,7 +207,7 @@ def _run(axis: kernel_tpu.Axis, static, x, weight, scale, repeat):
 
 SPLITS = {
     "block_matmul": Splits(
-        arguments={"x": "T G*I", "weight": "*R G*O I", "scale": "*R G*O/128 I/128", "repeat": ""},
+        arguments={"x": "T G*I", "weight": "*R G*O I", "repeat": ""},
         results=("T G*O",),
         free="T G O",
         summed="I",

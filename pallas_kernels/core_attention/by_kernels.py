@@ -51,9 +51,8 @@ def attend_by_kernels(
             values, repeat = entries.stack, entries.repeat  # where it lies
         else:
             values, repeat = entries.prefix(size, line.dtype), None
-        return attention_family.csa_attention(*near, values, queries.lo, queries.hi, index, repeat, **sized)[
-            0
-        ]
+        operands = (*near, values, queries.lo, queries.hi, index)
+        return attention_family.csa_attention(*operands, repeat=repeat, **sized)[0]
 
     if chosen is None or not forward_only:
         return masked()
@@ -100,10 +99,10 @@ def attend_cached_by_kernels(
         ring.stack,
         queries.position,
         sink,
-        ring.repeat,
         values,
         hi,
         index,
+        repeat=ring.repeat,
         window=window,
         **how,
     )

@@ -2,6 +2,7 @@
 
 from typing import Any, Literal
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
 from pallas_kernels.core_attention import by_kernels, xla
@@ -49,7 +50,7 @@ def attend(
         interpret: passed to the kernels; tests set it, callers leave it alone.
 
     Returns:
-        [B, T, H, Dh] in the dtype of `queries.q`, still rotated. S may be 0.
+        [B, T, H, Dh] in the dtype of `queries.q`, still rotated. B, T and S may be 0.
 
     Numerics: as `hybrid_attention` and `indexer.index_select`: the choice is exact, ties go to the lowest
         index. Scores that differ by less than their rounding may be ordered differently.
@@ -64,6 +65,8 @@ def attend(
             index keys without entries; all problems at once. As the ops that it calls.
     """
     _check("attend", queries, line, entries, index_keys, window, rounded_scores, impl)
+    if 0 in queries.q.shape:
+        return jnp.zeros_like(queries.q)
     operands = (queries, line, entries, index_keys, sink)
     sizes = {"window": window, "top_k": top_k}
     if impl == "xla":
@@ -97,7 +100,7 @@ def attend_cached(
             `indexer`.
 
     Returns:
-        [B, T, H, Dh] in the dtype of `queries.q`, still rotated.
+        [B, T, H, Dh] in the dtype of `queries.q`, still rotated. B, T and S may be 0.
 
     Numerics: as `decode_attention` and `indexer.index_select`.
     Gradients: none; training has no cache.
@@ -108,6 +111,8 @@ def attend_cached(
             entries; all problems at once. As the ops that it calls.
     """
     _check("attend_cached", queries, None, entries, index_keys, window, rounded_scores, impl)
+    if 0 in queries.q.shape:
+        return jnp.zeros_like(queries.q)
     operands = (queries, ring, entries, index_keys, sink)
     sizes = {"window": window, "top_k": top_k}
     if impl == "xla":

@@ -30,11 +30,11 @@ def decode_attention(
     ring: stored.Entries,
     position: Int32[Array, "B T"],
     sink: Float32[Array, "H"],
-    repeat: Int32[Array, ""],
     entries: stored.Entries | None = None,
     hi: Int32[Array, "B T"] | None = None,
     index: Int32[Array, "B T K"] | None = None,
     *,
+    repeat: Int32[Array, ""] | None = None,
     window: int,
     impl: Literal["pallas", "reference"] = "pallas",
     blocks: tuning.DecodeBlocks | None = None,
@@ -53,18 +53,20 @@ def decode_attention(
     Args:
         q: [B, T, H, Dh] rotated queries, bfloat16 or float32 (H = 64 or 128, Dh = 512 in V4); T = 1 for
             decoding, 1 + drafts for verification.
-        ring: [R, B, M, Dh] rows of recent tokens in the dtype of `q`, or `Fp8Entries`; the call's own
-            already written, slot = position mod M, M >= W - 1 + T. All values must be finite, those that no
-            query sees too.
+        ring: [B, M, Dh], or with `repeat` a stack [R, B, M, Dh]: rows of recent tokens in the dtype of `q`,
+            or `Fp8Entries`; the call's own already written, slot = position mod M, M >= W - 1 + T. All values
+            must be finite, those that no query sees too.
         position: i32[B, T], the last T tokens of each sequence in any order; negative for padding, which
             sees no row of the ring. Padding behind the last token may also count on, as if it were tokens.
         sink: f32[H] logits, finite, not scaled.
-        repeat: i32[] index into R, 0 <= repeat < R: which repeat of the layer this is.
-        entries: [R, B, S, Dh] compressed entries in the dtype of `q`, `Fp8Entries`, or with `index`
-            `entry_rows.Fp8Rows`, whatever the ring is; None for none (window layers). With `hi`, those from
-            max_t hi_t on may be uninitialised memory; with `index` all must be finite.
+        entries: [B, S, Dh], or with `repeat` [R, B, S, Dh]: compressed entries in the dtype of `q`,
+            `Fp8Entries`, or with `index` `entry_rows.Fp8Rows`, whatever the ring is; None for none (window
+            layers). With `hi`, those from max_t hi_t on may be uninitialised memory; with `index` all must be
+            finite.
         hi: i32[B, T], 0 <= hi <= S: query t sees entries s < hi_t (HCA).
         index: i32[B, T, K]: query t sees these (CSA); -1 for none, any order, none twice, < S.
+        repeat: i32[], which layer of the stacks ring and entries to use, 0 .. R - 1; None where there is no
+            axis R.
         window: W >= 1 (128 in V4).
         impl: "reference" runs dense plain XLA. There is no silent fallback.
         blocks: tile sizes, and the path for `index`; None lets `tuning.choose_blocks` pick. Speed only. Those
@@ -102,7 +104,10 @@ def decode_attention(
         RuntimeError: for blocks of the SparseCore on a chip without (v5e).
         TypeError: when differentiated.
     """
-    operands = _Operands(q, ring, position, sink, jnp.asarray(repeat), entries, hi, index)
+    if repeat is None:
+        ring, entries = jax.tree.map(lambda leaf: leaf[None], (ring, entries))
+    repeat = jnp.int32(0) if repeat is None else jnp.asarray(repeat)
+    operands = _Operands(q, ring, position, sink, repeat, entries, hi, index)
     if problems := _problems(operands, window, impl, blocks):
         raise ValueError("decode_attention: " + "; ".join(problems))
     if entries is not None and 0 in (entries.shape[2], 1 if index is None else index.shape[2]):
@@ -295,13 +300,13 @@ SPLITS = {
     "decode_attention": Splits(
         arguments={
             "q": "B T H Dh",
-            "ring": "R B M Dh",
+            "ring": "*R B M Dh",
             "position": "B T",
             "sink": "H",
-            "repeat": "",
-            "entries": "R B S Dh",
+            "entries": "*R B S Dh",
             "hi": "B T",
             "index": "B T K",
+            "repeat": "",
         },
         results=("B T H Dh", "B T H"),
         free="B H",

@@ -17,8 +17,8 @@ def gathered_attention(
     q: Float[Array, "B T H Dh"],
     entries: Float[Array, "B S Dh"] | Float[Array, "R B S Dh"],
     index: Int32[Array, "B T K"],
-    repeat: Int32[Array, ""] | None = None,
     *,
+    repeat: Int32[Array, ""] | None = None,
     impl: Literal["pallas", "reference"] = "pallas",
     blocks: tuning.GatherBlocks | None = None,
     interpret: Any = False,
@@ -36,7 +36,7 @@ def gathered_attention(
             finite, those that no list names too. S is even in bfloat16.
         index: i32[B, T, K]: the entries of each query, < S, any order, none twice; -1 for none (K = 512 or
             1024 in V4).
-        repeat: i32[] with a stack only: which of its R it is, 0 <= repeat < R.
+        repeat: i32[], which layer of the stack `entries` to use, 0 .. R - 1; None where there is no axis R.
         impl: "reference" runs dense plain XLA. There is no silent fallback.
         blocks: chunk size; None lets `tuning.choose_gather_blocks` pick. Speed only.
         interpret: passed to `pl.pallas_call`; tests set it, callers leave it alone.

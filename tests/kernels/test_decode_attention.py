@@ -358,6 +358,14 @@ def test_the_repeat_may_be_traced():
     assert np.abs(got[REPEAT] - got[0]).max() > 0.1
 
 
+def test_one_layer_needs_no_stack():
+    o = operands(**CASES["entries"])
+    alone = {n: x[REPEAT] if n in ("ring", "entries") else x for n, x in o.items() if n != "repeat"}
+    assert_close(call(alone, 5, impl="reference"), expected("entries"), FLOAT32)
+    with pytest.raises(ValueError, match=r"and ring \(1, 3, "):
+        call({n: x for n, x in o.items() if n != "repeat"}, 5, impl="reference")
+
+
 def test_chosen_mask_is_membership():
     rng = np.random.default_rng(0)
     index = np.stack([rng.permutation(700)[:90] for _ in range(6)]).reshape(2, 3, 90)

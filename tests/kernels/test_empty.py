@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from dsv4_jax.model.entries import Entries
 from pallas_kernels import (
     block_matmul,
     compressor,
+    core_attention,
     decode_attention,
     entry_write,
     grouped_matmul,
@@ -51,14 +53,30 @@ def _compressor(impl, *, B, P, D, **_):
 
 def _decode_attention(impl, *, B, T, S, K, H, D, **_):
     ring, entries = f32(1, B, 16, D), f32(1, B, S, D)
-    operands = (f32(B, T, H, D), ring, i32(B, T), f32(H), jnp.int32(0), entries, None, i32(B, T, K))
-    return decode_attention.decode_attention(*operands, window=8, impl=impl)
+    operands = (f32(B, T, H, D), ring, i32(B, T), f32(H), entries, None, i32(B, T, K))
+    return decode_attention.decode_attention(*operands, repeat=jnp.int32(0), window=8, impl=impl)
 
 
 def _expert_ffn(impl, *, T, K, D, E, **_):
     stacks = (f32(E, 2, 128, D), f32(E, D, 128))
     ids = i32(T, min(K, 2))
     return grouped_matmul.expert_ffn(f32(T, D), *stacks, ids, f32(*ids.shape), swiglu_limit=7.0, impl=impl)
+
+
+def _queries(B, T, H, D):
+    return core_attention.Queries(f32(B, T, H, D), *(i32(B, T),) * 3, f32(B, T, H, D), f32(B, T, H))
+
+
+def _attend(impl, *, B, T, S, H, D, **_):
+    held = [Entries(f32(1, B, S, D), jnp.int32(0))] * 2
+    how = {"window": 8, "top_k": 4, "impl": impl}
+    return core_attention.attend(_queries(B, T, H, D), f32(B, 7 + T, D), *held, f32(H), **how)
+
+
+def _attend_cached(impl, *, B, T, S, H, D, **_):
+    held = [Entries(f32(1, B, size, D), jnp.int32(0)) for size in (16, S, S)]
+    how = {"window": 8, "top_k": 4, "impl": impl}
+    return core_attention.attend_cached(_queries(B, T, H, D), *held, f32(H), **how)
 
 
 def _gathered_attention(impl, *, B, T, S, K, H, D, **_):
@@ -129,6 +147,8 @@ def _topk_mask(impl, *, B, T, S, **_):
 # Operation -> (implementations, axes that may be 0, axes that may not, results: shapes by letters or numbers)
 OPERATIONS = {
     _block_matmul: (("reference", "pallas"), "T", "DV", ["TV"]),
+    _attend: (("xla", "reference"), "BTS", "", ["BTHD"]),
+    _attend_cached: (("xla", "reference"), "BTS", "", ["BTHD"]),
     _block_cast: (("reference", "pallas"), "T", "D", ["TD", ("T", 1)]),
     _compressor: (("reference", "pallas", "xla"), "BP", "D", ["BPD"]),
     _decode_attention: (("reference", "pallas"), "BT", "HD", ["BTHD", "BTH"]),

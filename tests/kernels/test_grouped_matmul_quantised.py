@@ -55,7 +55,12 @@ def operands(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("impl", "blocks", "num_experts"))
+def layered(layers, *stacks):
+    """The experts of all layers, behind one another, with an axis of layers in front."""
+    return jax.tree.map(lambda a: a.reshape(layers, -1, *a.shape[1:]), stacks)
+
+
+@functools.partial(jax.jit, static_argnames=("impl", "blocks"))
 def run(x, gate_up, down, ids, weights, **options):
     return expert_ffn(
         x, gate_up.matrices, down.matrices, ids, weights, swiglu_limit=LIMIT, **options,
@@ -128,8 +133,8 @@ def test_stack_of_layers_and_padding(form):
     x, gate_up, down, ids, weights = operands(form, form, layers=3)
     own = lambda a: a[8:12]  # noqa: E731
     want = run(x, *jax.tree.map(own, (gate_up, down)), ids, weights)
-    options = dict(num_experts=4, first_expert=jnp.int32(8), valid=jnp.arange(5) < 3)
-    got = run(x.at[3:].set(jnp.nan), gate_up, down, ids, weights, **options)
+    options = dict(repeat=jnp.int32(2), valid=jnp.arange(5) < 3)
+    got = run(x.at[3:].set(jnp.nan), *layered(3, gate_up, down), ids, weights, **options)
     np.testing.assert_array_equal(got[:3], want[:3])
     assert not np.any(got[3:])
 
@@ -161,7 +166,8 @@ def test_quantised_weights_have_no_gradient():
     x, gate_up, down, ids, weights = operands("fp8", "mxfp4", layers=8)
 
     def loss(x, values):
-        return run(x, Stack(values, gate_up.scale), down, ids, weights, num_experts=4).sum()
+        stacks = layered(8, Stack(values, gate_up.scale), down)
+        return run(x, *stacks, ids, weights, repeat=jnp.int32(0)).sum()
 
     d_x, d_values = jax.grad(loss, argnums=(0, 1))(x, gate_up.values)
     assert np.any(d_x) and not np.any(d_values.astype(jnp.float32))
@@ -180,7 +186,7 @@ def test_no_more_than_one_expert_is_decoded(form, tokens):
 
     def deep(x, gate_up, down):
         def layer(x, index):
-            y = run(x, gate_up, down, ids, weights, num_experts=16, first_expert=16 * index)
+            y = run(x, *layered(4, gate_up, down), ids, weights, repeat=index)
             return (x + y).astype(x.dtype), None
 
         return jax.lax.scan(layer, x, jnp.arange(4))[0]

@@ -24,7 +24,7 @@ OPS = {
     for name, function in inspect.getmembers(family, inspect.isfunction)
     if "    Sharding:" in (function.__doc__ or "")
 }
-OPAQUE = ("Array", "HeldRows", "Queries")
+OPAQUE = ("Array", "HeldRows", "Queries", "Fp8Blocks", "Mxfp4")
 """What the annotation of an array, or of something that holds arrays, has in it."""
 
 
@@ -38,9 +38,9 @@ def is_array(parameter: inspect.Parameter) -> bool:
 
 
 def dims_of(annotation) -> list[str]:
-    """The dims that an annotation, or one of its alternatives, states."""
-    alternatives = getattr(annotation, "__args__", [annotation])
-    return [each.dim_str for each in alternatives if hasattr(each, "dim_str")]
+    """The dims that the alternatives of an annotation state; none where one of them is a container."""
+    alternatives = [each for each in getattr(annotation, "__args__", [annotation]) if each is not type(None)]
+    return [each.dim_str for each in alternatives] if all(hasattr(x, "dim_str") for x in alternatives) else []
 
 
 def test_the_families_are_found():
@@ -102,8 +102,11 @@ def test_the_operation_takes_and_gives_such_ranks(case, monkeypatch):
     jax.eval_shape(functools.partial(case, "reference", **SIZES))
     [(arguments, result)] = seen
     for argument in arguments.keys() & splits.arguments.keys():
-        for leaf in jax.tree.leaves(arguments[argument]):
-            assert _holds(splits.arguments[argument], leaf.ndim), argument
+        words, given = splits.arguments[argument], arguments[argument]
+        given = given.stack if hasattr(given, "stack") else given
+        for dims, part in [(words, given)] if isinstance(words, str) else zip(words, given, strict=True):
+            for leaf in jax.tree.leaves(part):
+                assert _holds(dims, leaf.ndim), argument
     results = jax.tree.leaves(result)
     assert len(results) == len(splits.results)
     assert all(_holds(words, leaf.ndim) for words, leaf in zip(splits.results, results, strict=True))

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from pallas_kernels.block_matmul.op import SPLITS as MATMUL
 from pallas_kernels.core_attention import Queries
 from pallas_kernels.core_attention.op import SPLITS as CORE
+from pallas_kernels.formats.blocks import Fp8Blocks
 from pallas_kernels.hybrid_attention.op import SPLITS as HYBRID
 from pallas_kernels.hyper_connection.op import SPLITS as HYPER
 from sharding.split_specs import partition_specs
@@ -28,11 +29,11 @@ def test_letters_become_axes():
 
 
 def test_leading_dims_and_groups():
-    weight = {"x": array(2), "weight": array(3), "scale": array(3), "repeat": array(0)}
+    weight = {"x": array(2), "weight": Fp8Blocks(array(3), array(3)), "repeat": array(0)}
     got = partition_specs(MATMUL["block_matmul"], {"G": ("a", "b")}, weight)
-    assert got == ((P(None, ("a", "b")), P(None, ("a", "b")), P(None, ("a", "b")), P()), P(None, ("a", "b")))
-    one = weight | {"weight": array(2), "scale": array(2)}
-    assert partition_specs(MATMUL["block_matmul"], {"O": "a"}, one)[0][1:3] == (P("a"), P("a"))
+    assert got == ((P(None, ("a", "b")), P(None, ("a", "b")), P()), P(None, ("a", "b")))
+    one = weight | {"weight": Fp8Blocks(array(2), array(2))}
+    assert partition_specs(MATMUL["block_matmul"], {"O": "a"}, one)[0][1] == P("a")
     streams = {"streams": array(4), "update": array(3), "maps": array(3)}
     assert partition_specs(HYPER["post"], {"tokens": "a"}, streams) == ((P("a"), P("a"), P("a")), P("a"))
 
@@ -61,6 +62,7 @@ import functools
 import jax, jax.numpy as jnp, numpy as np
 from pallas_kernels import compressor, hybrid_attention, hyper_connection
 from pallas_kernels.compressor.op import SPLITS as COMPRESSOR
+from pallas_kernels.formats.blocks import Fp8Blocks
 from pallas_kernels.hybrid_attention.op import SPLITS as HYBRID
 from pallas_kernels.hyper_connection.op import SPLITS as HYPER
 from sharding.per_device import per_device
