@@ -50,7 +50,12 @@ class WindowGeometry:
 
 def allocated_length(config: ModelConfig, max_length: int) -> int:
     """The capacity to allocate for rows of up to `max_length` tokens: the next power of two, at most the
-    model's positions. Caches of any length between two powers of two then share their programs."""
+    model's positions.
+
+    Caches of any lengths between two powers of two then have arrays of the same sizes, and share their
+    programs. What grows with the context (entries and indexer keys) takes less than twice what `max_length`
+    tokens need; rings do not depend on it.
+    """
     return min(1 << (max_length - 1).bit_length(), config.max_position_embeddings)
 
 
