@@ -5,24 +5,15 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from dsv4_jax.checkpoint import storage
-from dsv4_jax.config import tiny
 from dsv4_jax.inference.generate import PREFILL_CHUNKS, chunks
 from dsv4_jax.language_model import LanguageModel
 from dsv4_jax.loading import load
 from dsv4_jax.numerics.policy import Policy
 from dsv4_jax.numerics.qat import SWITCHES
 from tests.checkpoint.synthetic import smallest_config, write_checkpoint
+from tests.models import compressed_kinds
 
-CONFIG = tiny(
-    4,
-    vocab_size=300,
-    attention_kinds=("csa", "hca"),
-    router_kinds=("hash", "learned"),
-    csa_ratio=2,
-    hca_ratio=4,
-    sliding_window=4,
-    index_topk=3,
-)
+CONFIG = compressed_kinds()
 
 
 @pytest.fixture(scope="module")

@@ -6,20 +6,11 @@ import numpy as np
 import pytest
 
 import dsv4_jax
-from dsv4_jax.config import tiny
 from dsv4_jax.language_model import LanguageModel
 from dsv4_jax.numerics.policy import Policy
+from tests.models import compressed_kinds
 
-CONFIG = tiny(
-    4,
-    vocab_size=300,
-    attention_kinds=("csa", "hca"),
-    router_kinds=("hash", "learned"),
-    csa_ratio=2,
-    hca_ratio=4,
-    sliding_window=4,
-    index_topk=3,
-)
+CONFIG = compressed_kinds()
 TOKENS = np.arange(12, dtype=np.int32).reshape(2, 6) * 7
 COUNTS = np.array([6, 4], np.int32)
 SEGMENTS = np.array([[1, 1, 1, 2, 2, 0], [1, 1, 2, 2, 2, 2]], np.int32)

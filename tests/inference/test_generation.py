@@ -7,7 +7,6 @@ import jax
 import numpy as np
 import pytest
 
-from dsv4_jax.config import tiny
 from dsv4_jax.inference import steps
 from dsv4_jax.inference.generate import PREFILL_CHUNKS, STOPS_GROUP, padded_stops
 from dsv4_jax.inference.sampling import key_of
@@ -15,18 +14,9 @@ from dsv4_jax.language_model import LanguageModel
 from dsv4_jax.model.initial import initial_parameters
 from dsv4_jax.numerics.policy import Policy
 from dsv4_jax.training.tokenizer import BOS, train_tokenizer
+from tests.models import compressed_kinds
 
-CONFIG = tiny(
-    4,
-    vocab_size=300,
-    attention_kinds=("csa", "hca"),
-    router_kinds=("hash", "learned"),
-    csa_ratio=2,
-    hca_ratio=4,
-    sliding_window=4,
-    index_topk=3,
-    num_nextn_predict_layers=0,
-)
+CONFIG = compressed_kinds(num_nextn_predict_layers=0)
 
 
 @pytest.fixture(scope="module")

@@ -3,13 +3,13 @@
 import functools
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from jax import export
-from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.arithmetic import cdiv
 from pallas_kernels.block_matmul import (
@@ -22,9 +22,9 @@ from pallas_kernels.block_matmul.tuning import FEW_ROWS, VMEM_BUDGET, MatmulBloc
 from pallas_kernels.chips import CHIPS
 from pallas_kernels.formats.blocks import Fp8Blocks
 from tests.kernels.ahead_of_time import compile_for
+from tests.kernels.checks import STRICT, assert_close
 
 SMALL = MatmulBlocks(rows=8, outer=128, summed=128)
-STRICT = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", dma_execution_mode="on_wait")
 # T, O, I; bfloat16 rows beyond FEW_ROWS take another kernel.
 SIZES = [(1, 1, 1), (3, 130, 100), (17, 256, 384), (24, 300, 129), (FEW_ROWS + 3, 256, 384)]
 BOUND = {"float32": 1e-5, "bfloat16": 2.0**-8}  # the order of sums; one rounding of the result
@@ -43,10 +43,9 @@ def operands(tokens, outputs, inputs, dtype="float32", seed=0):
     return x, weight, scale
 
 
-def close(got, want, dtype):
-    assert got.dtype == want.dtype and got.shape == want.shape
-    got, want = np.asarray(got, np.float32), np.asarray(want, np.float32)
-    assert np.abs(got - want).max() <= BOUND[dtype] * np.abs(want).max()
+def check(got, want, dtype):
+    chex.assert_trees_all_equal_shapes_and_dtypes(got, want)
+    assert_close(got, want, BOUND[dtype])
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -56,7 +55,7 @@ def test_reference_matches_torch(size):
     factor = torch.tensor(2.0 ** (np.asarray(scale, np.float64) - 127))
     factor = factor.repeat_interleave(128, 0).repeat_interleave(128, 1)[: size[1], : size[2]]
     want = torch.tensor(np.asarray(x, np.float64)) @ (plain * factor).T
-    close(
+    check(
         block_matmul_reference(x, Fp8Blocks(weight, scale)), jnp.asarray(want.numpy(), jnp.float32), "float32"
     )
 
@@ -66,7 +65,7 @@ def test_reference_matches_torch(size):
 def test_matches_reference(size, dtype):
     x, weight, scale = operands(*size, dtype)
     call = functools.partial(block_matmul, x, Fp8Blocks(weight, scale))
-    close(call(blocks=SMALL, interpret=True), call(impl="reference"), dtype)
+    check(call(blocks=SMALL, interpret=True), call(impl="reference"), dtype)
 
 
 @pytest.mark.parametrize("dtype", BOUND)
@@ -75,12 +74,12 @@ def test_blocks_need_not_be_square(blocks, dtype):
     """Several scales of a weight in one step, along outputs and along inputs; bfloat16 takes few rows."""
     x, weight, scale = operands(17, 256, 384, dtype)
     call = functools.partial(block_matmul, x, Fp8Blocks(weight, scale))
-    close(call(blocks=blocks, interpret=True), call(impl="reference"), dtype)
+    check(call(blocks=blocks, interpret=True), call(impl="reference"), dtype)
 
 
 def test_nothing_uninitialised_is_read():
     x, weight, scale = operands(17, 300, 129)
-    close(block_matmul(x, Fp8Blocks(weight, scale), blocks=SMALL, interpret=STRICT),
+    check(block_matmul(x, Fp8Blocks(weight, scale), blocks=SMALL, interpret=STRICT),
           block_matmul_reference(x, Fp8Blocks(weight, scale)), "float32")  # fmt: skip
 
 
@@ -93,7 +92,7 @@ def test_gradient_of_the_rows(size, dtype):
     def pulled(**options):
         return jax.vjp(lambda x: block_matmul(x, Fp8Blocks(weight, scale), **options), x)[1](dy)[0]
 
-    close(pulled(blocks=SMALL, interpret=True), pulled(impl="reference"), dtype)
+    check(pulled(blocks=SMALL, interpret=True), pulled(impl="reference"), dtype)
 
 
 # T, G, O and I of a group: one tile a group, several tiles, and groups that share a row of scales.
@@ -118,7 +117,7 @@ def test_grouped_reference_matches_torch(size):
     parts = zip(by_group.unbind(1), (plain * factor).chunk(groups), strict=True)
     want = torch.cat([mine @ matrix.T for mine, matrix in parts], dim=1)
     got = block_matmul(x, Fp8Blocks(weight, scale), groups=groups, impl="reference")
-    close(got, jnp.asarray(want.numpy(), jnp.float32), "float32")
+    check(got, jnp.asarray(want.numpy(), jnp.float32), "float32")
 
 
 @pytest.mark.parametrize("dtype", BOUND)
@@ -136,13 +135,13 @@ def test_groups_and_stacks_match_the_reference_forward_and_backward(size, dtype)
     for repeat in (2, 0):
         got = both(x, jnp.int32(repeat), blocks=SMALL, interpret=True)
         for mine, theirs in zip(got, both(x, jnp.int32(repeat), impl="reference"), strict=True):
-            close(mine, theirs, dtype)
+            check(mine, theirs, dtype)
 
 
 def test_a_grouped_stack_reads_nothing_uninitialised():
     x, weight, scale = stacked(9, 2, 128, 256, "bfloat16")
     how = {"groups": 2, "repeat": 1}
-    close(block_matmul(x, Fp8Blocks(weight, scale), blocks=SMALL, interpret=STRICT, **how),
+    check(block_matmul(x, Fp8Blocks(weight, scale), blocks=SMALL, interpret=STRICT, **how),
           block_matmul(x, Fp8Blocks(weight, scale), impl="reference", **how), "bfloat16")  # fmt: skip
 
 

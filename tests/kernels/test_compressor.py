@@ -9,16 +9,15 @@ import numpy as np
 import pytest
 import torch
 from jax import export
-from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.chips import CHIPS
 from pallas_kernels.compressor import compressor
 from pallas_kernels.compressor.tuning import VMEM_BUDGET, CompressorBlocks, choose_blocks
 from tests.kernels.ahead_of_time import compile_for
+from tests.kernels.checks import STRICT, assert_close
 
 # Small blocks on purpose: most cases below span several grid steps with a ragged tail.
 SMALL = CompressorBlocks(entries=8)
-STRICT = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", dma_execution_mode="on_wait")
 # Relative to the largest entry. float32: the order of sums. bfloat16: the pooled entry may round to its other
 # neighbour before the result is rounded, and each gradient is rounded once.
 BOUND = {"float32": 1e-5, "bfloat16": 2e-2}
@@ -91,16 +90,10 @@ def run(inputs, is_first, cotangent, source=None, previous=None, **options):
     return entry, *pull(cotangent)
 
 
-def close(got, want, bound, name):
-    assert got.shape == want.shape, name
-    got, want = np.asarray(got, np.float32), np.asarray(want, np.float32)
-    assert np.abs(got - want).max() <= bound * np.abs(want).max(), name
-
-
 def check(got, want, dtype):
     for name, mine, theirs in zip(NAMES, got, want, strict=True):
         assert mine.dtype == theirs.dtype, name
-        close(mine, theirs, BOUND[dtype], name)
+        assert_close({name: mine}, {name: theirs}, BOUND[dtype])
 
 
 def by_torch(case, inputs, is_first, cotangent):
@@ -130,7 +123,7 @@ def test_reference_matches_torch(case):
     operands = case.operands()
     want = by_torch(case, *operands)
     for name, mine, theirs in zip(NAMES, run(*operands, impl="reference"), want, strict=True):
-        close(mine, theirs, BOUND["float32"], name)
+        assert_close({name: mine}, {name: theirs}, BOUND["float32"])
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -226,12 +219,12 @@ def test_packed_segments_equal_each_segment_alone(branches):
         rows, own = slice(begin, begin + length), slice(done, done + count)
         alone = (inputs[0][:, rows], inputs[1][:, rows], *inputs[2:4], inputs[4][:, own], inputs[5][:, own])
         want = by_torch(Case(1, length, ratio, branches), alone, np.zeros((1, count)), cotangent[:, own])
-        close(packed[0][0][:, own], want[0], 1e-5, "entry")
-        close(packed[0][1][:, rows], want[1], 1e-5, "d_kv")
-        close(packed[0][2][:, rows], want[2], 1e-5, "d_gate")
+        assert_close(packed[0][0][:, own], want[0], 1e-5)
+        assert_close(packed[0][1][:, rows], want[1], 1e-5)
+        assert_close(packed[0][2][:, rows], want[2], 1e-5)
         d_ape, d_norm, done = d_ape + want[3], d_norm + want[4], done + count
-    close(packed[0][3], d_ape, 1e-5, "d_ape")
-    close(packed[0][4], d_norm, 1e-5, "d_norm")
+    assert_close(packed[0][3], d_ape, 1e-5)
+    assert_close(packed[0][4], d_norm, 1e-5)
 
 
 @pytest.mark.parametrize("impl", ["pallas", "xla", "reference"])
@@ -254,7 +247,7 @@ def test_large_gates_do_not_overflow():
     inputs, is_first, _ = case.operands()
     inputs = (inputs[0], 1000 * inputs[1], *inputs[2:])
     got = entries_of(inputs, is_first=is_first, blocks=SMALL, interpret=True)
-    close(got, entries_of(inputs, is_first=is_first, impl="reference"), 1e-5, "entry")
+    assert_close(got, entries_of(inputs, is_first=is_first, impl="reference"), 1e-5)
 
 
 def test_problems_are_named_together():

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.decode_attention import (
     decode_attention,
@@ -19,12 +18,12 @@ from pallas_kernels.decode_attention import (
 from pallas_kernels.decode_attention.tuning import DecodeBlocks
 from pallas_kernels.formats.entries import Fp8Entries
 from pallas_kernels.formats.entry_rows import Fp8Rows
+from tests.kernels.checks import STRICT, assert_close, errors
 
 # Small blocks on purpose: the cases below span several groups and blocks, and ragged ends of both.
 SMALL = DecodeBlocks(sequences=2, entries=128)
 GATHER = DecodeBlocks(sequences=1, entries=128, gather=True)
 FETCH = DecodeBlocks(sequences=2, entries=128, gather=True, sparse_core=True)
-STRICT = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", dma_execution_mode="on_wait")
 
 # float32: the same terms in another order, relative to the largest value of a result.
 FLOAT32 = 1e-5
@@ -179,23 +178,6 @@ def expected(name):
 
 def run(name, **options):
     return call(operands(**CASES[name]), CASES[name].get("window", 5), **options)
-
-
-def errors(got, want):
-    """Largest difference relative to the largest value, by name; NaN counts as infinite."""
-    assert got.keys() == want.keys()
-
-    def error(x, y):
-        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-        difference = np.abs(x - y).max() / max(np.abs(y).max(), 1e-30)
-        return difference if np.isfinite(x).all() else np.inf
-
-    return {name: error(got[name], want[name]) for name in want}
-
-
-def assert_close(got, want, bound):
-    wrong = {name: error for name, error in errors(got, want).items() if not error <= bound}
-    assert not wrong, wrong
 
 
 def torch_results(name, window):

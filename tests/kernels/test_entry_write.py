@@ -6,15 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.entry_write import kernel_tpu, write_entries
 from pallas_kernels.formats.columns import Columns, columns_of
 from tests.kernels.ahead_of_time import CHIPS, compile_for
+from tests.kernels.checks import STRICT
 
-STRICT = pltpu.InterpretParams(
-    detect_races=True, uninitialized_memory="nan", dma_execution_mode="on_wait", num_cores_or_threads=1
-)
 REPEATS, BATCH, SIZE = 2, 3, 200
 # Every width of number, and one word a row.
 ARRAYS = ((64, jnp.float8_e4m3fn), (8, jnp.uint8), (8, jnp.bfloat16), (1, jnp.float32))

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from jax import export
-from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.hybrid_attention import (
     csa_attention,
@@ -25,11 +24,11 @@ from pallas_kernels.hybrid_attention.tuning import (
     gather_from,
 )
 from tests.kernels.ahead_of_time import CHIPS, compile_for
+from tests.kernels.checks import STRICT, assert_close, errors
 
 MOSAIC_CALL = export.DisabledSafetyCheck.custom_call("tpu_custom_call")
 # A small block on purpose: the cases below have several chunks and ragged ends.
 SMALL = GatherBlocks(chunk=16)
-STRICT = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", dma_execution_mode="on_wait")
 
 # float32: the same terms in another order, relative to the largest value of a result.
 FLOAT32 = 1e-5
@@ -76,25 +75,6 @@ def results(o, **options):
 @functools.cache
 def expected(name):
     return results(operands(**CASES[name]), impl="reference")
-
-
-def errors(got, want):
-    """Largest difference relative to the largest value, by name; -inf must stand where -inf is wanted."""
-    assert got.keys() == want.keys()
-
-    def error(x, y):
-        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-        if not np.array_equal(np.isneginf(x), np.isneginf(y)):
-            return np.inf
-        x, y = np.where(np.isneginf(y), 0, x), np.where(np.isneginf(y), 0, y)
-        return np.abs(x - y).max() / max(np.abs(y).max(), 1e-30) if np.isfinite(x).all() else np.inf
-
-    return {name: error(got[name], want[name]) for name in want}
-
-
-def assert_close(got, want, bound):
-    wrong = {name: error for name, error in errors(got, want).items() if not error <= bound}
-    assert not wrong, wrong
 
 
 def torch_results(o):

@@ -13,11 +13,13 @@ from hypothesis import strategies as st
 from pallas_kernels.grouped_matmul import expert_ffn
 from pallas_kernels.grouped_matmul.routing import key_bits
 from pallas_kernels.grouped_matmul.tuning import ExpertBlocks, choose_blocks
+from tests.kernels.checks import assert_close
 
 LIMIT = 1.5  # small enough that many activations are clamped
 STREAMED = ExpertBlocks(1, streamed=True)
 # float32: only the order of sums differs. bfloat16: a hidden value may round to its other neighbour.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
+FLOAT32 = TOLERANCE["float32"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,11 +69,6 @@ def run_and_pull(x, gate_up, down, ids, weights, dy, **options):
 reference = functools.partial(run, impl="reference")
 
 
-def assert_close(got, want, tolerance=TOLERANCE["float32"]):
-    got, want = np.asarray(got, np.float32), np.asarray(want, np.float32)
-    np.testing.assert_allclose(got, want, rtol=0, atol=tolerance * max(np.abs(want).max(), 1e-30))
-
-
 CASES = [
     (Case(1, 6, 32), None),  # decode
     (Case(5, 1, 1, hidden=7, width=3), None),  # one expert; odd widths: nothing to stream
@@ -90,7 +87,7 @@ def test_values_and_gradients_match_the_reference(case, blocks):
     got = run_and_pull(*operands, dy, blocks=blocks)
     for ours, theirs in zip(got, want, strict=True):
         assert ours.dtype == theirs.dtype
-        assert_close(ours, theirs)
+        assert_close(ours, theirs, FLOAT32)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -127,7 +124,7 @@ def test_reference_is_the_equation():
         w1, w3 = gate_up[ids[t, k]].astype(np.float64)
         gate, up = np.minimum(w1 @ x[t], LIMIT), np.clip(w3 @ x[t], -LIMIT, LIMIT)
         want[t] += weights[t, k] * (down[ids[t, k]] @ (gate / (1 + np.exp(-gate)) * up))
-    assert_close(reference(x, gate_up, down, ids, weights), want)
+    assert_close(reference(x, gate_up, down, ids, weights), want, FLOAT32)
 
 
 def test_clamp_acts_on_both_branches():
@@ -166,9 +163,9 @@ def test_padding_gives_zero_and_is_never_read():
         if name in ("y", "x", "weights"):
             assert not np.any(ours[~valid])
             ours = ours[valid]
-        assert_close(ours, theirs)
+        assert_close(ours, theirs, FLOAT32)
     streamed = run(*operands, valid=valid, blocks=STREAMED)
-    assert_close(streamed[valid], want[0])
+    assert_close(streamed[valid], want[0], FLOAT32)
     assert not np.any(streamed[~valid])
 
 
@@ -182,7 +179,7 @@ def test_all_tokens_to_one_expert():
     ids = jnp.full((21, 1), 5, jnp.int32)
     blocks = ExpertBlocks(4)
     y, _, d_gate_up, _, _ = run_and_pull(x, gate_up, down, ids, weights, jnp.ones_like(x), blocks=blocks)
-    assert_close(y, reference(x, gate_up, down, ids, weights))
+    assert_close(y, reference(x, gate_up, down, ids, weights), FLOAT32)
     assert np.flatnonzero(np.abs(d_gate_up).sum((1, 2, 3))).tolist() == [5]
 
 
@@ -190,7 +187,7 @@ def test_experts_split_over_devices_sum_to_the_whole():
     x, gate_up, down, ids, weights = Case(17, 3, 8).operands()
     whole = run(x, gate_up, down, ids, weights)
     parts = [run(x, gate_up[low : low + 4], down[low : low + 4], ids - low, weights) for low in (0, 4)]
-    assert_close(parts[0] + parts[1], whole)
+    assert_close(parts[0] + parts[1], whole, FLOAT32)
 
 
 @pytest.mark.parametrize("blocks", [STREAMED, ExpertBlocks(4)])
@@ -215,7 +212,7 @@ def test_stack_of_layers_under_scan(blocks):
         return y, *pull(jnp.ones_like(y))
 
     results = [jax.jit(functools.partial(value_and_pull, f))() for f in (deep, plain)]
-    jax.tree.map(assert_close, *results)
+    assert_close(*results, FLOAT32)
 
 
 @pytest.mark.parametrize(("tokens", "dtype"), [(1, "float32"), (1, "bfloat16"), (40, "bfloat16")])
@@ -265,7 +262,7 @@ def test_any_routing(ids, valid, blocks):
     ids, valid = jnp.array(ids, jnp.int32).reshape(9, 2), jnp.array(valid)
     got = run(x, gate_up, down, ids, weights, valid=valid, blocks=blocks)
     counted = jnp.where((ids >= 0) & (ids < 5) & valid[:, None], weights, 0)
-    assert_close(got, reference(x, gate_up, down, ids.clip(0, 4), counted))
+    assert_close(got, reference(x, gate_up, down, ids.clip(0, 4), counted), FLOAT32)
 
 
 def test_choice_of_blocks():

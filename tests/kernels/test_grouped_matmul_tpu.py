@@ -2,12 +2,12 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
-from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.arithmetic import cdiv
 from pallas_kernels.chips import CHIPS
@@ -17,12 +17,12 @@ from pallas_kernels.grouped_matmul.stored import Stack, decoded
 from pallas_kernels.grouped_matmul.tuning_tpu import VMEM_LIMIT, ItemBlocks, choose_blocks, choose_rows
 from pallas_kernels.grouped_matmul.work_items import most_items, work_items
 from tests.kernels.ahead_of_time import compile_for
+from tests.kernels.checks import STRICT, assert_close
 from tests.kernels.test_grouped_matmul_quantised import draw
 
 LIMIT = 1.5
 SMALL = ItemBlocks(rows=8, outer=128, inner=128)
 MANY_ROWS = ItemBlocks(rows=24, outer=128, inner=128)  # FP4 weights are decoded
-STRICT = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", dma_execution_mode="on_wait")
 # float32: only the order of sums differs. bfloat16: a hidden value may round to its other neighbour.
 BOUND = {"float32": 1e-5, "bfloat16": 1e-2}
 FORMS = ("plain", "fp8", "mxfp4")
@@ -80,10 +80,9 @@ def reference(*arguments, **options):
     return jitted(impl="reference")(*arguments, **options)
 
 
-def close(got, want, bound):
-    assert got.dtype == want.dtype and got.shape == want.shape
-    got, want = np.asarray(got, np.float32), np.asarray(want, np.float32)
-    np.testing.assert_allclose(got, want, rtol=0, atol=bound * np.abs(want).max())
+def check(got, want, bound):
+    chex.assert_trees_all_equal_shapes_and_dtypes(got, want)
+    assert_close(got, want, bound)
 
 
 @pytest.mark.parametrize("dtype", BOUND)
@@ -93,7 +92,7 @@ def test_matches_reference(form, dtype):
     arguments = operands(form, dtype, 13)
     want = reference(*arguments)
     assert np.abs(want).max() > 0.1
-    close(kernel(*arguments), want, BOUND[dtype])
+    check(kernel(*arguments), want, BOUND[dtype])
 
 
 @pytest.mark.parametrize(
@@ -113,7 +112,7 @@ def test_matches_reference(form, dtype):
 )
 def test_awkward_sizes(form, dtype, tokens, sizes, blocks):
     arguments = operands(form, dtype, tokens, **sizes)
-    close(kernel(*arguments, blocks=blocks), reference(*arguments), BOUND[dtype])
+    check(kernel(*arguments, blocks=blocks), reference(*arguments), BOUND[dtype])
 
 
 @pytest.mark.parametrize(
@@ -131,7 +130,7 @@ def test_routings(form, kind):
     x, gate_up, down, ids, weights = operands(form, "bfloat16", 21, kind=kind)
     counted = jnp.where((ids >= 0) & (ids < 4), weights, 0)
     want = reference(x, gate_up, down, ids.clip(0, 3), counted)
-    close(kernel(x, gate_up, down, ids, weights), want, BOUND["bfloat16"])
+    check(kernel(x, gate_up, down, ids, weights), want, BOUND["bfloat16"])
 
 
 @pytest.mark.parametrize("form", ["plain", pytest.param("fp8", marks=pytest.mark.slow), "mxfp4"])
@@ -165,14 +164,14 @@ def test_decoded_tiles_give_the_bits_of_the_numbers(form):
     plain = [Stack(decoded(stack)) for stack in (gate_up, down)]
     want, got = kernel(x, *plain, ids, weights), kernel(x, gate_up, down, ids, weights)
     # FP4 adds even columns first, FP8 in the order of the columns.
-    close(got, want, 1e-6 if form == "mxfp4" else 0)
+    check(got, want, 1e-6 if form == "mxfp4" else 0)
 
 
 @pytest.mark.parametrize("form", [pytest.param("plain", marks=pytest.mark.slow), "mxfp4"])
 def test_nothing_uninitialised_is_read(form):
     arguments = operands(form, "bfloat16", 1, width=128)
     got = run(*arguments, impl="pallas", interpret=STRICT, blocks=SMALL)
-    close(got, reference(*arguments), BOUND["bfloat16"])
+    check(got, reference(*arguments), BOUND["bfloat16"])
 
 
 def halved(hidden):
@@ -221,7 +220,7 @@ def test_gradients(form, dtype, kind, rounding):
     assert len(got) == (5 if form == "plain" else 3)
     for ours, theirs in zip(got, want, strict=True):
         # The reference rounds gradients of bfloat16 hidden activations elsewhere.
-        close(ours, theirs, BOUND[dtype] if dtype == "float32" else 3e-2)
+        check(ours, theirs, BOUND[dtype] if dtype == "float32" else 3e-2)
     assert not np.any(got[1][~valid]) and not np.any(got[2][~valid])
     if form == "plain":
         without = np.setdiff1d(np.arange(12), 4 + np.asarray(ids))

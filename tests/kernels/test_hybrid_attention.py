@@ -8,16 +8,15 @@ import numpy as np
 import pytest
 import torch
 from jax import export
-from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.hybrid_attention import hybrid_attention, visibility
 from pallas_kernels.hybrid_attention.tuning import VMEM_LIMIT, Geometry, HybridBlocks, choose_blocks
 from tests.kernels.ahead_of_time import CHIPS, compile_for
+from tests.kernels.checks import STRICT, assert_close, errors
 
 MOSAIC_CALL = export.DisabledSafetyCheck.custom_call("tpu_custom_call")
 # Small blocks on purpose: the cases below span several blocks of everything, chunks, and ragged tails.
 SMALL = HybridBlocks(queries=16, entries=128, line=128, chunk=8)
-STRICT = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
 
 # float32: the same terms in another order, relative to the largest value of a result.
 FLOAT32 = 1e-5
@@ -102,23 +101,6 @@ def values_and_gradients(o, window, **options):
 def expected(name):
     case = CASES[name]
     return values_and_gradients(operands(**case), case["window"], impl="reference")
-
-
-def errors(got, want):
-    """Largest difference relative to the largest value, by name; NaN counts as infinite."""
-    assert got.keys() == want.keys()
-
-    def error(x, y):
-        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-        difference = np.abs(x - y).max() / max(np.abs(y).max(), 1e-30)
-        return difference if np.isfinite(x).all() else np.inf
-
-    return {name: error(got[name], want[name]) for name in want}
-
-
-def assert_close(got, want, bound):
-    wrong = {name: error for name, error in errors(got, want).items() if not error <= bound}
-    assert not wrong, wrong
 
 
 def torch_results(o, window):

@@ -11,7 +11,6 @@ import pytest
 import torch
 from jax import export
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.formats.blocks import Mxfp4
 from pallas_kernels.formats.index_keys import Fp8Keys, decoded
@@ -25,8 +24,8 @@ from pallas_kernels.indexer import (
 from pallas_kernels.indexer.reference import index_select_reference
 from pallas_kernels.indexer.tuning import IndexerBlocks, choose_blocks
 from tests.kernels.ahead_of_time import CHIPS, compile_for
+from tests.kernels.checks import STRICT
 
-STRICT = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise")
 MOSAIC_CALL = export.DisabledSafetyCheck.custom_call("tpu_custom_call")
 
 

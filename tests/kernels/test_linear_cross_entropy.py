@@ -9,16 +9,15 @@ import numpy as np
 import pytest
 import torch
 from jax import export
-from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.chips import CHIPS
 from pallas_kernels.linear_cross_entropy import linear_cross_entropy
 from pallas_kernels.linear_cross_entropy.tuning import VMEM_BUDGET, LinearCrossEntropyBlocks, choose_blocks
 from tests.kernels.ahead_of_time import compile_for
+from tests.kernels.checks import STRICT, assert_close
 
 # Small blocks on purpose: the cases below span several grid steps along both axes, with ragged tails.
 SMALL = LinearCrossEntropyBlocks(tokens=128, vocab=128)
-STRICT = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", dma_execution_mode="on_wait")
 # Values: only the order of float32 sums differs. Gradients in bfloat16 are rounded once at the end; at
 # precision "bfloat16" each number of the logits' gradient is rounded too, by up to 2^-9 of itself.
 VALUE = 1e-5
@@ -85,9 +84,8 @@ def check(got, want, bound, case):
         "d_head": (got[1][1], want[1][1]),
     }.items():
         assert mine.dtype == theirs.dtype, name
-        mine, theirs = np.asarray(mine, np.float32), np.asarray(theirs, np.float32)
         if name.startswith("d_"):
-            assert np.abs(mine - theirs).max() <= bound * np.abs(theirs).max(), f"{name} of {case}"
+            assert_close({f"{name} of {case}": mine}, {f"{name} of {case}": theirs}, bound)
         else:
             np.testing.assert_allclose(mine, theirs, rtol=VALUE, atol=VALUE, err_msg=f"{name} of {case}")
 
@@ -107,8 +105,7 @@ def test_reference_matches_torch(case):
     np.testing.assert_allclose(got[0][0], nll.detach(), rtol=VALUE, atol=VALUE)
     np.testing.assert_allclose(got[0][1], lse.detach(), rtol=VALUE, atol=VALUE)
     for mine, leaf in zip(got[1], leaves, strict=True):
-        error = np.abs(np.asarray(mine, np.float64) - leaf.grad.numpy()).max()
-        assert error <= case.gradient_bound * leaf.grad.abs().max()
+        assert_close(mine, leaf.grad.numpy(), case.gradient_bound)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

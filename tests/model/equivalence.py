@@ -1,14 +1,14 @@
 """Ways of running one model over the same tokens that must agree, and the small models it is tried on."""
 
-import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
 from hypothesis import HealthCheck, settings
 
-from dsv4_jax.config import ModelConfig, tiny
+from dsv4_jax.config import ModelConfig
 from dsv4_jax.language_model import LanguageModel
 from dsv4_jax.model.cache import Cache
+from tests.models import all_kinds
 
 TOLERANCE = 1e-5
 """On logits of size 1 to 4: the same float32 sums in another order."""
@@ -17,26 +17,11 @@ WIDTH = 40  # whole rows
 CHUNK = 17  # longer than every ring of SMALL below
 REWIND = 3
 
-SMALL: ModelConfig = dataclasses.replace(
-    tiny(5),
-    attention_kinds=("window", "csa", "hca"),
-    router_kinds=("hash", "learned", "learned"),
-    sliding_window=7,
-    csa_ratio=4,
-    hca_ratio=6,
-    index_topk=3,
-    vocab_size=61,
-)
+SMALL: ModelConfig = all_kinds(sliding_window=7, hca_ratio=6, index_topk=3)
 BATCH = 3
 
 # Section 16 of the specification: lengths around m, W and 2m for the released 4 / 128 / window 128.
-REAL: ModelConfig = dataclasses.replace(
-    tiny(5),
-    attention_kinds=("window", "csa", "hca"),
-    router_kinds=("hash", "learned", "learned"),
-    index_topk=6,
-    vocab_size=61,
-)
+REAL: ModelConfig = all_kinds(sliding_window=128, hca_ratio=128, index_topk=6)
 AWKWARD_LENGTHS = (1, 3, 4, 5, 7, 8, 127, 128, 129, 255, 256, 257)
 
 QUICK = settings(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv4_jax.config import tiny, v4_flash
+from dsv4_jax.config import v4_flash
 from dsv4_jax.errors import ConfigError
 from dsv4_jax.language_model import LanguageModel
 from dsv4_jax.model.cache import new_cache
@@ -17,20 +17,9 @@ from dsv4_jax.numerics.policy import Policy
 from pallas_kernels.formats.entries import Fp8Entries
 from pallas_kernels.formats.entry_rows import Fp8Rows
 from tests.model.telling_weights import telling_parameters
+from tests.models import all_kinds
 
-CONFIG = tiny(
-    4,
-    vocab_size=61,
-    head_dim=96,
-    qk_rope_head_dim=16,
-    index_head_dim=32,
-    attention_kinds=("window", "csa", "hca"),
-    router_kinds=("hash", "learned", "learned"),
-    sliding_window=8,
-    hca_ratio=16,
-    index_topk=4,
-    num_nextn_predict_layers=0,
-)
+CONFIG = all_kinds(head_dim=96, qk_rope_head_dim=16, index_head_dim=32, num_nextn_predict_layers=0)
 LENGTH = 44
 QUANTISED = CACHE_FORMATS[1:]
 

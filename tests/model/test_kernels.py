@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv4_jax.config import tiny
 from dsv4_jax.language_model import LanguageModel
 from dsv4_jax.model.initial import Network, initial_parameters
 from dsv4_jax.model.operations import Operations, operations
@@ -21,28 +20,19 @@ from pallas_kernels import hybrid_attention
 from pallas_kernels.formats.entry_rows import Fp8Rows
 from pallas_kernels.hybrid_attention import tuning as attention_tuning
 from pallas_kernels.hyper_connection.tuning import HyperConnectionBlocks
+from tests.kernels.checks import assert_close
 from tests.model.telling_weights import telling_model
+from tests.models import all_kinds
 
-# Every layer kind and both routers; widths that the kernels accept; more entries than the indexer chooses.
-CONFIG = tiny(
-    4,
-    vocab_size=61,
-    hidden_size=128,
-    head_dim=128,
-    index_head_dim=128,
-    index_n_heads=4,
-    attention_kinds=("window", "csa", "hca"),
-    router_kinds=("hash", "learned", "learned"),
-    qk_rope_head_dim=64,
-    sliding_window=8,
-    hca_ratio=16,
-    index_topk=4,
-)
+# Widths that the kernels accept.
+CONFIG = all_kinds(hidden_size=128, head_dim=128, qk_rope_head_dim=64, index_head_dim=128, index_n_heads=4)
 XLA, KERNELS = Policy.of("float32"), Policy.of("float32", kernels="pallas-interpret")
 SMALL_BLOCKS = operations(KERNELS, HyperConnectionBlocks(16, 128))
 """A block is straight-line code in the interpreter's program: small ones compile five times faster."""
 NETWORKS = {XLA: Network(CONFIG, XLA), KERNELS: Network(CONFIG, KERNELS, SMALL_BLOCKS)}
 LENGTH = 44
+TOLERANCE = 1e-5
+"""The same float32 sums in another order, relative to the largest value."""
 
 
 GATHER_FROM = 7
@@ -87,11 +77,6 @@ def tokens_of(seed: int, batch: int = 2, length: int = LENGTH) -> np.ndarray:
 SEGMENTS = np.stack([np.repeat([1, 2, 3], [21, 1, 22]), np.repeat([1, 2, 0], [9, 27, 8])]).astype(np.int32)
 
 
-def close(got, want, tolerance=1e-5):
-    got, want = np.asarray(got), np.asarray(want)
-    np.testing.assert_allclose(got, want, rtol=0, atol=tolerance * np.abs(want).max())
-
-
 def test_no_other_choice_is_taken():
     assert not any(each.kernels for each in operations(XLA).each())
     assert {each.name for each in operations(KERNELS).each() if not each.kernels} == {"mixing", "view"}
@@ -113,15 +98,15 @@ def test_packed_sequences(models):
     xla, kernels = models
     tokens = tokens_of(1)
     got, want = (model.logits(tokens, segment_ids=SEGMENTS) for model in (kernels, xla))
-    close(got[SEGMENTS > 0], want[SEGMENTS > 0])
+    assert_close(got[SEGMENTS > 0], want[SEGMENTS > 0], TOLERANCE)
 
 
 @pytest.mark.slow
 def test_whole_sequences_and_mtp(models):
     xla, kernels = models
     tokens = tokens_of(1)
-    close(kernels.logits(tokens), xla.logits(tokens))
-    close(kernels.mtp_logits(tokens), xla.mtp_logits(tokens))
+    assert_close(kernels.logits(tokens), xla.logits(tokens), TOLERANCE)
+    assert_close(kernels.mtp_logits(tokens), xla.mtp_logits(tokens), TOLERANCE)
 
 
 @pytest.mark.slow
@@ -131,7 +116,7 @@ def test_taps(models):
     for got, want in zip(*(model.taps(tokens, names) for model in models[::-1]), strict=True):
         assert got.keys() == want.keys()
         for name in got:
-            close(got[name].astype(jnp.float32), want[name].astype(jnp.float32))
+            assert_close(got[name], want[name], TOLERANCE)
 
 
 def appended(model: LanguageModel, tokens: np.ndarray, plan) -> list[np.ndarray]:
@@ -205,7 +190,7 @@ def test_appending_in_any_pieces_is_the_full_forward(models):
     got = appended(kernels, tokens, ([19, 11], [1, 0], [1, 1], [3, 2], [1, 1], [19, 19]))
     assert [len(row) for row in got] == [LENGTH, LENGTH - 10]
     for b in range(2):
-        close(got[b], want[b, : len(got[b])])
+        assert_close(got[b], want[b, : len(got[b])], TOLERANCE)
 
 
 @functools.partial(jax.jit, static_argnums=0)

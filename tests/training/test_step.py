@@ -5,25 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv4_jax.config import tiny
 from dsv4_jax.language_model import LanguageModel
 from dsv4_jax.model.initial import Network, initial_parameters
 from dsv4_jax.numerics.policy import Policy
 from dsv4_jax.training.data import Batch
 from dsv4_jax.training.optimizer import AdamW
 from dsv4_jax.training.step import TrainState, initial_state, train_step, validation_loss
+from tests.models import all_kinds
 
-CONFIG = tiny(
-    4,
-    vocab_size=61,
-    hidden_size=32,
-    attention_kinds=("window", "csa", "hca"),
-    router_kinds=("hash", "learned", "learned"),
-    sliding_window=8,
-    hca_ratio=8,
-    index_topk=4,
-    initializer_range=0.2,
-)
+CONFIG = all_kinds(hidden_size=32, hca_ratio=8, initializer_range=0.2)
 POLICY = Policy.of("float32")
 OPTIMIZER = AdamW()
 GATE = ("ffn", "gate")
