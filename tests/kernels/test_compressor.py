@@ -153,11 +153,11 @@ def test_a_segment_continued_gives_the_entries_of_the_whole(branches, options):
     place = np.argsort(token).reshape(1, 8, 4).repeat(2, axis=0).astype(np.int32)
     held = (inputs[0][:, token], inputs[1][:, token], *inputs[2:4], *(x[:, 3:] for x in inputs[4:]))
     got = run(held, is_first[:, 3:], cotangent[:, 3:], place[:, 1:], place[:, :-1], **options)
-    close(got[0], want[0][:, 3:], 1e-5, "entry")
+    assert_close({"entry": got[0]}, {"entry": want[0][:, 3:]}, 1e-5)
     for name, mine, whole in zip(NAMES[1:3], got[1:3], want[1:3], strict=True):
-        close(mine, whole[:, token], 1e-5, name)
+        assert_close({name: mine}, {name: whole[:, token]}, 1e-5)
     for name, mine, whole in zip(NAMES[3:], got[3:], want[3:], strict=True):
-        close(mine, whole, 1e-5, name)
+        assert_close({name: mine}, {name: whole}, 1e-5)
 
 
 @pytest.mark.parametrize(
