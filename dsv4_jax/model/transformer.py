@@ -17,8 +17,9 @@ from dsv4_jax.config import AttentionKind, LayerStack, ModelConfig, layer_stacks
 from dsv4_jax.model import rope
 from dsv4_jax.model import span as spans
 from dsv4_jax.model.block import Block, Surroundings
-from dsv4_jax.model.cache import Cache, LayerCache, MtpCache, read_ring, write_ring
+from dsv4_jax.model.cache import Cache, LayerCache, MtpCache, write_ring
 from dsv4_jax.model.declared import Declared
+from dsv4_jax.model.entries import Entries
 from dsv4_jax.model.geometry import compressor_geometry, window_geometry
 from dsv4_jax.model.hyper_connection import StreamCollapse
 from dsv4_jax.model.layer_report import LayerReport, ModelReport
@@ -27,7 +28,6 @@ from dsv4_jax.model.mtp import MultiTokenPrediction
 from dsv4_jax.model.norm import rms_norm
 from dsv4_jax.model.operations import Operations, operations
 from dsv4_jax.model.span import Span
-from dsv4_jax.numerics import cache_formats
 from dsv4_jax.numerics.policy import Policy
 from dsv4_jax.parameters import parameters, row_at
 from pallas_kernels.formats.weights import is_quantized
@@ -258,8 +258,9 @@ class Transformer(nnx.Module):
         here = spans.appended(
             following, span.start - 1 + was_empty, jnp.maximum(span.num_valid - was_empty, 0)
         )
-        waiting = read_ring(cache.mtp.streams, jnp.int32(0), span.start[:, None] - 1)
-        line = jnp.concatenate([cache_formats.read(waiting, streams.dtype), streams], axis=1)
+        held = Entries(cache.mtp.streams, jnp.int32(0))
+        waiting = held.at_positions(span.start[:, None] - 1, streams.dtype)
+        line = jnp.concatenate([waiting, streams], axis=1)
         line = jnp.take_along_axis(line, place[..., None, None], axis=1, mode="clip")
         around = self.surroundings(here, cache)
         hidden, _, layer = self.mtp[0](line, self.embedding(following), around, cache.mtp.layer)
