@@ -11,9 +11,8 @@ from typing import Any
 
 import jax
 
-from dsv4_jax.model import linear
 from dsv4_jax.numerics.policy import Policy
-from pallas_kernels import core_attention, hyper_connection
+from pallas_kernels import block_matmul, core_attention, hyper_connection
 from pallas_kernels.compressor import compressor
 from pallas_kernels.core_attention import Queries as Queries
 from pallas_kernels.grouped_matmul import expert_ffn
@@ -57,8 +56,8 @@ class Operation:
 class Operations:
     """The functions of one model: a hashable part of what its compiled programs are keyed by."""
 
-    linear: Operation  # x, weight: `linear.project`
-    grouped_linear: Operation  # x, weight: `linear.project_groups`
+    linear: Operation  # x, weight: `block_matmul.linear`
+    grouped_linear: Operation  # x, weight: `block_matmul.grouped_linear`
     compress: Operation  # rows, gates, bias, norm, cos, sin: `compressor.compressor`
     attend: Operation  # queries, line, entries, index keys, sink: `core_attention.attend`
     attend_cached: Operation  # queries, ring, entries, index keys, sink: `core_attention.attend_cached`
@@ -89,8 +88,8 @@ def operations(policy: Policy, hyper_connection_blocks: HyperConnectionBlocks | 
     """
     if policy.kernels == "xla":
         return Operations(
-            linear=Operation("linear", linear.project),
-            grouped_linear=Operation("grouped_linear", linear.project_groups),
+            linear=Operation("linear", block_matmul.linear, (("impl", "xla"),)),
+            grouped_linear=Operation("grouped_linear", block_matmul.grouped_linear, (("impl", "xla"),)),
             compress=Operation("compress", compressor, (("impl", "xla"),)),
             attend=Operation("attend", core_attention.attend, (("impl", "xla"),)),
             attend_cached=Operation("attend_cached", core_attention.attend_cached, (("impl", "xla"),)),
@@ -110,8 +109,10 @@ def operations(policy: Policy, hyper_connection_blocks: HyperConnectionBlocks | 
     streams = ("hyper_connection",)
     fp8 = {"kernels": ("block_matmul",), "when": "with FP8 weights"}
     return Operations(
-        linear=Operation("linear", linear.project_stored, how, **fp8),
-        grouped_linear=Operation("grouped_linear", linear.project_groups_stored, how, **fp8),
+        linear=Operation("linear", block_matmul.linear, (("impl", "pallas"), *how), **fp8),
+        grouped_linear=Operation(
+            "grouped_linear", block_matmul.grouped_linear, (("impl", "pallas"), *how), **fp8
+        ),
         compress=Operation("compress", compressor, (("impl", "pallas"), *how), ("compressor",)),
         attend=Operation(
             "attend", core_attention.attend, (("impl", "pallas"), *how), ("indexer", "hybrid_attention")
