@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from dsv4_jax.errors import CheckpointError as CheckpointError
     from dsv4_jax.errors import ConfigError as ConfigError
     from dsv4_jax.language_model import LanguageModel as LanguageModel
-    from dsv4_jax.language_model import load as load
+    from dsv4_jax.loading import load as load
     from dsv4_jax.numerics.policy import Policy as Policy
     from dsv4_jax.training.gradients import joined as joined
     from dsv4_jax.training.gradients import trainable as trainable
@@ -29,7 +29,7 @@ _HOMES = {
     "joined": "training.gradients",
     "trainable": "training.gradients",
     "LanguageModel": "language_model",
-    "load": "language_model",
+    "load": "loading",
     "Policy": "numerics.policy",
 }
 __all__ = sorted(_HOMES)

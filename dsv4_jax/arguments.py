@@ -22,6 +22,9 @@ from dsv4_jax.config.rules import shown
 
 SHOWN_IDS = 8
 
+SHORTEST_CACHE = 256
+"""Tokens that the cache of a generation has room for at least."""
+
 
 def is_traced(*values: Any) -> bool:
     """Whether any leaf of these pytrees is a value that JAX is tracing."""
@@ -71,10 +74,14 @@ def checked_prompts(tokens: Any, vocab_size: int) -> list[list[int]]:
     return prompts
 
 
-def checked_counts(num_valid: Any, shape: tuple[int, ...]) -> Int32[Array, "B"]:
-    """i32[B] counts in 0..T for tokens of `shape` [B, T]; all T by default. Raises ValueError."""
+def checked_counts(num_valid: Any, shape: tuple[int, ...]) -> np.ndarray | Int32[Array, "B"]:
+    """i32[B] counts in 0..T for tokens of `shape` [B, T], on the host unless traced; all T by default.
+
+    Raises:
+        ValueError: for other counts.
+    """
     if num_valid is None:
-        return _on_device(np.full(shape[:1], shape[1]))
+        return np.full(shape[:1], shape[1], np.int32)
     counts, problems = _integers("num_valid", num_valid)
     if counts is not None:
         bad = _known(counts) and outside(counts, 0, shape[1])
@@ -83,7 +90,7 @@ def checked_counts(num_valid: Any, shape: tuple[int, ...]) -> Int32[Array, "B"]:
             problems.append(f"num_valid={given} must hold {shape[0]} counts in 0..{shape[1]}")
     if problems:
         raise ValueError("; ".join(problems))
-    return _on_device(counts)
+    return counts.astype(np.int32)
 
 
 def checked_segments(segment_ids: Any, shape: tuple[int, ...]) -> Int32[Array, "B T"]:
@@ -117,13 +124,18 @@ def checked_stops(stop_token_ids: Any, vocab_size: int) -> tuple[int, ...]:
 
 
 def capacity(tokens: int, config: ModelConfig) -> int:
-    """Rounded up to a power of two, so that runs of similar length share their compiled steps."""
+    """Length of the cache of a generation: at least SHORTEST_CACHE, so that all short ones share their
+    compiled steps. (`new_cache` allocates for the next power of two, so longer ones share theirs.)
+
+    Raises:
+        ValueError: for more tokens than the model holds.
+    """
     if tokens > config.max_position_embeddings:
         raise ValueError(
             f"prompt and new tokens make {tokens}; the model holds at most "
             f"max_position_embeddings={config.max_position_embeddings}"
         )
-    return min(max(1 << (tokens - 1).bit_length(), 256), config.max_position_embeddings)
+    return min(max(tokens, SHORTEST_CACHE), config.max_position_embeddings)
 
 
 def _integers(name: str, values: Any) -> tuple[Any, list[str]]:

@@ -1,6 +1,5 @@
 """LanguageModel: the face of a model for notebooks, the command line, servers and tests."""
 
-import dataclasses
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -30,11 +29,14 @@ from dsv4_jax.inference import generate as generation
 from dsv4_jax.inference import steps
 from dsv4_jax.inference.text import TextStream, prompt_ids
 from dsv4_jax.model import span as spans
-from dsv4_jax.model.cache import Cache, check_not_consumed, check_room, check_sizes
-from dsv4_jax.model.initial import Network, Parameters, initial_parameters
+from dsv4_jax.model.cache import Cache, check_not_consumed, check_sizes, counts_after
+from dsv4_jax.model.cache_counts import Counts
+from dsv4_jax.model.geometry import allocated_length
+from dsv4_jax.model.initial import Network, initial_parameters
 from dsv4_jax.model.operations import operations
 from dsv4_jax.numerics.policy import Policy
-from dsv4_jax.numerics.weights import is_quantized
+from dsv4_jax.parameters import Parameters
+from pallas_kernels.formats.weights import is_quantized
 
 LOGGER = logging.getLogger(__name__)
 
@@ -74,9 +76,18 @@ class LanguageModel:
         self.network = Network(config, policy)
 
     @classmethod
-    def random(cls, config: ModelConfig, policy: Policy, seed: int = 0) -> "LanguageModel":
-        """A model with freshly drawn parameters; `seed` is an integer in 0 .. 2^63 - 1, else ValueError."""
-        return cls(config, policy, initial_parameters(config, policy, seed))
+    def random(
+        cls,
+        config: ModelConfig,
+        policy: Policy,
+        seed: int = 0,
+        *,
+        mesh: jax.sharding.Mesh | None = None,
+        rules: Mapping[str, str | tuple[str, ...]] | None = None,
+    ) -> "LanguageModel":
+        """A model with freshly drawn parameters; `model.initial.initial_parameters` tells the arguments and
+        the errors. `mesh` and `rules` place it as in `load`, and change no number."""
+        return cls(config, policy, initial_parameters(config, policy, seed, mesh, rules))
 
     @property
     def num_params(self) -> int:
@@ -168,27 +179,32 @@ class LanguageModel:
     def _span(self, tokens: Any, num_valid: Any, segment_ids: Any) -> spans.Span:
         ids = checked_tokens(tokens, self.config.vocab_size)
         if segment_ids is None:
-            return spans.from_start(ids, checked_counts(num_valid, ids.shape))
+            return spans.from_start(ids, jnp.asarray(checked_counts(num_valid, ids.shape)))
         if num_valid is not None:
             raise ValueError("give num_valid or segment_ids, not both")
         return spans.packed(ids, checked_segments(segment_ids, ids.shape))
 
     # ---- incremental -----------------------------------------------------------------------------
 
-    def new_cache(self, batch: int, max_length: int, max_rewind: int = 8) -> Cache:
+    def new_cache(self, batch: int, max_length: int, max_rewind: int = 8, *, mtp: bool = False) -> Cache:
         """An empty cache for `batch` rows of up to `max_length` tokens (see `model.cache.new_cache`).
 
+        Arrays are allocated for the next power of two, so that lengths between two powers share programs;
+        `dsv4 inspect --context` shows the bytes. `mtp` adds the slot of the MTP block (`steps.draft`).
+
         Raises:
-            ValueError: for sizes that are no integers or out of range.
+            ValueError: for sizes that are no integers or out of range, or `mtp` without such a block.
             TypeError: for traced sizes: they decide shapes.
         """
         sizes = (batch, max_length, max_rewind)
         refuse_traced("the sizes of a cache decide its shapes", "give ints, known before tracing", sizes)
         check_sizes(self.config, *sizes)
-        p = self.policy
-        how = (p.row_dtype, p.cache_format, operations(p).cache_of_bits)
         batch, max_length, max_rewind = map(int, sizes)
-        return steps.empty_cache(self.config, batch, max_length, p.cache_dtype, max_rewind, *how)
+        allocated, p = allocated_length(self.config, max_length), self.policy
+        how = (p.cache_dtype, max_rewind, p.row_dtype, p.cache_format, operations(p).cache_of_bits)
+        more = {"max_length": np.int32(max_length), "stream_dtype": p.compute_dtype if mtp else None}
+        empty = steps.empty_cache(self.config, batch, allocated, *how, **more)
+        return empty.knowing(Counts.empty(batch, max_length))
 
     def extend(
         self,
@@ -198,6 +214,9 @@ class LanguageModel:
     ) -> tuple[Float32[Array, "B T V"], Cache]:
         """Appends tokens to each row at its own position. The given cache is consumed (donated): go on
         with the returned one. Under an outer `jax.jit`, donating is up to that.
+
+        Returns while the device works: room is checked by `Cache.counts`. Only tokens and counts that are
+        arrays on a device are waited for, and, once, a cache out of a `jax.jit` or the like.
 
         Args:
             cache: from `new_cache` or an earlier `extend`.
@@ -216,8 +235,9 @@ class LanguageModel:
         counts = checked_counts(num_valid, ids.shape)
         if ids.shape[0] != len(cache.length):
             raise ValueError(f"tokens have {ids.shape[0]} rows, the cache {len(cache.length)}")
-        check_room(cache, counts)
-        return steps.extend(self.network, self.parameters, cache, ids, counts)
+        known = counts_after(cache, counts)
+        logits, cache = steps.extend(self.network, self.parameters, cache, ids, jnp.asarray(counts))
+        return logits, cache.knowing(known)
 
     # ---- generation ------------------------------------------------------------------------------
 
@@ -249,6 +269,7 @@ class LanguageModel:
 
         Raises:
             ValueError: for arguments that break a rule above; it names the value and the rule.
+            FloatingPointError: for logits that are not finite numbers, by row and position.
             TypeError: for traced arguments or parameters.
         """
         if isinstance(tokens, str):
@@ -384,55 +405,3 @@ class LanguageModel:
         )
         for note in notes:
             LOGGER.warning("%s: %s", path, note)
-
-
-def load(
-    path: str | Path,
-    dtype: str = "bfloat16",
-    numerics: str = "reference",
-    *,
-    weights: Literal["native", "dequantized"] = "native",
-    kernels: str = "xla",
-    cache: str = "plain",
-    draft_head: Literal["refuse", "ignore"] = "refuse",
-    text_only: bool = False,
-    tokenizer: Literal["read", "ignore"] = "read",
-    allow_links: str | Path | None = None,
-    mesh: jax.sharding.Mesh | None = None,
-    rules: Mapping[str, str | tuple[str, ...]] | None = None,
-) -> LanguageModel:
-    """Loads any supported checkpoint folder: official or transformers layout, plain or quantised.
-
-    Args:
-        path: folder with config.json and safetensors files.
-        dtype: of parameters, activations and cache: "bfloat16" or "float32".
-        weights: "native" keeps FP8 and FP4 weights as they are stored and decodes them where they are used;
-            "dequantized" makes them arrays of `dtype`, 2 to 8 times as large. The numbers are the same.
-        numerics: "reference", or "qat" for the official quantisation simulation (`numerics.qat.SWITCHES`).
-        kernels: "xla", "pallas" (TPU) or "pallas-interpret" (see `numerics.policy.KERNELS`).
-        cache: how the cache keeps its rows: "plain", "fp8+fp8" or "fp8+mxfp4" (`numerics.cache_formats`).
-        draft_head: "ignore" loads the backbone of a checkpoint with a DSpark draft head, without it.
-        text_only: load the text model of a vision variant.
-        tokenizer: "ignore" opens no tokenizer.json; the model takes token ids only and saves no tokenizer.
-        allow_links: a folder that links may lead into, besides the folder itself and its hub cache.
-        mesh: devices to place the parameters on; None: the default device.
-        rules: letter of a dim (`dsv4_jax.parameters`) -> axes of the mesh that it is split over, such as
-            {"E": "expert"}; dims without a rule are whole on every device.
-
-    Raises:
-        ProblemsError: rules that do not fit the mesh or the parameters, all of them at once.
-        CheckpointError, ConfigError: with every problem found; nothing is left half loaded.
-    """
-    from dsv4_jax.checkpoint.load import load_checkpoint
-
-    policy = Policy.of(dtype, numerics, kernels=kernels, cache=cache)
-    accepted = {"draft_head": draft_head, "text_only": text_only, "allow_links": allow_links}
-    where = {"mesh": mesh, "rules": rules}
-    loaded = load_checkpoint(Path(path), policy, weights=weights, tokenizer=tokenizer, **accepted, **where)
-    for warning in loaded.warnings:
-        LOGGER.warning("%s: %s", path, warning)
-    if loaded.experts_in_fp4:
-        # On their grid already: rounding them again in every step would change nothing.
-        policy = dataclasses.replace(policy, switches=policy.switches - {"expert_fp4"})
-    held = (loaded.tokenizer, loaded.stored, loaded.side_files)
-    return LanguageModel(loaded.config, policy, loaded.parameters, *held)

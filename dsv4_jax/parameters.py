@@ -18,7 +18,7 @@ import functools
 import itertools
 import math
 import re
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -26,6 +26,10 @@ from dsv4_jax.config import AttentionKind, ModelConfig, RouterKind, layer_stacks
 
 Path = tuple[str | int, ...]
 """Keys from the root of the parameter tree; list positions are ints."""
+
+Parameters = dict[str | int, Any]
+"""The parameter tree: nested dicts of arrays and quantised weights, the pure state of `Transformer`. List
+positions are int keys, as in `nnx.to_pure_dict`."""
 
 Role = Literal[
     "matrix",  # multiplies activations

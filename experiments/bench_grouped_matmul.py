@@ -28,6 +28,8 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from pallas_kernels.formats.blocks import Blocks, Fp8Blocks, Mxfp4
+from pallas_kernels.formats.on_host import fp4_scale_shape, fp8_scale_shape
 from pallas_kernels.grouped_matmul import expert_ffn
 from pallas_kernels.grouped_matmul.tuning import ExpertBlocks, choose_blocks
 
@@ -70,8 +72,8 @@ def draw_stack(o: Options, dtype: str) -> tuple[jax.Array, jax.Array]:
     )
 
 
-def draw_quantised_stack(o: Options, form: str) -> tuple[tuple[jax.Array, jax.Array], dict[str, jax.Array]]:
-    """The same matrices in "fp8" or "mxfp4", with any bits, and their scales."""
+def draw_quantised_stack(o: Options, form: str) -> list[Blocks]:
+    """The same matrices in "fp8" or "mxfp4", with any bits."""
     rng, stack = np.random.default_rng(0), LAYERS * o.experts
     shapes = (stack, 2, o.width, o.hidden), (stack, o.hidden, o.width)
 
@@ -80,12 +82,13 @@ def draw_quantised_stack(o: Options, form: str) -> tuple[tuple[jax.Array, jax.Ar
 
     if form == "mxfp4":
         values = tuple(draw(0, 255, *shape[:-1], shape[-1] // 2) for shape in shapes)
-        scales = [draw(118, 122, *shape[:-1], shape[-1] // 32) for shape in shapes]
+        scales = [draw(118, 122, *fp4_scale_shape(shape)) for shape in shapes]
     else:
         bits = (draw(0, 126, *shape) for shape in shapes)
         values = tuple(jax.lax.bitcast_convert_type(b, jnp.float8_e4m3fn) for b in bits)
-        scales = [draw(110, 114, *shape[:-2], -(-shape[-2] // 128), -(-shape[-1] // 128)) for shape in shapes]
-    return values, dict(zip(("gate_up_scale", "down_scale"), scales, strict=True))
+        scales = [draw(110, 114, *fp8_scale_shape(shape)) for shape in shapes]
+    made = Mxfp4 if form == "mxfp4" else Fp8Blocks
+    return [made(*pair) for pair in zip(values, scales, strict=True)]
 
 
 def draw_calls(o: Options, num_tokens: int, dtype: str) -> list[Operands]:
@@ -147,7 +150,7 @@ def jax_candidates(o: Options, num_tokens: int, dtype: str, stack) -> dict[str, 
         for form in ("fp8", "mxfp4"):
             plans[f"{form} weights"] = {}
             weights[f"{form} weights"] = draw_quantised_stack(o, form)
-    options = dict(swiglu_limit=LIMIT, num_experts=o.experts)
+    options = dict(swiglu_limit=LIMIT)
     found = {name: functools.partial(expert_ffn, **options, **plan) for name, plan in plans.items()}
     if num_tokens <= 8:
         found["gathered weights"] = gathered_weights
@@ -155,20 +158,19 @@ def jax_candidates(o: Options, num_tokens: int, dtype: str, stack) -> dict[str, 
         found["all experts on all tokens"] = functools.partial(expert_ffn, impl="reference", **options)
         found["lax.ragged_dot"] = functools.partial(ragged_dot, num_experts=o.experts)
 
-    def call(function, matrices, scales):
-        takes_first = "first_expert" if isinstance(function, functools.partial) else "first"
-        if function is gathered_weights or getattr(function, "func", None) is ragged_dot:
-            takes_first = "first"
-
+    def call(function, matrices):
         @jax.jit
-        def compiled(x, gate_up, down, ids, weights, first, scales):
-            return function(x, gate_up, down, ids, weights, **{takes_first: first}, **scales)
+        def compiled(x, gate_up, down, ids, weights, layer):
+            if getattr(function, "func", None) is not expert_ffn:
+                return function(x, gate_up, down, ids, weights, layer * o.experts)
+            gate_up, down = jax.tree.map(lambda a: a.reshape(LAYERS, -1, *a.shape[1:]), (gate_up, down))
+            return function(x, gate_up, down, ids, weights, repeat=layer)
 
         return lambda c: jax.block_until_ready(
-            compiled(c.x, *matrices, c.expert_ids, c.weights, jnp.int32(c.layer * o.experts), scales)
+            compiled(c.x, *matrices, c.expert_ids, c.weights, jnp.int32(c.layer))
         )
 
-    return {name: call(function, *weights.get(name, (stack, {}))) for name, function in found.items()}
+    return {name: call(function, weights.get(name, stack)) for name, function in found.items()}
 
 
 def backward_candidates(o: Options, num_tokens: int, stack) -> dict[str, Callable]:

@@ -38,19 +38,18 @@ CLOCK_HZ = {"v6e": 1.75e9, "tpu7x": 2.2e9, "v5e": 1.5e9, "v5p": 1.75e9}
 """Inferred from published peak rates: no vendor publishes them."""
 
 
-def spread(experts: Operation, chips: int) -> Operation:
+def spread(experts: Operation) -> Operation:
     """The experts' operation for tokens and experts that are both split over the axis."""
 
-    def function(x, gate_up, down, ids, weights, *, num_experts, valid, first_expert, **more):
-        own = num_experts // chips
+    def function(x, gate_up, down, ids, weights, *, valid, repeat, **more):
+        own = gate_up.shape[0 if repeat is None else 1]
         x, ids, weights, valid = (
             jax.lax.all_gather(a, AXIS, axis=0, tiled=True) for a in (x, ids, weights, valid)
         )
         mine = ids - jax.lax.axis_index(AXIS).astype(jnp.int32) * own
         # Foreign experts fall out of range, below or above, and take no rows.
         mine = jnp.where((mine >= 0) & (mine < own), mine, own)
-        first = first_expert // num_experts * own
-        y = experts(x, gate_up, down, mine, weights, num_experts=own, valid=valid, first_expert=first, **more)
+        y = experts(x, gate_up, down, mine, weights, valid=valid, repeat=repeat, **more)
         return jax.lax.psum_scatter(y, AXIS, scatter_dimension=0, tiled=True)
 
     return dataclasses.replace(experts, function=function, settings=())
@@ -64,7 +63,7 @@ def program(config: ModelConfig, topology: str, batch: int, context: int) -> Any
     mesh = Mesh(np.array(devices), (AXIS,))
     policy = Policy.of("bfloat16", kernels="pallas", cache="fp8+mxfp4")
     chosen = operations(policy)
-    chosen = dataclasses.replace(chosen, experts=spread(chosen.experts, len(devices)))
+    chosen = dataclasses.replace(chosen, experts=spread(chosen.experts))
     network = Network(config, policy, chosen)
     stored = (jnp.bfloat16, 8, policy.row_dtype, policy.cache_format, False)
     cache = jax.eval_shape(lambda: new_cache(config, batch, context, *stored))

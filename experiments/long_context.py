@@ -32,13 +32,15 @@ from rich.console import Console
 from dsv4_jax.config import ModelConfig, v4_flash
 from dsv4_jax.inference import steps
 from dsv4_jax.language_model import LanguageModel
-from dsv4_jax.model.cache import Cache, num_slots
+from dsv4_jax.model.cache import Cache
 from dsv4_jax.model.cache_rows import at_length
 from dsv4_jax.model.cache_stores import Store, stores, with_stores
 from dsv4_jax.numerics import cache_formats
 from dsv4_jax.numerics.cache_formats import CACHE_FORMATS, CacheFormat, Stored
+from dsv4_jax.numerics.cache_storage import num_slots
 from dsv4_jax.numerics.policy import Policy
 from experiments import long_context_terms, study_record
+from pallas_kernels.formats.bits import as_stored
 
 KINDS = ("window", "csa", "hca")
 ENTRY_BYTES = {"plain": 512 * 4, "fp8+fp8": 584, "fp8+mxfp4": 584}
@@ -110,10 +112,9 @@ def filled(cache: Cache, config: ModelConfig, format: CacheFormat, length: int, 
     Raises:
         ValueError: if the cache has more than one row, or does not hold so many tokens.
     """
-    if len(cache.length) != 1 or not 0 < length <= cache.max_length:
-        raise ValueError(
-            f"length={length}, {len(cache.length)} rows: one row of 1..{cache.max_length} tokens"
-        )
+    most = int(cache.counts().max_length.min())
+    if len(cache.length) != 1 or not 0 < length <= most:
+        raise ValueError(f"length={length}, {len(cache.length)} rows: one row of 1..{most} tokens")
     keys = iter(jax.random.split(jax.random.key(seed), 1024))
     store_entries = functools.partial(
         cache_formats.store_entries, format=format, num_rotary=config.qk_rope_head_dim
@@ -145,7 +146,7 @@ def _with_random_rows(stored: Stored, key: jax.Array, count: int, width: int | N
     new = rows if store is None else store(rows)
 
     def write(leaf: jax.Array, new: jax.Array) -> jax.Array:
-        return leaf.at[:, :, : shape[2]].set(cache_formats.as_stored(new, leaf.dtype))
+        return leaf.at[:, :, : shape[2]].set(as_stored(new, leaf.dtype))
 
     return jax.tree.map(write, stored, new)
 

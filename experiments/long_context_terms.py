@@ -20,10 +20,10 @@ import jax.numpy as jnp
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.model.cache import Cache
 from dsv4_jax.model.cache_stores import stores
-from dsv4_jax.model.core_attention import softmax_attention
 from dsv4_jax.model.entries import Entries
-from dsv4_jax.model.index_scores import index_scores
 from experiments import study_record
+from pallas_kernels.core_attention.xla import softmax_attention
+from pallas_kernels.indexer.xla import index_scores_xla
 
 SCORE_BYTES = 4
 
@@ -44,7 +44,7 @@ def terms(config: ModelConfig, cache: Cache, context: int) -> dict[str, Callable
     weights = jax.random.normal(next(random), (1, 1, heads))
     q = jax.random.normal(next(random), (1, 1, config.num_attention_heads, config.head_dim))
     scores = compiled(
-        lambda q, weights, stack: index_scores(q, weights, Entries(stack, first), num_keys),
+        lambda q, weights, stack: index_scores_xla(q, weights, Entries(stack, first), num_keys),
         index_q,
         weights,
         held["csa", "keys"],

@@ -34,11 +34,11 @@ from rich.console import Console
 
 from dsv4_jax.command_line.quickstart import spread, tokenized
 from dsv4_jax.config import ModelConfig
-from dsv4_jax.model.initial import Network, Parameters, initial_parameters
+from dsv4_jax.model.initial import Network, initial_parameters
 from dsv4_jax.model.transformer import Transformer
 from dsv4_jax.numerics import qat
 from dsv4_jax.numerics.policy import Policy
-from dsv4_jax.parameters import DECAYED
+from dsv4_jax.parameters import DECAYED, Parameters
 from dsv4_jax.training.corpus import gather_corpus
 from dsv4_jax.training.data import Batch, TrainingRows, validation_batches
 from dsv4_jax.training.optimizer import Schedule, role_of

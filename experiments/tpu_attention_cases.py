@@ -147,7 +147,10 @@ def decode_attention_cases(c: ModelConfig) -> list[Case]:
         }
 
     def build(kind: str, fp8: bool, sparse_core: bool, in_rows: bool) -> Program:
-        from pallas_kernels.decode_attention import Fp8Entries, Fp8Rows, decode_attention, fp8_rows, tuning
+        from pallas_kernels.decode_attention import decode_attention, tuning
+        from pallas_kernels.formats import entry_rows
+        from pallas_kernels.formats.entries import Fp8Entries
+        from pallas_kernels.formats.entry_rows import Fp8Rows
 
         size = num_entries[kind]
         shapes = dict(q=array(batch, 1, heads, width), position=i32(batch, 1), sink=f32(heads), repeat=i32())
@@ -157,7 +160,9 @@ def decode_attention_cases(c: ModelConfig) -> list[Case]:
         for name, rows in stored.items():
             parts = {f"{name}_{part}": x for part, x in in_fp8(*rows).items()}
             if in_rows and name == "entries":
-                empty = functools.partial(fp8_rows.empty, *rows, fp8_rows.Layout(width, c.qk_rope_head_dim))
+                empty = functools.partial(
+                    entry_rows.empty, *rows, entry_rows.Layout(width, c.qk_rope_head_dim)
+                )
                 one, shared = jax.tree.leaves(jax.eval_shape(empty))
                 parts = {"entries_words": one, "entries_rest": shared}
             shapes |= parts if fp8 else {name: array(*rows, width)}

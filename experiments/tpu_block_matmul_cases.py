@@ -17,13 +17,17 @@ def block_matmul_cases(c: ModelConfig) -> list[Case]:
     def build(tokens: int, outputs: int, inputs: int, backward: bool) -> Program:
         from pallas_kernels.block_matmul import block_matmul
         from pallas_kernels.block_matmul.tuning import FEW_ROWS
+        from pallas_kernels.formats.blocks import Fp8Blocks
 
         shapes = {
             "x": array(tokens, inputs),
             "weight": jax.ShapeDtypeStruct((outputs, inputs), jnp.float8_e4m3fn),
             "scale": jax.ShapeDtypeStruct((outputs // 128, inputs // 128), jnp.uint8),
         }
-        function = block_matmul
+
+        def function(x, weight, scale):
+            return block_matmul(x, Fp8Blocks(weight, scale))
+
         if backward:
             function, shapes = gradients(function, shapes, ("x",))
         kernel = "block_matmul_input" if backward else "block_matmul_output"

@@ -6,7 +6,7 @@ import numpy as np
 
 from dsv4_jax.config import ModelConfig
 from experiments.tpu_case import Case, Kernel, Program, array, gradients, us
-from pallas_kernels.arithmetic import cdiv
+from pallas_kernels.formats.on_host import fp4_packed_shape, fp4_scale_shape, fp8_scale_shape
 
 
 class _Routing(NamedTuple):
@@ -55,14 +55,16 @@ def expert_cases(c: ModelConfig) -> list[Case]:
         if form == "fp8":
             e4m3 = lambda *shape: array(*shape, dtype=jnp.float8_e4m3fn)  # noqa: E731
             blocks = dict(
-                gate_up_scale=u8(experts, 2, cdiv(f, 128), cdiv(d, 128)),
-                down_scale=u8(experts, cdiv(d, 128), cdiv(f, 128)),
+                gate_up_scale=u8(*fp8_scale_shape((experts, 2, f, d))),
+                down_scale=u8(*fp8_scale_shape((experts, d, f))),
             )
             return dict(gate_up=e4m3(experts, 2, f, d), down=e4m3(experts, d, f)) | blocks
         return dict(
-            gate_up=u8(experts, 2, f, d // 2), gate_up_scale=u8(experts, 2, f, d // 32),
-            down=u8(experts, d, f // 2), down_scale=u8(experts, d, f // 32),
-        )  # fmt: skip
+            gate_up=u8(*fp4_packed_shape((experts, 2, f, d))),
+            gate_up_scale=u8(*fp4_scale_shape((experts, 2, f, d))),
+            down=u8(*fp4_packed_shape((experts, d, f))),
+            down_scale=u8(*fp4_scale_shape((experts, d, f))),
+        )
 
     def build(form: str, tokens: int, kernels: tuple[str, ...], backward: bool) -> Program:
         from pallas_kernels.grouped_matmul import expert_ffn
@@ -93,10 +95,10 @@ def expert_cases(c: ModelConfig) -> list[Case]:
             return Kernel(lambda grid: (used, 1 / grid[1], *laid_out), float(passes.mean()), tuple(routing))
 
         def function(x, ids, weights, **given):
-            return expert_ffn(
-                x, given.pop("gate_up"), given.pop("down"), ids, weights,
-                swiglu_limit=c.swiglu_limit, impl="pallas", **given,
-            )  # fmt: skip
+            gate_up, down = (
+                Stack(given[name], given.get(f"{name}_scale")).matrices for name in ("gate_up", "down")
+            )
+            return expert_ffn(x, gate_up, down, ids, weights, swiglu_limit=c.swiglu_limit, impl="pallas")
 
         shapes = dict(
             x=array(tokens, d), ids=array(tokens, top_k, dtype=jnp.int32),

@@ -16,7 +16,7 @@ import tempfile
 
 import numpy as np
 
-from dsv4_jax.checkpoint import quantize, storage
+from dsv4_jax.checkpoint import storage
 from dsv4_jax.checkpoint.safetensors import DTYPES
 from dsv4_jax.checkpoint.write import TensorPlan, write_sharded
 from dsv4_jax.config import ModelConfig, tiny
@@ -53,11 +53,13 @@ def large_config() -> ModelConfig:
     )
 
 
-def write_random(folder: pathlib.Path, config: ModelConfig) -> None:
-    """A checkpoint of random numbers in the formats of the instruct releases."""
+def write_random(
+    folder: pathlib.Path, config: ModelConfig, release: storage.Release = storage.PREVIEW
+) -> None:
+    """A checkpoint of random numbers in the formats of a release, by default the instruct ones."""
     rng = np.random.default_rng(0)
 
-    def draw(tensor: storage.StoredTensor) -> np.ndarray:
+    def draw(tensor: storage.ReleasedTensor) -> np.ndarray:
         dtype = DTYPES[tensor.dtype]
         if tensor.dtype == "I64":
             order = rng.random((tensor.shape[0], config.n_routed_experts)).argsort(axis=1)
@@ -70,8 +72,10 @@ def write_random(folder: pathlib.Path, config: ModelConfig) -> None:
             return rng.integers(-128, 128, tensor.shape, np.int8)
         return (0.02 * rng.standard_normal(tensor.shape, np.float32)).astype(dtype)
 
-    tensors = storage.stored_tensors(config, storage.PREVIEW)
-    fields = official_config_dict(config) | {"quantization_config": quantize.CONFIG, "expert_dtype": "fp4"}
+    tensors = storage.released_tensors(config, release)
+    fields = official_config_dict(config)
+    if release.linears == "fp8":
+        fields |= {"quantization_config": storage.QUANTIZATION_CONFIG, "expert_dtype": release.experts}
     write_sharded(
         folder,
         [(t.name, TensorPlan(t.dtype, t.shape), lambda t=t: draw(t)) for t in tensors],

@@ -11,10 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 Rules = Mapping[str, str | tuple[str, ...]]
 """Letter of a dim -> the mesh axis, or axes, that it is split over."""
+
+ALIGNMENT = 64
+"""Bytes; JAX on a CPU takes over host buffers so aligned instead of copying them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +102,7 @@ def placed(
     """Arrays on their devices, from the boxes that this process's devices hold. Each box is read once.
 
     On the host there is one box at a time, and none where the device is a CPU: there JAX takes over a buffer
-    that is aligned to 64 bytes (a buffer that is given must therefore never be written again).
+    that `aligned` made (a buffer that is given must therefore never be written again).
 
     Args:
         read_box: slices of an array of `shape` -> that part, a numpy array or a tree of them whose axes may
@@ -129,6 +133,14 @@ def placed(
         return jax.make_array_from_single_device_arrays(size, sharding, list(arrays))
 
     return jax.tree.map(joined, *trees)
+
+
+def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An uninitialised C-contiguous array that starts at a multiple of `ALIGNMENT` bytes."""
+    num_bytes = math.prod(shape) * dtype.itemsize
+    raw = np.empty(num_bytes + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + num_bytes].view(dtype).reshape(shape)
 
 
 def _names(axes: str | tuple[str, ...]) -> tuple[str, ...]:

@@ -6,7 +6,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from dsv4_jax.checkpoint import storage
 from dsv4_jax.inference.generate import PREFILL_CHUNKS, chunks
-from dsv4_jax.language_model import LanguageModel, load
+from dsv4_jax.language_model import LanguageModel
+from dsv4_jax.loading import load
 from dsv4_jax.numerics.policy import Policy
 from dsv4_jax.numerics.qat import SWITCHES
 from tests.checkpoint.synthetic import smallest_config, write_checkpoint

@@ -11,6 +11,7 @@ from dsv4_jax.model import span as spans
 from dsv4_jax.model.cache import new_cache
 from dsv4_jax.model.initial import Network
 from dsv4_jax.model.operations import operations
+from dsv4_jax.numerics.cache_formats import CACHE_FORMATS
 from dsv4_jax.numerics.policy import Policy
 from tests.model.test_kernels import CONFIG
 from tests.model.test_x64 import inner_programs
@@ -18,11 +19,16 @@ from tests.test_architecture import RUNTIME_SOURCES, Source, within
 
 CHOOSE = ("dsv4_jax.model.operations", "dsv4_jax.numerics.policy")
 NAMES = {"xla", "pallas", "pallas-interpret"}
-ADAPTERS = {f"dsv4_jax.model.{name}" for name in ("attention_kernels", "linear", "pooling")}
-"""What `operations` binds where a family's operands are not those of the model: they take `interpret`."""
+ADAPTERS = {"dsv4_jax.model.linear"}
+"""What `operations` binds where a family's operands are not those of the model: it takes `interpret`.
+
+`linear` unfolds the model's container of a weight (dims, repeat) into the matrices of `block_matmul`.
+"""
 FAMILIES = (
     "block_matmul",
     "compressor",
+    "core_attention",
+    "entry_write",
     "grouped_matmul",
     "hybrid_attention",
     "hyper_connection",
@@ -86,17 +92,18 @@ def calls(program, scope=""):
             yield from calls(inner, inside)
 
 
-POLICY = Policy.of("bfloat16", kernels="pallas-interpret")
-NAMED = {each.name for each in operations(POLICY).each()}
+CACHES = {form: Policy.of("bfloat16", kernels="pallas-interpret", cache=form) for form in CACHE_FORMATS}
+NAMED = {each.name for each in operations(CACHES["plain"]).each()}
 
 
 def test_what_the_record_says_is_what_runs():
     """A chunk longer than the rings and a decode step, on weights as official checkpoints keep them."""
-    network = Network(CONFIG, POLICY)
 
-    def step(length):
+    def step(policy, length):
+        network = Network(CONFIG, policy)
+
         def run(weights, tokens):
-            cache = new_cache(CONFIG, 1, 64, POLICY.cache_dtype, 8, None, "plain", False)
+            cache = new_cache(CONFIG, 1, 64, policy.cache_dtype, 8, None, policy.cache_format, False)
             span = spans.appended(tokens, cache.length, jnp.full(1, length, jnp.int32))
             model = network.holding(weights)
             hidden = model.hidden(model(span, cache).streams)[0]
@@ -105,5 +112,8 @@ def test_what_the_record_says_is_what_runs():
 
         return jax.make_jaxpr(run)(native_shapes(CONFIG), jax.ShapeDtypeStruct((1, length), jnp.int32))
 
-    ran = {call for length in (1, 40) for call in calls(step(length).jaxpr)}
-    assert ran == {(each.name, family) for each in operations(POLICY).each() for family in each.kernels}
+    programs = [step(CACHES["plain"], 1), step(CACHES["plain"], 40), step(CACHES["fp8+mxfp4"], 1)]
+    ran = {call for program in programs for call in calls(program.jaxpr)}
+    assert ran == {
+        (each.name, family) for each in operations(CACHES["plain"]).each() for family in each.kernels
+    }

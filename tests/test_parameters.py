@@ -115,7 +115,7 @@ def test_every_parameter_has_an_official_name_and_nothing_else_has():
 
 # Words of paths that say what a parameter is. Code that compares or searches them asks the table instead.
 TELLING = {"experts", "bias", "tid2eid", "attn_sink", "ape", "wq_b", "gate_up"}
-SPELLED_IN = {"dsv4_jax/parameters.py", "dsv4_jax/checkpoint/names.py", "dsv4_jax/checkpoint/tensor_set.py"}
+SPELLED_IN = {"dsv4_jax/parameters.py", "dsv4_jax/checkpoint/names.py", "dsv4_jax/checkpoint/expected.py"}
 
 
 def test_no_code_guesses_what_a_parameter_is_from_its_name():

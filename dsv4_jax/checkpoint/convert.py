@@ -1,23 +1,19 @@
 """One checkpoint to another: naming layout and dtype."""
 
 import pathlib
-from collections.abc import Callable
 from typing import Literal
 
 from dsv4_jax.checkpoint import names
+from dsv4_jax.checkpoint.files import Progress
 from dsv4_jax.checkpoint.load import exact_dtype, stored_dtypes
 from dsv4_jax.checkpoint.manifest import Options, open_manifest
-from dsv4_jax.checkpoint.read import stored_parameters
-from dsv4_jax.checkpoint.release import DraftHead
+from dsv4_jax.checkpoint.read import Findings, stored_parameters
+from dsv4_jax.checkpoint.recognise import DraftHead
 from dsv4_jax.checkpoint.save import MAX_SHARD_BYTES, non_finite_problems, option_problems, write_held
 from dsv4_jax.checkpoint.storage import BASE, PREVIEW
-from dsv4_jax.checkpoint.values import Findings
 from dsv4_jax.checkpoint.write import target_problems
 from dsv4_jax.errors import CheckpointError
 from dsv4_jax.numerics.policy import Policy
-
-Progress = Callable[[str, int, int], None]
-"""Called after each tensor with its name, the bytes done, and the bytes of all tensors."""
 
 Target = Literal["keep", "bfloat16", "float32", "fp8", "fp8-fp4"]
 """How the weights of the result are stored; 'fp8-fp4' as in the instruct releases, 'fp8' as in Base."""

@@ -1,84 +1,21 @@
-"""Block-scaled FP8 and FP4 weights to plain arrays, in numpy.
+"""Block-scaled FP8 and FP4 weights of files to plain arrays, in numpy.
 
-    FP8: weight E4M3FN [.., O, I], scale [.., ceil(O/128), ceil(I/128)]
-         W[o, i] = q[o, i] * s[o div 128, i div 128]
-    FP4: weight E2M1, two a byte, [.., O, I/2], scale [.., O, I/32]
-         W[o, i] = q[o, i] * s[o, i div 32]
-
-Byte k of an FP4 row holds column 2k in its low nibble and 2k + 1 in its high one. A scale byte b
-(E8M0) means 2^(b - 127); 0x00 is 2^-127, a float32 subnormal that must not be flushed, and 0xFF is
-not a number. Products are formed in float32, where they are exact, and rounded once to the target
-dtype; bfloat16 holds the 4 significant bits of E4M3 (2 of E2M1), so that is exact too.
+Products are formed in float32, where they are exact (`pallas_kernels.formats.on_host`), and rounded once to
+the target dtype; bfloat16 holds the 4 significant bits of E4M3 (2 of E2M1), so that is exact too.
 """
-
-from collections.abc import Iterator
 
 import ml_dtypes
 import numpy as np
 
-FP8_BLOCK = 128
-FP4_GROUP = 32
-E8M0_NAN = 0xFF
-
-_FP8_VALUES = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
-_FP4_MAGNITUDES = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], np.float32)
-_FP4_VALUES = np.concatenate([_FP4_MAGNITUDES, -_FP4_MAGNITUDES])
-# [byte]: both values of a byte, low nibble first, as one 64-bit word
-_FP4_PAIRS = np.stack([np.tile(_FP4_VALUES, 16), np.repeat(_FP4_VALUES, 16)], axis=1).view(np.uint64)[:, 0]
-_E8M0_VALUES = np.append(np.ldexp(np.float32(1), np.arange(-127, 128)), np.float32(np.nan))
-
-
-def fp8_scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Shape of the scales of an FP8 weight [.., O, I]; the last blocks may be partial."""
-    return (*shape[:-2], -(-shape[-2] // FP8_BLOCK), -(-shape[-1] // FP8_BLOCK))
-
-
-def fp4_scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Shape of the scales of an FP4 weight of logical shape [.., O, I], I a multiple of 32."""
-    return (*shape[:-1], shape[-1] // FP4_GROUP)
-
-
-def fp4_packed_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Shape on disk of an FP4 weight of logical shape [.., O, I]: two values a byte."""
-    return (*shape[:-1], shape[-1] // 2)
-
-
-def scale_values(scale: np.ndarray) -> np.ndarray:
-    """Scales as float32: E8M0 bytes decoded, float32 taken as it is.
-
-    Args:
-        scale: float8_e8m0fnu or float32, any shape.
-    """
-    return scale if scale.dtype == np.float32 else _E8M0_VALUES[scale.view(np.uint8)]
-
-
-def fp8_rows(weight: np.ndarray, scale: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """(first row, float32 [rows, I]) pieces of one FP8 matrix, one row of blocks at a time.
-
-    Args:
-        weight: float8_e4m3fn [O, I].
-        scale: float8_e8m0fnu or float32 [ceil(O/128), ceil(I/128)].
-    """
-    codes, scales = weight.view(np.uint8), scale_values(scale)
-    for block in range(scale.shape[0]):
-        row = block * FP8_BLOCK
-        piece = np.take(_FP8_VALUES, codes[row : row + FP8_BLOCK], mode="clip")
-        piece *= np.repeat(scales[block], FP8_BLOCK)[: piece.shape[1]]
-        yield row, piece
-
-
-def fp4_rows(weight: np.ndarray, scale: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """(first row, float32 [rows, I]) pieces of one FP4 matrix, 128 rows at a time.
-
-    Args:
-        weight: int8 or uint8 [O, I/2].
-        scale: float8_e8m0fnu or float32 [O, I/32].
-    """
-    codes, scales = weight.view(np.uint8), scale_values(scale)
-    for row in range(0, weight.shape[0], FP8_BLOCK):
-        piece = np.take(_FP4_PAIRS, codes[row : row + FP8_BLOCK], mode="clip").view(np.float32)
-        piece *= np.repeat(scales[row : row + FP8_BLOCK], FP4_GROUP, axis=1)
-        yield row, piece
+from pallas_kernels.arithmetic import cdiv
+from pallas_kernels.formats.on_host import (
+    fp4_packed_shape,
+    fp4_rows,
+    fp4_scale_shape,
+    fp8_rows,
+    fp8_scale_shape,
+)
+from pallas_kernels.formats.sizes import FP4_GROUP, FP8_BLOCK
 
 
 def dequantize_into(target: np.ndarray, weight: np.ndarray, scale: np.ndarray) -> bool:
@@ -127,7 +64,7 @@ def dequantize_part(
     fp8 = weight.dtype == ml_dtypes.float8_e4m3fn
     tall, wide = (FP8_BLOCK, FP8_BLOCK) if fp8 else (1, FP4_GROUP)
     top, left = rows.start // tall, columns.start // wide
-    bottom, right = -(-rows.stop // tall), -(-columns.stop // wide)
+    bottom, right = cdiv(rows.stop, tall), cdiv(columns.stop, wide)
     of_scale = scale[
         top - first_block[0] : bottom - first_block[0], left - first_block[1] : right - first_block[1]
     ]

@@ -1,7 +1,8 @@
 """One parameter by boxes, wherever it lies: on devices, in host memory, or (see `read`) in files.
 
 Saving and converting see nothing else of a parameter, so a whole stack of layers or experts is never in one
-host array: of a stack on devices, each tensor is fetched from the shards that it overlaps.
+host array: of a stack on devices, each tensor is fetched from the shards that it overlaps. A tensor is given
+as it is held, dequantised, or rounded to FP8 or FP4.
 """
 
 import dataclasses
@@ -10,17 +11,20 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import ml_dtypes
 import numpy as np
 
 from dsv4_jax.boxes import Box, at, inside, overlap, shape_of, size_of
+from dsv4_jax.checkpoint.dequantize import dequantize_into
 from dsv4_jax.checkpoint.names import TensorSpec
+from dsv4_jax.checkpoint.safetensors import DTYPES
 from dsv4_jax.checkpoint.storage import Format
-from dsv4_jax.errors import ProblemsError
-from dsv4_jax.numerics.formats import FP4_GROUP, FP8_BLOCK, Fp8Blocks, Mxfp4
-from dsv4_jax.numerics.weights import QuantizedWeight, elements, scale
+from dsv4_jax.errors import CheckpointError, ProblemsError
+from pallas_kernels.formats.blocks import Blocks, Mxfp4, fp4_as_fp8, quantize_fp8_blocks, quantize_mxfp4
+from pallas_kernels.formats.sizes import FP4_GROUP, FP8_BLOCK
+from pallas_kernels.formats.weights import QuantizedWeight
 
 Leaf = jax.Array | np.ndarray | QuantizedWeight
-Blocks = Fp8Blocks | Mxfp4
 
 BLOCK: Mapping[Format, tuple[int, int]] = {"fp8": (FP8_BLOCK, FP8_BLOCK), "fp4": (1, FP4_GROUP)}
 """Rows and columns that share a scale."""
@@ -32,7 +36,7 @@ class Held:
 
     Attributes:
         shape: of the axes that a box cuts: those of the parameter, and of a quantised one [*leading, O, I].
-        format: 'bf16' stands for plain numbers of any dtype.
+        format: 'plain' numbers have any dtype.
         dtype: of plain numbers; None for quantised ones.
         read_box: a box -> an array of that shape, or the quantised array with its elements and scales. What
             it gives may be a view of the parameter: not to be written to.
@@ -59,14 +63,13 @@ class Held:
 def in_memory(leaf: Leaf) -> Held:
     """A parameter on devices, possibly split over them, or in host memory."""
     if not isinstance(leaf, QuantizedWeight):
-        return Held(tuple(leaf.shape), "bf16", np.dtype(leaf.dtype), functools.partial(part, leaf))
-    how: Format = "fp8" if isinstance(leaf.blocks, Fp8Blocks) else "fp4"
-    stored = tuple(elements(leaf).shape)
-    shape = stored if how == "fp8" else (*stored[:-1], 2 * stored[-1])
+        return Held(tuple(leaf.shape), "plain", np.dtype(leaf.dtype), functools.partial(part, leaf))
+    how: Format = "fp8" if leaf.blocks.format == "fp8" else "fp4"
+    shape = tuple(leaf.blocks.shape)
 
     def read_box(box: Box) -> Blocks:
         numbers, scales = part_boxes(how, box, shape)
-        return type(leaf.blocks)(part(elements(leaf), numbers), part(scale(leaf), scales))
+        return type(leaf.blocks)(part(leaf.blocks.data, numbers), part(leaf.blocks.scale, scales))
 
     return Held(shape, how, None, read_box)
 
@@ -137,3 +140,77 @@ def _in_host_memory(data: jax.Array) -> bool:
 
 
 _slice = jax.jit(jax.lax.dynamic_slice, static_argnums=2)
+
+
+Pair = tuple[np.ndarray, np.ndarray]
+"""A tensor's elements and scales, both as bytes."""
+
+
+class Pairs:
+    """Official tensors in FP8 or FP4: kept as they are held, or rounded to the nearest numbers.
+
+    Remembers the last one, because its elements and scales are written in turn.
+    """
+
+    def __init__(self) -> None:
+        self._last: tuple[str, Pair] | None = None
+
+    def __call__(self, held: Held, spec: TensorSpec, how: Format) -> Pair:
+        """One tensor in a format, 'fp8' or 'fp4'.
+
+        Raises:
+            CheckpointError: if the tensor holds NaN or infinity, or FP4 that FP8 does not hold exactly.
+        """
+        if self._last is None or self._last[0] != spec.name:
+            self._last = None  # before the next one is fetched
+            blocks = _in_format(held, spec, how)
+            self._last = spec.name, (np.asarray(blocks.data).view(np.uint8), np.asarray(blocks.scale))
+        return self._last[1]
+
+
+def _in_format(held: Held, spec: TensorSpec, how: Format) -> Blocks:
+    if held.format not in (how, "fp4"):
+        return _nearest(held, spec, how)
+    blocks = held.tensor(spec)
+    assert isinstance(blocks, Blocks)
+    if held.format == how:
+        return blocks
+    assert isinstance(blocks, Mxfp4)
+    try:
+        return fp4_as_fp8(blocks)
+    except ValueError as refused:
+        raise CheckpointError("cannot store FP4 as FP8", [f"{spec.name}: {refused}"]) from refused
+
+
+def _nearest(held: Held, spec: TensorSpec, how: Format) -> Blocks:
+    plain = plain_tensor(held, spec, np.dtype(np.float32))
+    if not np.isfinite(plain).all():
+        raise CheckpointError("cannot quantise", [f"{spec.name}: holds NaN or infinity"])
+    return (_to_fp8 if how == "fp8" else _to_fp4)(plain)
+
+
+_to_fp8 = jax.jit(quantize_fp8_blocks)
+_to_fp4 = jax.jit(quantize_mxfp4)
+
+
+def plain_tensor(held: Held, spec: TensorSpec, dtype: np.dtype) -> np.ndarray:
+    """The values of one tensor of any layout, dequantised if need be.
+
+    Args:
+        held: the parameter.
+        spec: of a tensor that is one official tensor, or several stacked ones.
+        dtype: of the result; bfloat16 or float32 if the parameter is quantised.
+    """
+    found = held.tensor(spec)
+    if isinstance(found, np.ndarray):
+        return found.astype(dtype, copy=False)
+    target = np.empty((*found.data.shape[:-2], *held.shape[-2:]), dtype)
+    dequantize_into(target, found.data, found.scale.view(ml_dtypes.float8_e8m0fnu))
+    return target.reshape(spec.shape)
+
+
+def as_dtype(data: np.ndarray, dtype: str) -> np.ndarray:
+    """Bytes of elements or scales in one of the dtypes of `dtype_on_disk`."""
+    if dtype == "F32":
+        return np.ldexp(np.float32(1), data.astype(np.int32) - 127)
+    return data.view(DTYPES[dtype])

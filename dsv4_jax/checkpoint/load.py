@@ -6,29 +6,28 @@ peak is the weights and the tensor being read; on an accelerator it is the large
 """
 
 import dataclasses
-import itertools
 import pathlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from dsv4_jax import parameters as table
 from dsv4_jax.checkpoint import names
+from dsv4_jax.checkpoint.expected import StoredTensor
+from dsv4_jax.checkpoint.files import Progress
 from dsv4_jax.checkpoint.held import BLOCK, Held
 from dsv4_jax.checkpoint.manifest import Manifest, Options, open_manifest
-from dsv4_jax.checkpoint.read import stored_parameters
-from dsv4_jax.checkpoint.release import DraftHead
+from dsv4_jax.checkpoint.read import Findings, stored_parameters
+from dsv4_jax.checkpoint.recognise import DraftHead
 from dsv4_jax.checkpoint.safetensors import DTYPES
 from dsv4_jax.checkpoint.side_files import UseTokenizer
-from dsv4_jax.checkpoint.tensor_rules import Entry
-from dsv4_jax.checkpoint.values import Findings
-from dsv4_jax.checkpoint.write import Progress
 from dsv4_jax.config import ModelConfig
-from dsv4_jax.errors import CheckpointError, ProblemsError
-from dsv4_jax.numerics.weights import QuantizedWeight
-from sharding.placement import Axis, Rules, placed, rule_problems, sharding_of
+from dsv4_jax.errors import CheckpointError
+from dsv4_jax.parameter_shardings import parameter_shardings
+from pallas_kernels.formats.weights import QuantizedWeight
+from sharding.placement import Rules, placed
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -37,9 +36,6 @@ if TYPE_CHECKING:
 
 Weights = Literal["native", "dequantized"]
 """What becomes of quantised weights: kept as they are, or made arrays of the param dtype."""
-
-Parameters = dict[str | int, object]
-"""Nested dict of arrays and quantised weights; list positions are int keys, as in `nnx.to_pure_dict`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +55,7 @@ class Loaded:
     """
 
     config: ModelConfig
-    parameters: Parameters
+    parameters: table.Parameters
     stored: Mapping[str, str]
     warnings: tuple[str, ...]
     layout: names.Layout
@@ -127,12 +123,13 @@ def load_checkpoint(
             scan_weights=scan_weights,
             progress=progress,
         )
-        shardings = _shardings(directory, manifest.config, held, mesh, rules or {})
+        blocks = {path: BLOCK[held[path].format] for path in held if held[path].format in BLOCK}
+        shardings = parameter_shardings(manifest.config, mesh, rules, str(directory), blocks)
         for path, parameter in held.items():
             value = placed(parameter.read_box, parameter.shape, shardings.get(path))
             if findings.problems:
                 flat.clear()  # reading goes on only to report everything
-            elif parameter.format == "bf16":
+            elif parameter.format == "plain":
                 flat[path] = value
             else:
                 flat[path] = QuantizedWeight(value, table.parameters(manifest.config)[path].own)
@@ -148,7 +145,7 @@ def load_checkpoint(
         tokenizer=manifest.side_files.tokenizer,
         side_files=manifest.side_files.contents,
         experts_in_fp4=all(
-            entry.format == "fp4" for entry in manifest.entries if entry.spec.parameter.role == "expert"
+            tensor.format == "fp4" for tensor in manifest.tensors if tensor.spec.parameter.role == "expert"
         ),
     )
 
@@ -156,50 +153,16 @@ def load_checkpoint(
 def exact_dtype(manifest: Manifest) -> np.dtype:
     """The narrower of bfloat16 and float32 that holds every matrix of a checkpoint exactly."""
     plain = {
-        entry.tensor.dtype
-        for entry in manifest.entries
-        if entry.format == "plain" and entry.spec.kind == "matrix"
+        tensor.info.dtype
+        for tensor in manifest.tensors
+        if tensor.format == "plain" and tensor.spec.kind == "matrix"
     }
     return DTYPES["BF16" if plain <= {"BF16"} else "F32"]
 
 
-def _shardings(
-    directory: str | pathlib.Path,
-    config: ModelConfig,
-    held: Mapping[names.Path, Held],
-    mesh: Mesh | None,
-    rules: Rules,
-) -> dict[names.Path, NamedSharding]:
-    """Where each parameter goes; nothing without a mesh."""
-    if mesh is None:
-        problems = ["rules are given, but no mesh"] if rules else []
-        mesh_problems, found = problems, {}
-    else:
-        mesh_problems, found = rule_problems(mesh, rules, table.LETTERS), {}
-        for path, parameter in table.parameters(config).items():
-            axes = placed_axes(parameter, BLOCK.get(held[path].format))
-            name = "/".join(map(str, path))
-            found[path], more = sharding_of(name, axes, mesh, rules)
-            mesh_problems += more
-    if mesh_problems:
-        raise ProblemsError(f"cannot place the parameters of {directory}", mesh_problems)
-    return found
-
-
-def placed_axes(parameter: table.Parameter, block: tuple[int, int] | None) -> list[Axis]:
-    """The axes of a parameter's array; with the block of a quantised weight those of its [*leading, O, I]."""
-    dims, shape = parameter.dims, parameter.shape
-    if block is None:
-        return [Axis((letter,), (size,)) for letter, size in zip(dims, shape, strict=True)]
-    axes = placed_axes(parameter, None)[: parameter.num_leading]
-    ends = list(itertools.accumulate(parameter.folds, initial=parameter.num_leading))
-    folds = list(itertools.pairwise(ends))
-    return axes + [Axis(dims[a:b], shape[a:b], n) for (a, b), n in zip(folds, block, strict=True)]
-
-
-def nested(flat: Mapping[names.Path, object]) -> Parameters:
+def nested(flat: Mapping[names.Path, object]) -> table.Parameters:
     """{("mtp", 0, "norm"): x} to {"mtp": {0: {"norm": x}}}."""
-    tree: Parameters = {}
+    tree: table.Parameters = {}
     for path, value in flat.items():
         node = tree
         for key in path[:-1]:
@@ -213,18 +176,18 @@ def stored_dtypes(manifest: Manifest, held: Mapping[names.Path, Held]) -> dict[s
 
     A stacked tensor speaks for its parts.
     """
-    by_place: dict[tuple[names.Path, tuple[int, ...]], Entry] = {
-        (entry.spec.path, entry.spec.index): entry
-        for entry in manifest.entries
-        if entry.format == "plain" or held[entry.spec.path].format != "bf16"
+    by_place: dict[tuple[names.Path, tuple[int, ...]], StoredTensor] = {
+        (tensor.spec.path, tensor.spec.index): tensor
+        for tensor in manifest.tensors
+        if tensor.format == "plain" or held[tensor.spec.path].format != "plain"
     }
     stored = {}
     for spec in names.official_tensors(manifest.config):
         for depth in range(len(spec.index), -1, -1):
-            entry = by_place.get((spec.path, spec.index[:depth]))
-            if entry is not None:
-                stored[spec.name] = entry.tensor.dtype
-                if entry.scale is not None and spec.scale_name is not None:
-                    stored[spec.scale_name] = entry.scale.dtype
+            tensor = by_place.get((spec.path, spec.index[:depth]))
+            if tensor is not None:
+                stored[spec.name] = tensor.info.dtype
+                if tensor.scale is not None and spec.scale_name is not None:
+                    stored[spec.scale_name] = tensor.scale.dtype
                 break
     return stored

@@ -6,12 +6,10 @@ import pathlib
 from collections.abc import Iterator, Mapping
 
 from dsv4_jax.checkpoint import names
+from dsv4_jax.checkpoint.expected import StoredTensor, check_tensor, missing_problems, unexpected_problems
 from dsv4_jax.checkpoint.files import CheckpointFiles, open_tensors
-from dsv4_jax.checkpoint.layout import identify
-from dsv4_jax.checkpoint.release import DraftHead, recognise
+from dsv4_jax.checkpoint.recognise import DraftHead, identify, recognise
 from dsv4_jax.checkpoint.side_files import SideFiles, UseTokenizer, read_side_files
-from dsv4_jax.checkpoint.tensor_rules import Entry, check_tensor
-from dsv4_jax.checkpoint.tensor_set import missing_problems, unexpected_problems
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.config.io import CONFIG_FILE, ConfigFile, read_config_in
 from dsv4_jax.errors import CheckpointError, ConfigError
@@ -42,14 +40,14 @@ class Manifest:
     Attributes:
         config: of the model that its tensors make; without MTP block where it has none.
         layout: its naming.
-        entries: one for each tensor of that layout, in the order of the rename table.
+        tensors: one for each tensor of that layout, in the order of the rename table.
         warnings: what was left out, and disagreements that the tensors settle.
         side_files: the small files beside the weights.
     """
 
     config: ModelConfig
     layout: names.Layout
-    entries: tuple[Entry, ...]
+    tensors: tuple[StoredTensor, ...]
     warnings: tuple[str, ...]
     side_files: SideFiles
 
@@ -99,33 +97,33 @@ def build_manifest(
     Returns:
         (manifest, problems), the manifest None if there is any problem.
     """
-    tensors = files.tensors
-    release = recognise(
-        tensors,
+    headers = files.tensors
+    recognised = recognise(
+        headers,
         has_dspark=config_file.has_dspark,
         draft_head=options.draft_head,
         text_only=options.text_only,
         require_mtp=options.require_mtp,
     )
-    if release.refusals:
-        return None, release.refusals
-    naming = identify(release.names)
+    if recognised.refusals:
+        return None, recognised.refusals
+    naming = identify(recognised.names)
     problems = list(naming.problems)
     if naming.layout is None:
         problems += unexpected_problems(naming.unknown, "official", config_file.config)
         return None, problems
 
     config = config_file.config
-    if release.has_dspark or naming.layout != "official":
+    if recognised.has_dspark or naming.layout != "official":
         config = dataclasses.replace(config, num_nextn_predict_layers=0)
     if options.require_mtp and config.num_nextn_predict_layers == 0:
         problems.append(f"an MTP block was asked for; this checkpoint ({naming.layout} layout) has none")
 
-    claimed, most = names.num_tensors(config, naming.layout), _CLAIM_FACTOR * len(tensors) + _CLAIM_SLACK
+    claimed, most = names.num_tensors(config, naming.layout), _CLAIM_FACTOR * len(headers) + _CLAIM_SLACK
     if claimed > most:
         problems.append(
             f"{CONFIG_FILE} describes {claimed} tensors (num_hidden_layers={config.num_hidden_layers},"
-            f" n_routed_experts={config.n_routed_experts}), the files hold {len(tensors)}"
+            f" n_routed_experts={config.n_routed_experts}), the files hold {len(headers)}"
         )
         return None, problems
     specs = names.layout_tensors(config, naming.layout)
@@ -133,38 +131,38 @@ def build_manifest(
     problems += missing_problems(specs, naming.names)
     unexpected = [own for own in naming.names if own not in known] + naming.unknown
     problems += unexpected_problems(unexpected, naming.layout, config)
-    entries = []
+    matched: list[StoredTensor] = []
     for spec in specs:
         scale_file_name = naming.names.get(spec.scale_name or "")
-        scale = None if scale_file_name is None else tensors[scale_file_name]
+        scale = None if scale_file_name is None else headers[scale_file_name]
         if spec.name in naming.names:
-            entry, found = check_tensor(spec, tensors[naming.names[spec.name]], scale)
+            tensor, found = check_tensor(spec, headers[naming.names[spec.name]], scale)
             problems += found
-            entries += [entry] if entry is not None else []
+            matched += [tensor] if tensor is not None else []
         elif scale is not None:
             problems.append(f"{scale.path.name}: {scale.name}: scales without their weights")
     if problems:
         return None, problems
     # the DSpark note may come from the config and from the tensors
-    warnings = [*files.warnings, *config_file.notes, *release.warnings]
-    warnings += storage_warnings(entries, config_file.raw)
-    return Manifest(config, naming.layout, tuple(entries), tuple(dict.fromkeys(warnings)), side_files), []
+    warnings = [*files.warnings, *config_file.notes, *recognised.warnings]
+    warnings += storage_warnings(matched, config_file.raw)
+    return Manifest(config, naming.layout, tuple(matched), tuple(dict.fromkeys(warnings)), side_files), []
 
 
-def storage_warnings(entries: list[Entry], raw: Mapping[str, object]) -> list[str]:
+def storage_warnings(tensors: list[StoredTensor], raw: Mapping[str, object]) -> list[str]:
     """Where the config's words about storage and the tensors disagree: the tensors are believed."""
     warnings = []
-    experts = [entry for entry in entries if entry.spec.parameter.role == "expert"]
+    experts = [tensor for tensor in tensors if tensor.spec.parameter.role == "expert"]
     layers: dict[object, dict[str, str]] = {}
-    for entry in experts:
+    for tensor in experts:
         # spec.index[:1] is the repeat of the stack: with the path's head, one layer
-        place = (entry.spec.path[:4], entry.spec.index[:1])
-        layers.setdefault(place, {}).setdefault(entry.tensor.dtype, entry.tensor.name)
+        place = (tensor.spec.path[:4], tensor.spec.index[:1])
+        layers.setdefault(place, {}).setdefault(tensor.info.dtype, tensor.info.name)
     for found in layers.values():
         if len(found) > 1:
             said = ", ".join(f"{dtype} ({name})" for dtype, name in found.items())
             warnings.append(f"the experts of one layer are stored in different dtypes: {said}")
-    formats = {entry.format for entry in experts}
+    formats = {tensor.format for tensor in experts}
     stated = raw.get("expert_dtype")
     quantization = raw.get("quantization_config")
     if isinstance(quantization, Mapping):
@@ -174,7 +172,7 @@ def storage_warnings(entries: list[Entry], raw: Mapping[str, object]) -> list[st
             f"config.json says expert_dtype={stated!r}, the tensors are"
             f" {' and '.join(sorted(formats))}; the tensors are believed"
         )
-    quantized = any(entry.format != "plain" for entry in entries)
+    quantized = any(tensor.format != "plain" for tensor in tensors)
     if quantized != isinstance(quantization, Mapping):
         warnings.append(
             f"config.json {'has no' if quantized else 'has a'} quantization_config, the tensors are"

@@ -20,19 +20,19 @@ import numpy as np
 
 from dsv4_jax import parameters as table
 from dsv4_jax.boxes import PIECE_ELEMENTS
-from dsv4_jax.checkpoint import names, quantize
-from dsv4_jax.checkpoint.held import Held, Leaf, in_memory
+from dsv4_jax.checkpoint import names, storage
+from dsv4_jax.checkpoint.files import Progress
+from dsv4_jax.checkpoint.held import Held, Leaf, Pair, Pairs, as_dtype, in_memory, plain_tensor
+from dsv4_jax.checkpoint.read import NAN_CODES, bad_scales, num_nan, num_non_finite
 from dsv4_jax.checkpoint.safetensors import DTYPES
 from dsv4_jax.checkpoint.side_files import GENERATION_FILE, SIDE_FILES
-from dsv4_jax.checkpoint.storage import Release, StoredTensor
-from dsv4_jax.checkpoint.tensor_rules import FP4_DTYPES
-from dsv4_jax.checkpoint.values import NAN_CODES, bad_scales, num_nan, num_non_finite
-from dsv4_jax.checkpoint.write import Planned, Progress, TensorPlan, write_sharded
+from dsv4_jax.checkpoint.storage import FP4_DTYPES, Release, ReleasedTensor
+from dsv4_jax.checkpoint.write import Planned, TensorPlan, write_sharded
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.config.io import CONFIG_FILE, official_config_dict, token_json, transformers_config_dict
 from dsv4_jax.errors import CheckpointError, ProblemsError
-from dsv4_jax.numerics.formats import Fp8Blocks
-from dsv4_jax.numerics.weights import QuantizedWeight
+from pallas_kernels.formats.blocks import Fp8Blocks
+from pallas_kernels.formats.weights import QuantizedWeight
 
 MAX_SHARD_BYTES = 5_000_000_000
 
@@ -112,7 +112,7 @@ def option_problems(config: ModelConfig, layout: names.Layout, release: Release 
     if release is not None:
         if layout != "official":
             problems.append(f"layout={layout!r} cannot hold {release.experts} weights, only 'official' can")
-        problems += quantize.quantizing_problems(names.official_tensors(config), release)
+        problems += storage.quantizing_problems(names.official_tensors(config), release)
     return problems
 
 
@@ -141,7 +141,7 @@ def write_held(
     if layout != "official" and config.num_nextn_predict_layers:
         warnings.append(f"the MTP block is not saved: the {layout} layout has none")
         config = dataclasses.replace(config, num_nextn_predict_layers=0)
-    formats = sorted({parameter.format for parameter in held.values()} - {"bf16"})
+    formats = sorted({parameter.format for parameter in held.values()} - {"plain"})
     if layout != "official" and formats:
         warnings.append(f"{' and '.join(formats)} weights are saved dequantised in the {layout} layout")
     planned = list(planned_tensors(config, held, layout, stored, release))
@@ -243,25 +243,25 @@ def planned_tensors(
 ) -> Iterator[Planned]:
     """Name, dtype and shape of every tensor of the file, and a function that gives its data."""
     records = _records(config, stored)
-    pairs = quantize.Pairs()
+    pairs = Pairs()
     for spec in names.layout_tensors(config, layout):
         parameter = held[spec.path]
-        how = "bf16" if layout != "official" else parameter.format
+        how = "plain" if layout != "official" else parameter.format
         if release is not None:
-            how = quantize.format_in(release, spec)
-        if how != "bf16":
+            how = storage.format_in(release, spec)
+        if how != "plain":
             give = functools.partial(pairs, parameter, spec, how)
-            yield from _planned_pair(quantize.stored_pair(spec, how), give, stored)
+            yield from _planned_pair(storage.stored_pair(spec, how), give, stored)
             continue
         dtype = "I64"
-        if parameter.format != "bf16":
+        if parameter.format != "plain":
             dtype = _name_of(held["embed",])
         elif spec.kind != "table":
             dtype = _name_of(parameter)
             recorded = records.get((spec.path, spec.index))
             if recorded not in (None, dtype) and _keeps(parameter, spec, recorded):
                 dtype = recorded
-        give = functools.partial(quantize.plain_tensor, parameter, spec, DTYPES[dtype])
+        give = functools.partial(plain_tensor, parameter, spec, DTYPES[dtype])
         yield spec.name, TensorPlan(dtype, spec.shape), give
 
 
@@ -272,17 +272,17 @@ def _name_of(plain: Held) -> str:
 
 
 def _planned_pair(
-    tensors: tuple[StoredTensor, StoredTensor],
-    give: Callable[[], quantize.Pair],
+    tensors: tuple[ReleasedTensor, ReleasedTensor],
+    give: Callable[[], Pair],
     stored: Mapping[str, str],
 ) -> Iterator[Planned]:
     """Elements and scales, in the dtypes they were read with."""
 
     def data(part: int, dtype: str) -> np.ndarray:
-        return quantize.as_dtype(give()[part], dtype)
+        return as_dtype(give()[part], dtype)
 
     for part, tensor in enumerate(tensors):
-        dtype = quantize.dtype_on_disk(tensor, stored.get(tensor.name))
+        dtype = storage.dtype_on_disk(tensor, stored.get(tensor.name))
         yield tensor.name, TensorPlan(dtype, tensor.shape), functools.partial(data, part, dtype)
 
 
@@ -326,7 +326,7 @@ def extra_files(
     if layout == "official":
         fields = official_config_dict(config) | {"torch_dtype": dtype}
         if not {"F8_E4M3", *FP4_DTYPES}.isdisjoint(dtypes):
-            fields["quantization_config"] = quantize.CONFIG
+            fields["quantization_config"] = storage.QUANTIZATION_CONFIG
         if not set(FP4_DTYPES).isdisjoint(dtypes):
             fields["expert_dtype"] = "fp4"
     else:

@@ -1,4 +1,4 @@
-"""What the released checkpoints store: dtype, shape and bytes of every tensor, from shapes alone.
+"""How checkpoints store weights, and what the released ones hold: dtype, shape and bytes, from shapes alone.
 
 Nothing here allocates: the totals below equal the published `total_size` of V4-Flash
 (159,609,485,896 bytes), V4-Flash-0731 (166,878,536,440 bytes, 72,317 tensors) and V4-Pro-0813
@@ -13,20 +13,36 @@ from typing import Literal
 import ml_dtypes
 
 from dsv4_jax.checkpoint import names
-from dsv4_jax.checkpoint.dequantize import fp4_packed_shape, fp4_scale_shape, fp8_scale_shape
 from dsv4_jax.config import ModelConfig
+from pallas_kernels.formats.on_host import fp4_packed_shape, fp4_scale_shape, fp8_scale_shape
+from pallas_kernels.formats.sizes import FP4_GROUP, FP8_BLOCK
 
 DTYPE_BITS = {"F8_E4M3": 8, "F8_E8M0": 8, "I8": 8, "BF16": 16, "F32": 32, "I64": 64}
 
-Format = Literal["fp4", "fp8", "bf16"]
+Format = Literal["plain", "fp8", "fp4"]
+"""How a tensor's numbers are held: as they are, in FP8 with scales of 128 x 128 blocks, or in FP4 with scales
+of 32 numbers of a row. Released checkpoints hold plain matrices in BF16."""
+
+FP4_DTYPES = ("I8", "U8")
+SCALE_DTYPES = ("F8_E8M0", "F32")
+
+QUANTIZATION_CONFIG = {
+    "quant_method": "fp8",
+    "fmt": "e4m3",
+    "activation_scheme": "dynamic",
+    "scale_fmt": "ue8m0",
+    "weight_block_size": [FP8_BLOCK, FP8_BLOCK],
+}
+"""Of config.json in the released checkpoints."""
+
 Draft = Literal["mtp", "dspark", "none"]
 
 DSPARK_STAGES = 3
 
 
 @dataclasses.dataclass(frozen=True)
-class StoredTensor:
-    """One tensor of a file: safetensors dtype name and shape as in its header."""
+class ReleasedTensor:
+    """One tensor of a release: safetensors dtype name and shape as in the header of its file."""
 
     name: str
     dtype: str
@@ -51,7 +67,7 @@ class Release:
     """
 
     experts: Format
-    linears: Literal["fp8", "bf16"]
+    linears: Literal["fp8", "plain"]
     draft: Draft
     markov_rank: int = 0
 
@@ -62,37 +78,37 @@ FLASH_0731 = Release("fp4", "fp8", "dspark", markov_rank=256)
 PRO_0813 = Release("fp4", "fp8", "dspark", markov_rank=512)
 BASE = Release("fp8", "fp8", "mtp")
 """V4-Flash-Base and V4-Pro-Base, as far as is known."""
-PLAIN = Release("bf16", "bf16", "mtp")
+PLAIN = Release("plain", "plain", "mtp")
 """An unquantised export."""
 
 
-def stored_tensors(
+def released_tensors(
     config: ModelConfig, release: Release, experts: int | None = None
-) -> Iterator[StoredTensor]:
+) -> Iterator[ReleasedTensor]:
     """Every tensor of an official checkpoint of `config`, weights before their scales.
 
     With `experts` so many experts of each layer, see `names.layout_tensors`.
     """
     backbone = dataclasses.replace(config, num_nextn_predict_layers=0)
     for spec in names.official_tensors(backbone, experts):
-        yield from _stored(spec, release)
+        yield from _released(spec, release)
     if release.draft == "mtp":
         for depth in range(config.num_nextn_predict_layers):
             for spec in names.mtp_tensors(config, depth, experts):
-                yield from _stored(spec, release)
+                yield from _released(spec, release)
     elif release.draft == "dspark":
         yield from _dspark(config, release, experts)
 
 
 def stored_bytes(config: ModelConfig, release: Release) -> int:
-    """`total_bytes` of all `stored_tensors`, found without listing every expert."""
+    """`total_bytes` of all `released_tensors`, found without listing every expert."""
     return sum(
         tensor.num_bytes * (config.n_routed_experts if names.is_one_expert(tensor.name) else 1)
-        for tensor in stored_tensors(config, release, 1)
+        for tensor in released_tensors(config, release, 1)
     )
 
 
-def total_bytes(tensors: Iterable[StoredTensor]) -> int:
+def total_bytes(tensors: Iterable[ReleasedTensor]) -> int:
     """The index file's `total_size`: data bytes of all tensors, headers excluded."""
     return sum(tensor.num_bytes for tensor in tensors)
 
@@ -103,7 +119,7 @@ def resident_bytes(config: ModelConfig, release: Release) -> int:
     Quantised weights take what they take on disk; norms widen to float32, hash tables narrow to int32.
     """
 
-    def bits(spec: names.TensorSpec, tensor: StoredTensor) -> int:
+    def bits(spec: names.TensorSpec, tensor: ReleasedTensor) -> int:
         if spec.scale_name is not None:
             return DTYPE_BITS[tensor.dtype]
         return 8 * spec.parameter.dtype(ml_dtypes.bfloat16).itemsize
@@ -114,32 +130,60 @@ def resident_bytes(config: ModelConfig, release: Release) -> int:
         // 8
         * (config.n_routed_experts if names.is_one_expert(spec.name) else 1)
         for spec in names.official_tensors(config, 1)
-        for tensor in _stored(spec, release)
+        for tensor in _released(spec, release)
     )
 
 
-def _stored(spec: names.TensorSpec, release: Release) -> Iterator[StoredTensor]:
+def _released(spec: names.TensorSpec, release: Release) -> Iterator[ReleasedTensor]:
     if spec.scale_name is None:
         dtype = {"matrix": "BF16", "norm": "BF16", "float32": "F32", "table": "I64"}[spec.kind]
-        yield StoredTensor(spec.name, dtype, spec.shape)
+        yield ReleasedTensor(spec.name, dtype, spec.shape)
         return
-    chosen = release.experts if spec.parameter.role == "expert" else release.linears
-    yield from quantized(spec.name, spec.scale_name, spec.shape, chosen)
+    yield from quantized(spec.name, spec.scale_name, spec.shape, format_in(release, spec))
 
 
-def quantized(name: str, scale_name: str, shape: tuple[int, ...], how: Format) -> Iterator[StoredTensor]:
+def quantized(name: str, scale_name: str, shape: tuple[int, ...], how: Format) -> Iterator[ReleasedTensor]:
     """A weight of logical shape [.., O, I] in such a format, and its scales."""
-    if how == "bf16":
-        yield StoredTensor(name, "BF16", shape)
+    if how == "plain":
+        yield ReleasedTensor(name, "BF16", shape)
     elif how == "fp8":
-        yield StoredTensor(name, "F8_E4M3", shape)
-        yield StoredTensor(scale_name, "F8_E8M0", fp8_scale_shape(shape))
+        yield ReleasedTensor(name, "F8_E4M3", shape)
+        yield ReleasedTensor(scale_name, "F8_E8M0", fp8_scale_shape(shape))
     else:
-        yield StoredTensor(name, "I8", fp4_packed_shape(shape))
-        yield StoredTensor(scale_name, "F8_E8M0", fp4_scale_shape(shape))
+        yield ReleasedTensor(name, "I8", fp4_packed_shape(shape))
+        yield ReleasedTensor(scale_name, "F8_E8M0", fp4_scale_shape(shape))
 
 
-def _dspark(config: ModelConfig, release: Release, experts: int | None) -> Iterator[StoredTensor]:
+def format_in(release: Release, spec: names.TensorSpec) -> Format:
+    """How a release stores a tensor."""
+    if spec.scale_name is None:
+        return "plain"
+    return release.experts if spec.parameter.role == "expert" else release.linears
+
+
+def quantizing_problems(specs: tuple[names.TensorSpec, ...], release: Release) -> list[str]:
+    """Tensors whose shape a release's format cannot hold."""
+    return [
+        f"{spec.name} {list(spec.shape)}: FP4 needs rows of a multiple of {FP4_GROUP}"
+        for spec in specs
+        if format_in(release, spec) == "fp4" and spec.shape[-1] % FP4_GROUP
+    ]
+
+
+def stored_pair(spec: names.TensorSpec, how: Format) -> tuple[ReleasedTensor, ReleasedTensor]:
+    """The two tensors of a file: elements and scales."""
+    assert spec.scale_name is not None
+    first, second = quantized(spec.name, spec.scale_name, spec.shape, how)
+    return first, second
+
+
+def dtype_on_disk(tensor: ReleasedTensor, recorded: str | None) -> str:
+    """The recorded dtype if it is one for the same format: FP4 may be I8 or U8, scales E8M0 or float32."""
+    same = ({*FP4_DTYPES}, {*SCALE_DTYPES})
+    return recorded if any({recorded, tensor.dtype} <= group for group in same) else tensor.dtype
+
+
+def _dspark(config: ModelConfig, release: Release, experts: int | None) -> Iterator[ReleasedTensor]:
     """Three window blocks, a projection of three layers' states, a Markov and a confidence head."""
     d, v, rank = config.hidden_size, config.vocab_size, release.markov_rank
     only_mtp = {row.official for row in names.MTP_ROWS}
@@ -150,9 +194,9 @@ def _dspark(config: ModelConfig, release: Release, experts: int | None) -> Itera
             short = spec.name.removeprefix(prefix)
             kept = short == "norm.weight" or short.startswith("hc_head_")
             if short not in only_mtp or (stage == last and kept):
-                yield from _stored(spec, release)
+                yield from _released(spec, release)
     yield from quantized("mtp.0.main_proj.weight", "mtp.0.main_proj.scale", (d, 3 * d), release.linears)
-    yield StoredTensor("mtp.0.main_norm.weight", "BF16", (d,))
-    yield StoredTensor(f"mtp.{last}.markov_head.markov_w1.weight", "BF16", (v, rank))
-    yield StoredTensor(f"mtp.{last}.markov_head.markov_w2.weight", "BF16", (v, rank))
-    yield StoredTensor(f"mtp.{last}.confidence_head.proj.weight", "BF16", (1, d + rank))
+    yield ReleasedTensor("mtp.0.main_norm.weight", "BF16", (d,))
+    yield ReleasedTensor(f"mtp.{last}.markov_head.markov_w1.weight", "BF16", (v, rank))
+    yield ReleasedTensor(f"mtp.{last}.markov_head.markov_w2.weight", "BF16", (v, rank))
+    yield ReleasedTensor(f"mtp.{last}.confidence_head.proj.weight", "BF16", (1, d + rank))

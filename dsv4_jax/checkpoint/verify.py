@@ -8,10 +8,9 @@ import numpy as np
 
 from dsv4_jax.boxes import at
 from dsv4_jax.checkpoint import names
-from dsv4_jax.checkpoint.files import CheckpointFiles
+from dsv4_jax.checkpoint.files import CheckpointFiles, Progress
 from dsv4_jax.checkpoint.manifest import Manifest, Options, open_manifest
-from dsv4_jax.checkpoint.values import Findings, read_part
-from dsv4_jax.checkpoint.write import Progress
+from dsv4_jax.checkpoint.read import Findings, read_part
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.errors import CheckpointError
 
@@ -68,17 +67,17 @@ def verify_checkpoint(
             findings = _scan(files, manifest, progress)
     except CheckpointError as error:
         return Verification(error.problems)
-    read = [t for entry in manifest.entries for t in (entry.tensor, entry.scale) if t is not None]
+    read = [info for tensor in manifest.tensors for info in (tensor.info, tensor.scale) if info is not None]
     formats: dict[str, int] = {}
-    for entry in manifest.entries:
-        formats[entry.format] = formats.get(entry.format, 0) + 1
+    for tensor in manifest.tensors:
+        formats[tensor.format] = formats.get(tensor.format, 0) + 1
     return Verification(
         problems=tuple(findings.problems),
         warnings=(*manifest.warnings, *findings.warnings()),
         config=manifest.config,
         layout=manifest.layout,
         num_tensors=len(read),
-        num_bytes=sum(tensor.num_bytes for tensor in read),
+        num_bytes=sum(info.num_bytes for info in read),
         formats=formats,
     )
 
@@ -86,18 +85,21 @@ def verify_checkpoint(
 def _scan(files: CheckpointFiles, manifest: Manifest, progress: Progress | None) -> Findings:
     findings, done = Findings(), 0
     total = sum(
-        t.num_bytes for entry in manifest.entries for t in (entry.tensor, entry.scale) if t is not None
+        info.num_bytes
+        for tensor in manifest.tensors
+        for info in (tensor.info, tensor.scale)
+        if info is not None
     )
-    for entry in manifest.entries:
-        dtype = np.dtype(np.int32 if entry.spec.kind == "table" else np.float32)
-        if entry.format != "plain":
+    for tensor in manifest.tensors:
+        dtype = np.dtype(np.int32 if tensor.spec.kind == "table" else np.float32)
+        if tensor.format != "plain":
             dtype = np.dtype(ml_dtypes.bfloat16)
-        parameter, dims = entry.spec.parameter, entry.spec.dims
+        parameter, dims = tensor.spec.parameter, tensor.spec.dims
         joined = dims[: len(dims) - len(parameter.own)]  # matrices that one tensor joins: one at a time
         matrix = np.empty((*(1 for _ in joined), *parameter.own), dtype)
         for place in np.ndindex(joined):
             read_part(
-                entry,
+                tensor,
                 files.read,
                 at(place, dims),
                 matrix,
@@ -105,10 +107,10 @@ def _scan(files: CheckpointFiles, manifest: Manifest, progress: Progress | None)
                 num_experts=manifest.config.n_routed_experts,
                 scan_weights=True,
             )
-        for tensor in (entry.tensor, entry.scale):
-            if tensor is not None:
-                files.drop_pages(tensor.name)
-                done += tensor.num_bytes
+        for info in (tensor.info, tensor.scale):
+            if info is not None:
+                files.drop_pages(info.name)
+                done += info.num_bytes
         if progress is not None:
-            progress(entry.tensor.name, done, total)
+            progress(tensor.info.name, done, total)
     return findings

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dsv4_jax.checkpoint.files import INDEX_FILE, SINGLE_FILE, Progress
 from dsv4_jax.checkpoint.safetensors import (
     DTYPES,
     MAX_HEADER_BYTES,
@@ -23,7 +24,6 @@ from dsv4_jax.checkpoint.safetensors import (
     is_tensor_name,
     num_bytes,
 )
-from dsv4_jax.checkpoint.shard_index import INDEX_FILE, SINGLE_FILE
 from dsv4_jax.checkpoint.staging import INCOMING_PREFIX, StagedFiles, StagedOutput
 from dsv4_jax.errors import CheckpointError
 from dsv4_jax.reading.strict_json import plain, shown
@@ -47,7 +47,6 @@ class TensorPlan:
 
 Produce = Callable[[], np.ndarray]
 Planned = tuple[str, TensorPlan, Produce]
-Progress = Callable[[str, int, int], None]
 
 
 def write_sharded(

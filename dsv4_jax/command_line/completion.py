@@ -60,7 +60,8 @@ def stream(model: "LanguageModel", prompt: str | list[int], sampling: Sampling) 
     """Pieces of the continuation, ready to print one after the other: text, or ids with spaces.
 
     Raises:
-        ProblemsError: for a prompt or sampling values that the model refuses.
+        ProblemsError: for a prompt or sampling values that the model refuses, and for a model whose logits
+            are no numbers.
     """
     pieces = model.stream_text if isinstance(prompt, str) else _stream_ids(model)
     iterator = pieces(
@@ -74,9 +75,15 @@ def stream(model: "LanguageModel", prompt: str | list[int], sampling: Sampling) 
         first = next(iterator, None)
     except ValueError as refused:  # arguments are checked when the first piece is asked for
         raise ProblemsError("cannot generate", [str(refused)]) from refused
-    if first is not None:
-        yield first
+    except FloatingPointError as broken:
+        raise ProblemsError("cannot generate", [str(broken)]) from broken
+    if first is None:
+        return
+    yield first
+    try:
         yield from iterator
+    except FloatingPointError as broken:
+        raise ProblemsError("cannot go on", [str(broken)]) from broken
 
 
 def complete(model: "LanguageModel", prompt: str | list[int], sampling: Sampling) -> dict[str, object]:

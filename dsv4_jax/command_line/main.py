@@ -81,11 +81,11 @@ def generate(
     sampling = completion.Sampling(max_new_tokens, temperature, top_p, seed)
     given = completion.checked_request(prompt, ids, sampling)
     _prepare(compilation_cache)
-    from dsv4_jax import language_model
+    from dsv4_jax import loading
     from dsv4_jax.command_line import hub
 
     directory = hub.locate(checkpoint, weights=True, announce=note)
-    model = language_model.load(
+    model = loading.load(
         directory,
         dtype=dtype,
         numerics=numerics,

@@ -28,7 +28,8 @@ from dsv4_jax.checkpoint.staging import INCOMING_PREFIX, REPLACED_PREFIX
 from dsv4_jax.checkpoint.write import target_problems
 from dsv4_jax.config.quantities import seed_problem
 from dsv4_jax.errors import CheckpointError, ProblemsError
-from dsv4_jax.language_model import LanguageModel, load
+from dsv4_jax.language_model import LanguageModel
+from dsv4_jax.loading import load
 from dsv4_jax.model.initial import Network, initial_parameters
 from dsv4_jax.numerics.policy import Policy
 from dsv4_jax.training.corpus import Corpus, gather_corpus

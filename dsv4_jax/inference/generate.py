@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv4_jax.inference import steps
-from dsv4_jax.inference.sampling import checked_sampling, request_keys
+from dsv4_jax.inference.sampling import NO_TOKEN, checked_sampling, request_keys
 from dsv4_jax.inference.steps import RUNNING
 from dsv4_jax.model.cache import Cache
-from dsv4_jax.model.initial import Network, Parameters
+from dsv4_jax.model.initial import Network
+from dsv4_jax.parameters import Parameters
 
 PREFILL_CHUNKS = (2048, 512, 128, 32)
 """Compiled chunk lengths, longest first; the rest of a prompt is padded up to the shortest that holds it."""
@@ -72,6 +73,8 @@ def stream(
 
     Raises:
         ValueError: for seeds or sampling values outside their range, or seeds that are not one a row.
+        FloatingPointError: when the logits of a row that still runs are not numbers; it names the rows and
+            the positions of the tokens that could not be drawn.
     """
     heat, nucleus = checked_sampling(temperature, top_p)
     requests = request_keys(seed, len(prompts))
@@ -81,11 +84,15 @@ def stream(
     stops = padded_stops(stop_token_ids)
     stopped = jnp.full((len(prompts),), RUNNING, jnp.int32)
     drawing = (requests, *(jnp.asarray(np.full(len(prompts), value)) for value in (heat, nucleus)))
-    for _ in range(max_new_tokens):
+    for step in range(max_new_tokens):
         token, logits, stopped, cache = steps.decode(
             network, parameters, cache, logits, *drawing, stopped, stops
         )
-        yield np.asarray(token)
+        drawn = np.asarray(token)
+        if broken := np.flatnonzero(drawn == NO_TOKEN).tolist():
+            places = "; ".join(f"row {row}, position {len(prompts[row]) + step}" for row in broken)
+            raise FloatingPointError(f"logits are not finite numbers, no token can be drawn: {places}")
+        yield drawn
         if stop_token_ids and (np.asarray(stopped) != RUNNING).all():
             return
 

@@ -15,6 +15,9 @@ from jaxtyping import Array, Float32, Int32, Key
 
 from dsv4_jax.config.quantities import checked_seed, sampling_problems, seed_problem
 
+NO_TOKEN = -2
+"""In place of a token whose logits are no numbers. It is no id, and not `steps.RUNNING` either."""
+
 
 def checked_sampling(temperature: Any, top_p: Any) -> tuple[np.float32, np.float32]:
     """Both as float32. Raises ValueError for what is not a number, a temperature that is negative or not
@@ -74,7 +77,8 @@ def sample(
 ) -> Int32[Array, "B"]:
     """One token a row. Temperature 0 is the argmax (lowest id on a tie); otherwise a Gumbel-max draw.
 
-    No row's token depends on another row.
+    No row's token depends on another row. A row whose largest logit is no finite number, as that of any row
+    with a NaN, has no distribution to draw from: it gets NO_TOKEN at every temperature.
 
     Args:
         logits: of the last position.
@@ -82,7 +86,8 @@ def sample(
         temperature: divides the row's logits, with the official floor of 1e-5.
         top_p: probability mass kept, most likely tokens first; 1 keeps all.
     """
-    greedy = jax.lax.argmax(logits, 1, jnp.int32)
+    greedy = jax.lax.argmax(logits, 1, jnp.int32)  # of a row with a NaN the first one
+    largest = jnp.take_along_axis(logits, greedy[:, None], axis=1)[:, 0]
     scaled = logits / jnp.maximum(temperature, 1e-5)[:, None]
 
     def nucleus(scaled: jax.Array) -> jax.Array:
@@ -100,4 +105,5 @@ def sample(
         noise = jax.vmap(functools.partial(jax.random.gumbel, shape=kept.shape[1:], dtype=kept.dtype))(keys)
         return jnp.where(sampled, jax.lax.argmax(kept + noise, 1, jnp.int32), greedy)
 
-    return jax.lax.cond(jnp.any(temperature > 0), draw, lambda _: greedy, scaled)
+    drawn = jax.lax.cond(jnp.any(temperature > 0), draw, lambda _: greedy, scaled)
+    return jnp.where(jnp.isfinite(largest), drawn, NO_TOKEN)

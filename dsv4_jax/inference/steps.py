@@ -16,7 +16,8 @@ from dsv4_jax.model.cache import new_cache
 RUNNING = -1
 """In place of a stop token: this row goes on. No token has this id."""
 
-empty_cache = jax.jit(new_cache, static_argnums=(0, 1, 2, 3, 4, 5, 6, 7))
+empty_cache = jax.jit(new_cache, static_argnums=(0, 1, 2, 3, 4, 5, 6, 7), static_argnames="stream_dtype")
+"""As `model.cache.new_cache`; `max_length`, which decides no shape, may be any number without compiling."""
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -57,6 +58,51 @@ def extend(network, parameters, cache, tokens, num_valid):
     return model.logits(model.hidden(after.streams)), after.cache
 
 
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def extend_further(network, parameters, cache, tokens, num_valid):
+    """Appends tokens, and predicts one token further with the MTP block (report, section 2.1).
+
+    MTP row t joins the backbone's streams of token t with token t + 1 and predicts token t + 2. So a call on
+    a row of n tokens starts with the token before it, which had no successor until now.
+
+    Args:
+        network, parameters: of a model with an MTP block.
+        cache: with a slot for it (`new_cache(mtp=True)`), donated. Any other step keeps the slot up to date
+            too, and `Cache.rewind` takes back its rows with the tokens.
+        tokens: i32[B, T].
+        num_valid: i32[B], tokens to append a row, 0..T.
+
+    Returns:
+        logits f32[B, T, V], as `extend`; further f32[B, T, V], whose row j scores the token at position
+        max(n - 1, 0) + j + 2 of a row that held n tokens; and the cache. Of `further` the first num_valid[b]
+        rows mean something, one fewer in a row that was empty.
+    """
+    model = network.holding(parameters)
+    after = model(spans.appended(tokens, cache.length, num_valid), cache)
+    return model.logits(model.hidden(after.streams)), model.logits(after.further), after.cache
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def draft(network, parameters, cache, token):
+    """Scores the token after the next one: what follows `token`, which is drawn but not appended yet.
+
+    Args:
+        network, parameters: of a model with an MTP block.
+        cache: with a slot for it, not donated and not changed. Rows without tokens have nothing to draft
+            from; what comes back for them means nothing.
+        token: i32[B], the next token of each row, at position n of a row of n tokens.
+
+    Returns:
+        f32[B, V], scores of the tokens at position n + 1, from the backbone's streams of token n - 1. They
+        are the row of `extend_further` for that token, once `token` is appended.
+    """
+    model = network.holding(parameters)
+    config = network.config
+    none = jnp.zeros((len(token), 1, config.hc_mult, config.hidden_size), network.policy.compute_dtype)
+    span = spans.appended(token[:, None], cache.length, jnp.ones_like(token))
+    return model.logits(model.predict_appended(none, span, cache)[0])[:, 0]
+
+
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=(2, 5))
 def prefill(network, parameters, cache, tokens, num_valid, last):
     """Appends a chunk; `last` f32[B, V] is updated for rows whose prompt has tokens in it."""
@@ -74,11 +120,13 @@ def decode(network, parameters, cache, logits, requests, temperature, top_p, sto
     """Draws a token a row, appends it, and returns (token, next logits, stopped, cache).
 
     `requests`, keys, `temperature` and `top_p` are [B] (see `sampling`). `stopped` i32[B] is the stop token
-    that a row drew, RUNNING while it drew none.
+    that a row drew, RUNNING while it drew none. A token is `sampling.NO_TOKEN` where logits are no numbers;
+    what follows it means nothing.
     """
     model = network.holding(parameters)
     drawn = sample(logits, keys_at(requests, cache.length), temperature, top_p)
     token = jnp.where(stopped == RUNNING, drawn, stopped)
     stopped = jnp.where(jnp.isin(token, stops), token, RUNNING)
-    after = model(spans.appended(token[:, None], cache.length, jnp.ones_like(token)), cache)
+    ids = jnp.maximum(token, 0)[:, None]
+    after = model(spans.appended(ids, cache.length, jnp.ones_like(token)), cache)
     return token, model.logits(model.hidden(after.streams))[:, 0], stopped, after.cache

@@ -10,8 +10,9 @@ from fractions import Fraction
 
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.config.quantities import integer_problem
-from dsv4_jax.inspection.costs import allocated_cache, count_parameters
-from dsv4_jax.numerics.cache_formats import CACHE_FORMATS
+from dsv4_jax.inspection.costs import allocated_bytes, allocated_cache, count_parameters
+from dsv4_jax.model.geometry import allocated_length
+from dsv4_jax.numerics.cache_formats import CACHE_FORMATS, CacheFormat
 
 V32_LAYERS = 61
 V32_BYTES_PER_TOKEN = V32_LAYERS * (656 + 132)  # FP8 latent with bf16 rotary, FP8 indexer key
@@ -29,7 +30,8 @@ class CacheBytes:
 
     name: str
     per_token: Fraction
-    at_context: int  # bytes, the part that grows with the context only
+    at_context: int  # bytes that the context needs, the part that grows with it only
+    allocated: int | None = None  # bytes that this version allocates for it, rings of recent rows included
 
     @property
     def v32_over_this(self) -> float:
@@ -65,6 +67,7 @@ class ContextCost:
     """Result of `context_cost`."""
 
     context: int
+    allocated_tokens: int  # what a cache for that context has room for
     caches: tuple[CacheBytes, ...]
     flops: TokenFlops
     v32_flops: TokenFlops
@@ -89,14 +92,23 @@ def context_cost(config: ModelConfig, context: int) -> ContextCost:
     problem = integer_problem("context", context, 1, config.max_position_embeddings)
     if problem:
         raise ValueError(f"{problem} (max_position_embeddings)")
-    ours = [(name, allocated_cache(config, cache_format=name).bytes_per_token) for name in CACHE_FORMATS]
+    capacity = allocated_length(config, context)
+
+    def ours(form: CacheFormat) -> CacheBytes:
+        size = allocated_cache(config, cache_format=form).bytes_per_token
+        name = f"this model, {'bf16' if form == 'plain' else form}"
+        allocated = allocated_bytes(config, capacity, cache_format=form)
+        return CacheBytes(name, size, math.floor(size * context), allocated)
+
     others = [
         ("DeepSeek-V3.2, fp8", Fraction(V32_BYTES_PER_TOKEN)),
         ("GQA, 8 heads of 128, bf16", Fraction(GQA_BYTES_PER_LAYER * config.num_hidden_layers)),
     ]
-    rows = [(f"this model, {'bf16' if name == 'plain' else name}", size) for name, size in ours] + others
-    caches = tuple(CacheBytes(name, size, math.floor(size * context)) for name, size in rows)
-    return ContextCost(context, caches, token_flops(config, context), v32_flops(context))
+    caches = (
+        *map(ours, CACHE_FORMATS),
+        *(CacheBytes(name, size, math.floor(size * context)) for name, size in others),
+    )
+    return ContextCost(context, capacity, caches, token_flops(config, context), v32_flops(context))
 
 
 def token_flops(config: ModelConfig, context: int) -> TokenFlops:

@@ -15,12 +15,9 @@ from dsv4_jax.config import ModelConfig, layer_stacks, v4_flash, v4_pro
 from dsv4_jax.config.io import ConfigFile
 from dsv4_jax.config.rules import is_int
 from dsv4_jax.parameters import Path, parameters, row_at
-
-FP8_GROUP = 64  # channels that share a scale in a stored KV entry
-INDEX_FP8_GROUP = 128  # channels that share a float32 scale in a stored indexer key
-MXFP4_GROUP = 32  # channels that share an E8M0 scale
-SCALE_BYTES_MULTIPLE = 8  # the scales of a KV entry are padded to this: 7 + 1 in the released models
-
+from pallas_kernels.arithmetic import cdiv
+from pallas_kernels.formats.entries import scale_bytes
+from pallas_kernels.formats.sizes import FP4_GROUP
 
 PRESETS = {"flash": v4_flash, "pro": v4_pro}
 """Models that can be inspected by name, without any file."""
@@ -207,13 +204,12 @@ def count_layer(config: ModelConfig) -> LayerCounts:
 def cache_formats(config: ModelConfig) -> tuple[CacheFormat, ...]:
     """The storage formats of section 3.5, for the head widths of `config`."""
     rotary, plain = config.qk_rope_head_dim, config.head_dim - config.qk_rope_head_dim
-    scales = _round_up(math.ceil(plain / FP8_GROUP), SCALE_BYTES_MULTIPLE)
-    fp8 = plain + 2 * rotary + scales
+    fp8 = plain + 2 * rotary + scale_bytes(plain)
     width = config.index_head_dim
     return (
         CacheFormat("bf16, bf16 keys", 2 * config.head_dim, 2 * width),
-        CacheFormat("fp8, fp8 keys", fp8, width + 4 * math.ceil(width / INDEX_FP8_GROUP)),
-        CacheFormat("fp8, mxfp4 keys", fp8, width // 2 + math.ceil(width / MXFP4_GROUP)),
+        CacheFormat("fp8, fp8 keys", fp8, width + 4),
+        CacheFormat("fp8, mxfp4 keys", fp8, width // 2 + cdiv(width, FP4_GROUP)),
     )
 
 
@@ -251,22 +247,25 @@ def allocated_cache(
     config: ModelConfig, dtype: str = "bfloat16", cache_format: str = "plain"
 ) -> AllocatedCache:
     """Measures `model.cache.new_cache` for one sequence, by its shapes at two capacities."""
-    import jax
-    import jax.numpy as jnp
-
-    from dsv4_jax.model.cache import new_cache
     from dsv4_jax.model.geometry import ROWS
 
     page = math.lcm(config.csa_ratio, config.hca_ratio) * ROWS
     roomy = dataclasses.replace(config, max_position_embeddings=max(config.max_position_embeddings, 2 * page))
-
-    def allocated(max_length: int) -> int:
-        make = lambda: new_cache(roomy, 1, max_length, jnp.dtype(dtype), format=cache_format)  # noqa: E731
-        cache = jax.eval_shape(make)
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
-
-    small, large = allocated(page), allocated(2 * page)
+    small, large = (allocated_bytes(roomy, size, dtype, cache_format) for size in (page, 2 * page))
     return AllocatedCache(dtype, Fraction(large - small, page), 2 * small - large)
+
+
+def allocated_bytes(
+    config: ModelConfig, capacity: int, dtype: str = "bfloat16", cache_format: str = "plain"
+) -> int:
+    """Bytes of all arrays of a cache for one sequence, allocated for `capacity` tokens."""
+    import jax
+    import jax.numpy as jnp
+
+    from dsv4_jax.model.cache import new_cache
+
+    make = lambda: new_cache(config, 1, capacity, jnp.dtype(dtype), format=cache_format)  # noqa: E731
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(make)))
 
 
 def checkpoint_bytes(config: ModelConfig, dspark_markov_rank: int | None = None) -> dict[str, int]:
@@ -288,7 +287,3 @@ def _inactive(config: ModelConfig, size: int) -> int:
     """Of routed-expert parameters, those of the E - Ke experts that a token does not visit."""
     experts = config.n_routed_experts
     return size // experts * (experts - config.num_experts_per_tok)
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 
 from dsv4_jax.checkpoint.load import nested
 from dsv4_jax.config import ModelConfig
-from dsv4_jax.numerics.formats import Fp8Blocks, Mxfp4
-from dsv4_jax.numerics.weights import QuantizedWeight
 from dsv4_jax.parameters import Parameter, parameters
-from pallas_kernels.arithmetic import cdiv
+from pallas_kernels.formats.blocks import Fp8Blocks, Mxfp4
+from pallas_kernels.formats.on_host import fp4_packed_shape, fp4_scale_shape, fp8_scale_shape
+from pallas_kernels.formats.weights import QuantizedWeight
 
 
 def native_shapes(config: ModelConfig):
@@ -21,12 +21,15 @@ def _native(parameter: Parameter):
         return jax.ShapeDtypeStruct(parameter.shape, parameter.dtype("bfloat16"))
     outputs, inputs = parameter.stored
 
-    def array(rows, columns, dtype):
-        return jax.ShapeDtypeStruct((*parameter.leading, rows, columns), dtype)
-
+    shape = (*parameter.leading, outputs, inputs)
     if parameter.role == "expert":
-        blocks = Mxfp4(array(outputs, inputs // 2, jnp.uint8), array(outputs, inputs // 32, jnp.uint8))
+        blocks = Mxfp4(
+            jax.ShapeDtypeStruct(fp4_packed_shape(shape), jnp.uint8),
+            jax.ShapeDtypeStruct(fp4_scale_shape(shape), jnp.uint8),
+        )
     else:
-        scale = array(cdiv(outputs, 128), cdiv(inputs, 128), jnp.uint8)
-        blocks = Fp8Blocks(array(outputs, inputs, jnp.float8_e4m3fn), scale)
+        blocks = Fp8Blocks(
+            jax.ShapeDtypeStruct(shape, jnp.float8_e4m3fn),
+            jax.ShapeDtypeStruct(fp8_scale_shape(shape), jnp.uint8),
+        )
     return QuantizedWeight(blocks, parameter.own)

@@ -62,11 +62,13 @@ def context_as_plain(cost: ContextCost) -> dict[str, object]:
     """The numbers of `dsv4 inspect --context` as JSON-ready values."""
     return {
         "context": cost.context,
+        "allocated_tokens": cost.allocated_tokens,
         "cache": [
             {
                 "storage": row.name,
                 "bytes_per_token": float(row.per_token),
                 "bytes": row.at_context,
+                "allocated_bytes": row.allocated,
                 "v32_over_this": row.v32_over_this,
             }
             for row in cost.caches
@@ -82,11 +84,17 @@ def print_context(cost: ContextCost, console: Console) -> None:
     """Prints the tables of `dsv4 inspect --context`."""
     table = Table(title=f"A context of {cost.context:,} tokens, one sequence", title_justify="left")
     table.add_column("cache")
-    for name in ("bytes/token", "GiB", "V3.2 / this"):
+    for name in ("bytes/token", "GiB", "V3.2 / this", "GiB allocated"):
         table.add_column(name, justify="right")
+    gib = lambda size: "" if size is None else f"{size / 2**30:,.2f}"  # noqa: E731
     for row in cost.caches:
-        gib = f"{row.at_context / 2**30:,.2f}"
-        table.add_row(row.name, f"{float(row.per_token):,.2f}", gib, f"{row.v32_over_this:.2f}")
+        sizes = (gib(row.at_context), f"{row.v32_over_this:.2f}", gib(row.allocated))
+        table.add_row(row.name, f"{float(row.per_token):,.2f}", *sizes)
+    table.caption_justify = "left"
+    table.caption = (
+        f"allocated: by this version, for {cost.allocated_tokens:,} tokens (the next power of two), with the"
+        " rings of recent rows"
+    )
     console.print(table)
     table = Table(title="FLOPs of one decoded token, in billions", title_justify="left")
     table.add_column("model")

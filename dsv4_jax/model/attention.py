@@ -9,18 +9,18 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32
 
 from dsv4_jax.config import AttentionKind, ModelConfig
-from dsv4_jax.model.cache import LayerCache, read_ring, write_ring
+from dsv4_jax.model.cache import LayerCache, write_ring
 from dsv4_jax.model.compressor import Compressor
-from dsv4_jax.model.core_attention import Queries, view
 from dsv4_jax.model.declared import Declared
 from dsv4_jax.model.entries import Entries
 from dsv4_jax.model.indexer import Indexer
 from dsv4_jax.model.linear import flat
 from dsv4_jax.model.norm import rms_norm
-from dsv4_jax.model.operations import Operations
+from dsv4_jax.model.operations import Operations, Queries
 from dsv4_jax.model.rope import Rotation, rotate
 from dsv4_jax.model.span import Blocks, Span
-from dsv4_jax.numerics import cache_formats, qat
+from dsv4_jax.numerics import cache_formats
+from dsv4_jax.numerics.grids import grids
 from dsv4_jax.numerics.policy import Policy
 
 
@@ -61,6 +61,8 @@ class Attention(nnx.Module):
         self.top_k = config.index_topk
         self.eps = config.rms_norm_eps
         self.policy = policy
+        self.num_rotary = config.qk_rope_head_dim
+        self.grids = grids(policy, self.num_rotary)
         self.operations = operations
 
     def __call__(
@@ -89,25 +91,20 @@ class Attention(nnx.Module):
         batch, length = x.shape[:2]
         linear = self.operations.linear
         by_head = Rotation(rotation.cos[:, :, None], rotation.sin[:, :, None])
-        seen_x = self._matmul_input(x)
-        latent = rms_norm(linear(seen_x, self.wq_a[...]), self.q_norm[...], self.eps)
-        latent = self._matmul_input(latent)
+        to_grid = self.grids.activation
+        seen_x = to_grid(x)
+        latent = to_grid(rms_norm(linear(seen_x, self.wq_a[...]), self.q_norm[...], self.eps))
         q = linear(latent, self.wq_b[...])
         groups, per_group, head_dim = q.shape[2:]
         q = rotate(rms_norm(q.reshape(batch, length, -1, head_dim), None, self.eps), by_head)
         kv = rms_norm(linear(seen_x, self.wkv[...]), self.kv_norm[...], self.eps)
-        kv = rotate(kv, rotation)
-        num_rotary = 2 * rotation.cos.shape[-1]
-        if self.policy.cache_format != "plain":
-            kv = cache_formats.round_entries(kv, self.policy.cache_format, num_rotary)
-        elif self.policy.simulates("kv_fp8"):
-            kv = qat.fake_entry(kv, num_rotary)
+        kv = self.grids.entry(rotate(kv, rotation))
 
         new_cache = cache
         if cache is None:
-            line = jnp.pad(kv, ((0, 0), (self.window - 1, 0), (0, 0)))
+            near = jnp.pad(kv, ((0, 0), (self.window - 1, 0), (0, 0)))
         else:
-            ring, line = self._through_ring(cache.window, kv, span, in_ring, repeat, num_rotary)
+            ring, near = self._through_ring(cache.window, kv, span, in_ring, repeat)
             new_cache = LayerCache(ring, cache.compressor, cache.indexer)
 
         row = jnp.int32(0) if cache is None else repeat  # without a cache the stack holds this layer only
@@ -136,41 +133,30 @@ class Attention(nnx.Module):
             index_q,
             index_weights,
         )
-        seen = (queries, line, entries, index_keys, self.attn_sink[...].reshape(-1))
-        sizes = {"window": self.window, "top_k": self.top_k}
-        rounded = self.policy.simulates("idx_score_bf16")
-        attend, attend_cached = self.operations.attend, self.operations.attend_cached
-        if attend_cached is not None and cache is not None and in_ring:
-            o = attend_cached(queries, new_cache.window, repeat, entries, index_keys, seen[-1], **sizes)
+        seen = (queries, near, entries, index_keys, self.attn_sink[...].reshape(-1))
+        rounded = self.grids.rounds_scores
+        sizes = {"window": self.window, "top_k": self.top_k, "rounded_scores": rounded}
+        if cache is not None and in_ring:
+            o = self.operations.attend_cached(*seen, **sizes)
         else:
-            o = attend(*seen, **sizes, rounded_scores=rounded, forward_only=cache is not None)
-        taps = (
-            view(*seen, **sizes, rounded_scores=rounded, collect=collect)
-            if collect & {"selected", "attention"}
-            else {}
-        )
+            o = self.operations.attend(*seen, **sizes, forward_only=cache is not None)
+        asked = collect & {"selected", "attention"}
+        taps = self.operations.view(*seen, **sizes, collect=asked) if asked else {}
         # The values were rotated at their own positions; turning back by the query's leaves the offset.
         o = rotate(o, by_head.inverse).reshape(batch, length, groups, per_group, head_dim)
         a = self.operations.grouped_linear(flat(o), flat(self.wo_a[...]))
-        y = linear(self._matmul_input(flat(a)), flat(self.wo_b[...]))
+        y = linear(to_grid(flat(a)), flat(self.wo_b[...]))
         return y, new_cache, taps
 
-    def _matmul_input(self, x):
-        return qat.fake_activation(x) if self.policy.simulates("act_fp8") else x
+    def _through_ring(self, ring, kv, span, in_ring, repeat):
+        """The ring after the call, and what holds the window entries before and of the call.
 
-    def _through_ring(self, ring, kv, span, in_ring, repeat, num_rotary):
-        """The ring after the call, and the window entries before and of the call in one line."""
-        num_past, num_new = self.window - 1, kv.shape[1]
-        first = span.start[:, None] - num_past
-        new = cache_formats.store_entries(kv, self.policy.cache_format, num_rotary)
-
-        def read(ring, count):
-            rows = read_ring(ring, repeat, first + jnp.arange(count, dtype=jnp.int32))
-            return cache_formats.read(rows, kv.dtype)
-
+        That is the ring itself for a short call, else the entries in one line.
+        """
+        new = cache_formats.store_entries(kv, self.policy.cache_format, self.num_rotary)
         if in_ring:
             ring = write_ring(ring, repeat, new, span.start, span.num_valid)
-            return ring, read(ring, num_past + num_new)
-        past = read(ring, num_past)
-        ring = write_ring(ring, repeat, new, span.start, span.num_valid)
-        return ring, jnp.concatenate([past, kv], axis=1)
+            return ring, Entries(ring, repeat)
+        past = span.start[:, None] - (self.window - 1) + jnp.arange(self.window - 1, dtype=jnp.int32)
+        line = jnp.concatenate([Entries(ring, repeat).at_positions(past, kv.dtype), kv], axis=1)
+        return write_ring(ring, repeat, new, span.start, span.num_valid), line

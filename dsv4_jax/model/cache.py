@@ -19,11 +19,11 @@ from jaxtyping import Array, Int32
 
 from dsv4_jax.config import AttentionKind, ModelConfig, layer_stacks
 from dsv4_jax.config.quantities import INT32_MAX, integer_array, integer_problem, outside
-from dsv4_jax.model.geometry import compressor_geometry, window_geometry
-from dsv4_jax.numerics import cache_formats
+from dsv4_jax.model.cache_counts import Counts
+from dsv4_jax.model.geometry import compressor_geometry, stream_slots, window_geometry
+from dsv4_jax.numerics import cache_formats, cache_storage
 from dsv4_jax.numerics.cache_formats import CacheFormat, Stored
-from pallas_kernels.decode_attention import Fp8Rows, fp8_rows
-from pallas_kernels.decode_attention.tuning import rows_pay
+from dsv4_jax.numerics.cache_storage import num_slots, write_slots
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["kv", "gate", "entries"], meta_fields=[])
@@ -50,23 +50,73 @@ class LayerCache:
     indexer: CompressorCache | None  # CSA
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["streams", "layer"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class MtpCache:
+    """State of the MTP block. Its row t joins the streams of token t with token t + 1 (report, section 2.1).
+
+    In a row of n tokens the last one waits for its successor: the block's window ends at position n - 2.
+    """
+
+    streams: Stored  # [1, B, M, N, D] backbone streams (or their bits) by position, M = max_rewind + 1
+    layer: LayerCache  # of its block, R = 1
+
+
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["length", "written", "layers"],
-    meta_fields=["max_length", "max_rewind"],
+    data_fields=["length", "written", "max_length", "layers", "mtp"],
+    meta_fields=["max_rewind"],
+    drop_fields=["known"],
 )
 @dataclasses.dataclass(frozen=True)
 class Cache:
     """The cache of a batch of sequences, each with its own length.
 
-    `length` counts the tokens each row holds; `written` is its high-water mark, kept only to check rewinds.
+    `length` counts the tokens each row holds; `written` is its high-water mark, kept only to check rewinds,
+    and `max_length` what it may hold, kept only to refuse more. The arrays may have room for more tokens
+    than that: caches of other `max_length` whose arrays are of the same size share their compiled programs.
+    The three are known on the host too (`counts`), as long as only calls of this package change the cache.
+    Whatever maps over its arrays, such as a `jax.jit` of the user's, returns a cache without that knowledge.
     """
 
     length: Int32[Array, "B"]
     written: Int32[Array, "B"]
+    max_length: Int32[Array, "B"]
     layers: tuple[tuple[LayerCache, ...], ...]  # [stack][unit position]
-    max_length: int
+    mtp: MtpCache | None  # only if the cache was made with it; every call then keeps it up to date
     max_rewind: int
+    known: tuple[tuple[Array, ...], Counts] | None = None  # the arrays that were counted, and their numbers
+
+    def counts(self) -> Counts | None:
+        """`length`, `written` and `max_length` on the host; None while they are traced.
+
+        If they are not known, the device is asked, which waits for it, once for this cache.
+        """
+        if self._is_traced():
+            return None
+        if self.counts_if_known() is None:
+            fetched = jax.device_get(self._counted())
+            object.__setattr__(self, "known", (self._counted(), Counts.of(*fetched)))
+        return self.counts_if_known()
+
+    def counts_if_known(self) -> Counts | None:
+        """The same, or None if they are not known: the device is not asked."""
+        if self.known is None or self._is_traced():
+            return None
+        # Numbers of other arrays are not this cache's: someone replaced a field.
+        arrays, counts = self.known
+        return counts if all(a is b for a, b in zip(arrays, self._counted(), strict=True)) else None
+
+    def knowing(self, counts: Counts | None) -> "Cache":
+        """The same cache, whose counts are these numbers on the host; None: they are not known."""
+        known = None if counts is None or self._is_traced() else (self._counted(), counts)
+        return dataclasses.replace(self, known=known)
+
+    def _counted(self) -> tuple[Array, ...]:
+        return self.length, self.written, self.max_length
+
+    def _is_traced(self) -> bool:
+        return any(isinstance(array, jax.core.Tracer) for array in self._counted())
 
     def rewind(self, num_tokens: int | Int32[Array, "B"]) -> "Cache":
         """Takes back the last tokens of each row; bit-exact, as if they had never been appended.
@@ -82,20 +132,21 @@ class Cache:
         check_not_consumed(self)
         batch = len(self.length)
         counts = _checked_rewind(num_tokens, batch)
-        length = self.length - counts.astype(jnp.int32)
-        if not any(isinstance(x, jax.core.Tracer) for x in (counts, self.length, self.written)):
-            taken, held = np.broadcast_to(counts, (batch,)), np.asarray(self.length)
-            left = held - taken.astype(np.int64)
-            oldest = np.maximum(np.asarray(self.written) - self.max_rewind, 0)
-            problems = [
-                f"row {b}: rewinding {taken[b]} of {held[b]} tokens; the cache allows going "
-                f"back to length {oldest[b]} (max_rewind={self.max_rewind})"
-                for b in range(batch)
-                if left[b] < oldest[b]
-            ]
-            if problems:
-                raise ValueError("; ".join(problems))
-        return dataclasses.replace(self, length=length)
+        rewound = dataclasses.replace(self, length=self.length - counts.astype(jnp.int32))
+        if isinstance(counts, jax.core.Tracer) or self._is_traced():
+            return rewound
+        held = self.counts()
+        after = held.rewound(np.broadcast_to(counts, (batch,)).astype(np.int64))
+        oldest = np.maximum(held.written - self.max_rewind, 0)
+        problems = [
+            f"row {b}: rewinding {held.length[b] - after.length[b]} of {held.length[b]} tokens; the cache "
+            f"allows going back to length {oldest[b]} (max_rewind={self.max_rewind})"
+            for b in range(batch)
+            if after.length[b] < oldest[b]
+        ]
+        if problems:
+            raise ValueError("; ".join(problems))
+        return rewound.knowing(after)
 
 
 def check_not_consumed(cache: Cache) -> None:
@@ -110,22 +161,34 @@ def check_not_consumed(cache: Cache) -> None:
             )
 
 
-def check_room(cache: Cache, num_new: Int32[Array, "B"]) -> None:
-    """Raises ValueError if a row would exceed `max_length`; traced lengths and counts are not known."""
-    if any(isinstance(x, jax.core.Tracer) for x in (cache.length, num_new)):
-        return
-    after = np.asarray(cache.length, np.int64) + np.asarray(num_new)
-    if (after > cache.max_length).any():
-        row = int(after.argmax())
-        raise ValueError(
-            f"row {row} would hold {after[row]} tokens; the cache was made for max_length={cache.max_length}"
-        )
+def counts_after(cache: Cache, num_new: np.ndarray | Int32[Array, "B"]) -> Counts | None:
+    """What the cache counts after appending num_new[b] tokens to row b; None if either is traced.
+
+    Waits for the device only if the cache's counts are not known (`Cache.counts`).
+
+    Raises:
+        ValueError: if a row would exceed `max_length`; it names every such row.
+    """
+    counts = None if isinstance(num_new, jax.core.Tracer) else cache.counts()
+    if counts is None:
+        return None
+    after = counts.appended(np.asarray(num_new))
+    problems = [
+        f"row {row} would hold {length} tokens; the cache was made for max_length={most}"
+        for row, (length, most) in enumerate(zip(after.length, after.max_length, strict=True))
+        if length > most
+    ]
+    if problems:
+        raise ValueError("; ".join(problems))
+    return after
 
 
-def check_sizes(config: ModelConfig, batch: int, max_length: int, max_rewind: int) -> None:
+def check_sizes(
+    config: ModelConfig, batch: int, max_length: int, max_rewind: int, name: str = "max_length"
+) -> None:
     """Raises ValueError for sizes that are no integers or out of range, all at once."""
     most = config.max_position_embeddings
-    length = integer_problem("max_length", max_length, 1, most)
+    length = integer_problem(name, max_length, 1, most)
     problems = [
         integer_problem("batch", batch, 1, INT32_MAX),
         length and f"{length} (max_position_embeddings)",
@@ -155,36 +218,46 @@ def _checked_rewind(num_tokens: object, batch: int) -> np.ndarray | jax.Array:
 def new_cache(
     config: ModelConfig,
     batch: int,
-    max_length: int,
+    capacity: int,
     dtype: np.dtype,
     max_rewind: int = 8,
     row_dtype: np.dtype | None = None,
     format: CacheFormat = "plain",
     as_bits: bool = True,
+    max_length: int | Int32[Array, ""] | None = None,
+    stream_dtype: np.dtype | None = None,
 ) -> Cache:
     """An empty cache.
 
     Args:
         config: the model's.
         batch: B rows.
-        max_length: tokens a row can hold; entries are allocated for floor(max_length / m), rounded up to
-            a multiple of ROWS.
+        capacity: tokens that the arrays of a row have room for: floor(capacity / m) entries are allocated,
+            rounded up to a multiple of ROWS. `allocated_length` says what to give for a `max_length`.
         dtype: of plain window rows, entries and keys.
         max_rewind: tokens that can be taken back at any time (drafts), >= 0.
         row_dtype: of the compressors' raw rows; None means `dtype`.
         format: how window rows, entries and keys are kept.
         as_bits: FP8 and bfloat16 numbers as unsigned integers, for XLA (`numerics.cache_formats`); kernels
             take the numbers themselves, and CSA entries in FP8, if there can be many, as rows of words.
+        max_length: tokens that a row may hold, at most `capacity`, which the caller answers for; None means
+            that many. It may be traced: it decides no shape.
+        stream_dtype: of residual streams, for a cache with a slot for the MTP block; None: without. A row's
+            slot holds (max_rewind + 1) N D numbers of this dtype, and a window as every layer's.
 
     Raises:
-        ValueError: for sizes below 1, beyond `max_position_embeddings`, or not integers.
+        ValueError: for sizes below 1, beyond `max_position_embeddings`, or not integers; or for the slot of
+            a block that the model does not have.
     """
-    check_sizes(config, batch, max_length, max_rewind)
+    if stream_dtype is not None and not config.num_nextn_predict_layers:
+        raise ValueError("this model has no MTP block (num_nextn_predict_layers = 0): its cache has no slot")
+    check_sizes(config, batch, capacity, max_rewind, name="capacity")
 
     def empty(shape: tuple[int, ...], store: Callable[[jax.Array], Stored], dtype=dtype) -> Stored:
-        kept = lambda x: cache_formats.bits(store(x)) if as_bits else store(x)  # noqa: E731
-        made = jax.eval_shape(kept, jax.ShapeDtypeStruct(shape, dtype))
-        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), made)
+        return cache_storage.empty(shape, store, dtype, as_bits)
+
+    def stack(shape: tuple[int, int, int, int], store: Callable[[jax.Array], Stored]) -> Stored:
+        return cache_storage.empty_stack(shape, store, dtype, as_bits)
 
     def store_entries(x: jax.Array) -> Stored:
         return cache_formats.store_entries(x, format, config.qk_rope_head_dim)
@@ -193,13 +266,16 @@ def new_cache(
         return cache_formats.store_keys(x, format)
 
     def chosen_entries(shape: tuple[int, int, int, int]) -> Stored:
-        """Of CSA, of which a query looks at some: kernels fetch them one by one, if there are enough."""
-        repeats, batch, size, width = shape
-        layout = fp8_rows.Layout(width, config.qk_rope_head_dim)
-        pays = rows_pay(rows=config.num_attention_heads, num_entries=size, num_chosen=config.index_topk)
-        if as_bits or format == "plain" or layout.problems() or size <= config.index_topk or not pays:
-            return empty(shape, store_entries)
-        return fp8_rows.empty(repeats, batch, size, layout)
+        """Of CSA, of which a query looks at some."""
+        return cache_storage.empty_entries(
+            shape,
+            dtype,
+            format,
+            as_bits,
+            num_rotary=config.qk_rope_head_dim,
+            num_heads=config.num_attention_heads,
+            num_chosen=config.index_topk,
+        )
 
     def compressor(repeats: int, kind: AttentionKind, width: int, make) -> CompressorCache:
         geometry = compressor_geometry(config, kind, max_rewind)
@@ -207,7 +283,7 @@ def new_cache(
         return CompressorCache(
             empty(rows, lambda x: x, row_dtype or dtype),
             empty(rows, lambda x: x, row_dtype or dtype),
-            make((repeats, batch, geometry.num_entries(max_length), width)),
+            make((repeats, batch, geometry.num_entries(capacity), width)),
         )
 
     def layer(kind: AttentionKind, repeats: int) -> LayerCache:
@@ -216,36 +292,29 @@ def new_cache(
         if kind == "window":
             return LayerCache(window, None, None)
         if kind == "hca":
-            every = functools.partial(empty, store=store_entries)
+            every = functools.partial(stack, store=store_entries)
             return LayerCache(window, compressor(repeats, kind, config.head_dim, every), None)
         main = compressor(repeats, kind, config.head_dim, chosen_entries)
-        keys = functools.partial(empty, store=store_keys)
+        keys = functools.partial(stack, store=store_keys)
         keys = compressor(repeats, kind, config.index_head_dim, keys)
         return LayerCache(window, main, keys)
 
-    # A length and a mark of its own: a donated cache must not hold one buffer twice.
+    def mtp() -> MtpCache:
+        shape = (1, batch, stream_slots(max_rewind), config.hc_mult, config.hidden_size)
+        return MtpCache(empty(shape, lambda x: x, stream_dtype), layer("window", 1))
+
+    # Arrays of their own: a donated cache must not hold one buffer twice.
     return Cache(
         length=jnp.zeros((batch,), jnp.int32),
         written=jnp.zeros((batch,), jnp.int32),
+        max_length=jnp.full((batch,), capacity if max_length is None else max_length, jnp.int32),
         layers=tuple(
             tuple(layer(attention, stack.repeats) for attention, _ in stack.kinds)
             for stack in layer_stacks(config)
         ),
-        max_length=max_length,
+        mtp=None if stream_dtype is None else mtp(),
         max_rewind=max_rewind,
     )
-
-
-def num_slots(ring: Stored) -> int:
-    """M of a ring, or S of a stack of entries, in any format."""
-    return jax.tree.leaves(ring)[0].shape[2]
-
-
-def read_ring(ring: Stored, repeat: Int32[Array, ""], positions: Int32[Array, "B P"]) -> Stored:
-    """Rows [B, P, ...] at these positions; positions it does not hold give some other row (mask them)."""
-    rows = jnp.arange(positions.shape[0], dtype=jnp.int32)[:, None]
-    slot = positions % num_slots(ring)
-    return jax.tree.map(lambda leaf: leaf.at[repeat, rows, slot].get(mode="promise_in_bounds"), ring)
 
 
 def write_ring(
@@ -262,33 +331,8 @@ def write_ring(
     kept = min(num_new, slots)
     first = jnp.maximum(num_valid - kept, 0)
     token = first[:, None] + jnp.arange(kept, dtype=jnp.int32)
-    rows = jnp.arange(batch, dtype=jnp.int32)[:, None]
     slot = jnp.where(token < num_valid[:, None], (start[:, None] + token) % slots, slots)
-
-    def write(leaf, new):
-        if kept < num_new:
-            new = new.at[rows, token].get(mode="clip")
-        return leaf.at[repeat, rows, slot].set(cache_formats.as_stored(new, leaf.dtype), mode="drop")
-
-    return jax.tree.map(write, ring, new)
-
-
-def write_entries(
-    entries: Stored,
-    repeat: Int32[Array, ""],
-    new: Stored,
-    first: Int32[Array, "B"],
-    count: Int32[Array, "B"],
-) -> Stored:
-    """Writes the first `count` of the new entries [B, P, ...] at first, first + 1, ...; drops the rest."""
-    if isinstance(entries, Fp8Rows):
-        return fp8_rows.write(entries, repeat, fp8_rows.words_of(new), first, count)
-    batch, num_new = jax.tree.leaves(new)[0].shape[:2]
-    offset = jnp.arange(num_new, dtype=jnp.int32)
-    slot = jnp.where(offset < count[:, None], first[:, None] + offset, num_slots(entries))
-    rows = jnp.arange(batch, dtype=jnp.int32)[:, None]
-
-    def write(leaf, new):
-        return leaf.at[repeat, rows, slot].set(cache_formats.as_stored(new, leaf.dtype), mode="drop")
-
-    return jax.tree.map(write, entries, new)
+    if kept < num_new:
+        rows = jnp.arange(batch, dtype=jnp.int32)[:, None]
+        new = jax.tree.map(lambda leaf: leaf.at[rows, token].get(mode="clip"), new)
+    return write_slots(ring, repeat, slot, new)

@@ -18,14 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int32
 
-from dsv4_jax.config.quantities import integer_array, integer_problem, outside
+from dsv4_jax.config.quantities import INT32_MAX, integer_array, integer_problem, outside
 from dsv4_jax.model.cache import Cache, check_not_consumed
+from dsv4_jax.model.cache_counts import Counts
 
-VECTORS = ("length", "written")
+VECTORS = ("length", "written", "max_length")
 """Fields of a cache that are arrays [B]."""
 
-STACKS = ("layers",)
-"""Fields of a cache whose arrays are [R, B, ...]."""
+STACKS = ("layers", "mtp")
+"""Fields of a cache whose arrays are [R, B, ...]; R = 1 for the MTP block's."""
 
 SHOWN_DIFFERENCES = 4
 
@@ -41,7 +42,9 @@ def take(cache: Cache, rows: Any) -> Cache:
         ValueError: for row numbers that are not such integers, or a consumed cache.
     """
     check_not_consumed(cache)
-    return _take(cache, _checked_rows(rows, len(cache.length), unique=False))
+    rows = _checked_rows(rows, len(cache.length), unique=False)
+    counts = cache.counts_if_known()
+    return _take(cache, rows).knowing(counts.take(rows) if counts and not _traced(rows) else None)
 
 
 def snapshot(cache: Cache, row: Any) -> Cache:
@@ -51,11 +54,9 @@ def snapshot(cache: Cache, row: Any) -> Cache:
         ValueError: for a row that is no integer in 0..B-1, or a consumed cache.
     """
     check_not_consumed(cache)
-    if not isinstance(row, jax.core.Tracer) and (
-        problem := integer_problem("row", row, 0, len(cache.length) - 1)
-    ):
+    if not _traced(row) and (problem := integer_problem("row", row, 0, len(cache.length) - 1)):
         raise ValueError(problem)
-    return take(cache, jnp.reshape(row, (1,)) if isinstance(row, jax.core.Tracer) else [int(row)])
+    return take(cache, jnp.reshape(row, (1,)) if _traced(row) else [int(row)])
 
 
 def put(cache: Cache, rows: Any, other: Cache) -> Cache:
@@ -64,7 +65,8 @@ def put(cache: Cache, rows: Any, other: Cache) -> Cache:
     Args:
         cache: of B rows.
         rows: integers [n] in 0..B-1, no two equal.
-        other: of n rows, of the same model, cache format, capacity and `max_rewind`.
+        other: of n rows, of the same model, cache format, allocated capacity and `max_rewind`. A row brings
+            its own `max_length`.
 
     Raises:
         ValueError: for other row numbers, caches that do not fit together, or consumed ones; all problems
@@ -81,11 +83,14 @@ def put(cache: Cache, rows: Any, other: Cache) -> Cache:
         problems.append(str(refused))
     if problems:
         raise ValueError("; ".join(problems))
-    return _put(cache, rows, other)
+    counts, theirs = cache.counts_if_known(), other.counts_if_known()
+    known = counts and theirs and not _traced(rows)
+    return _put(cache, rows, other).knowing(counts.put(rows, theirs) if known else None)
 
 
 def reset(cache: Cache, rows: Any) -> Cache:
-    """The cache with these rows empty, as in a fresh one, bit for bit. The given cache is consumed.
+    """The cache with these rows empty, as in a fresh one, bit for bit; what a row may hold (`max_length`)
+    stays. The given cache is consumed.
 
     A length of zero alone would hide the old rows; zeros also make sure that nothing of one request, such
     as a number that is not finite, can reach the next one in its slot.
@@ -94,7 +99,9 @@ def reset(cache: Cache, rows: Any) -> Cache:
         ValueError: as `take`.
     """
     check_not_consumed(cache)
-    return _reset(cache, _checked_rows(rows, len(cache.length), unique=False))
+    rows = _checked_rows(rows, len(cache.length), unique=False)
+    counts = cache.counts_if_known()
+    return _reset(cache, rows).knowing(counts.reset(rows) if counts and not _traced(rows) else None)
 
 
 def at_length(cache: Cache, length: Any) -> Cache:
@@ -104,7 +111,7 @@ def at_length(cache: Cache, length: Any) -> Cache:
 
     Args:
         cache: of B rows, which shares its arrays with the result.
-        length: integers [B] in 0..max_length, or one for all rows.
+        length: integers [B] in 0..max_length of the row, or one for all rows.
 
     Raises:
         ValueError: for other lengths, or a consumed cache.
@@ -114,13 +121,22 @@ def at_length(cache: Cache, length: Any) -> Cache:
     lengths, problem = integer_array("length", length)
     if problem is None and lengths.shape not in ((), (batch,)):
         problem = f"length of shape {lengths.shape} must be one number, or {batch}, one a row"
-    if problem is None and (bad := outside(lengths, 0, cache.max_length)):
-        problem = f"length {bad} must be in 0..{cache.max_length}"
     if problem:
         raise ValueError(problem)
-    lengths = np.broadcast_to(lengths, (batch,)).astype(np.int32)
+    lengths = np.broadcast_to(lengths, (batch,))
+    counts = cache.counts()
+    most = np.full(batch, INT32_MAX) if counts is None else counts.max_length  # None: traced, not known
+    problems = [
+        f"row {row}: length {length} must be in 0..{most[row]}"
+        for row, length in enumerate(lengths.tolist())
+        if not 0 <= length <= most[row]
+    ]
+    if problems:
+        raise ValueError("; ".join(problems))
+    lengths = lengths.astype(np.int32)
     # Two arrays: a donated cache must not hold one buffer twice.
-    return dataclasses.replace(cache, length=jnp.array(lengths), written=jnp.array(lengths))
+    placed = dataclasses.replace(cache, length=jnp.array(lengths), written=jnp.array(lengths))
+    return placed.knowing(counts and Counts.of(lengths, lengths, most))
 
 
 def _over_rows(change: Callable[..., jax.Array], *caches: Cache) -> Cache:
@@ -151,12 +167,17 @@ def _put(cache: Cache, rows: Int32[Array, " n"], other: Cache) -> Cache:
 @functools.partial(jax.jit, donate_argnums=0)
 def _reset(cache: Cache, rows: Int32[Array, " n"]) -> Cache:
     zero = lambda leaf: jnp.zeros((), leaf.dtype)  # noqa: E731
-    return _over_rows(lambda axis, leaf: leaf.at[_at(axis, rows)].set(zero(leaf), mode="drop"), cache)
+    empty = _over_rows(lambda axis, leaf: leaf.at[_at(axis, rows)].set(zero(leaf), mode="drop"), cache)
+    return dataclasses.replace(empty, max_length=cache.max_length)
 
 
-def _checked_rows(rows: Any, batch: int, *, unique: bool) -> Int32[Array, " n"]:
-    """Row numbers [n] as int32. Traced ones have their shape and dtype checked."""
-    if isinstance(rows, jax.core.Tracer):
+def _traced(rows: np.ndarray | jax.Array) -> bool:
+    return isinstance(rows, jax.core.Tracer)
+
+
+def _checked_rows(rows: Any, batch: int, *, unique: bool) -> np.ndarray | Int32[Array, " n"]:
+    """Row numbers [n] as int32, on the host. Traced ones have their shape and dtype checked."""
+    if _traced(rows):
         if rows.ndim != 1 or not len(rows) or not jnp.issubdtype(rows.dtype, jnp.integer):
             raise ValueError(f"rows, {rows.dtype} of shape {rows.shape}, must be integers [n], n >= 1")
         return rows.astype(jnp.int32)
@@ -174,7 +195,7 @@ def _checked_rows(rows: Any, batch: int, *, unique: bool) -> Int32[Array, " n"]:
             problems.append(f"rows {values[counts > 1].tolist()} are given more than once")
     if problems:
         raise ValueError("; ".join(problems))
-    return jnp.asarray(numbers.astype(np.int32))
+    return numbers.astype(np.int32)
 
 
 def _differences(cache: Cache, other: Cache) -> list[str]:

@@ -20,7 +20,7 @@ class Store(NamedTuple):
 
 
 def stores(cache: Cache) -> list[Store]:
-    """Everything that the layers of a cache hold, layer by layer."""
+    """Everything that the layers of a cache hold, layer by layer; without the slot of the MTP block."""
     return [store for stack in cache.layers for layer in stack for store in _of_layer(layer)]
 
 

@@ -8,12 +8,13 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32
 
 from dsv4_jax.config import AttentionKind, ModelConfig
-from dsv4_jax.model.cache import CompressorCache, write_entries, write_ring
+from dsv4_jax.model.cache import CompressorCache, write_ring
 from dsv4_jax.model.declared import Declared
 from dsv4_jax.model.linear import project_float32
 from dsv4_jax.model.operations import Operations
 from dsv4_jax.model.span import Blocks, Span
-from dsv4_jax.numerics import cache_formats, qat
+from dsv4_jax.numerics import cache_formats, cache_storage
+from dsv4_jax.numerics.grids import grids
 from dsv4_jax.numerics.policy import Policy
 
 
@@ -46,6 +47,7 @@ class Compressor(nnx.Module):
         self.operations = operations
         self.holds = holds
         self.num_rotary = config.qk_rope_head_dim
+        self.grids = grids(policy, self.num_rotary)
 
     def __call__(
         self,
@@ -67,7 +69,7 @@ class Compressor(nnx.Module):
             All entries visible to this call (the cache's stack in its format, or [1, B, P, Dc] without a
             cache) and the cache after it.
         """
-        product = project_float32 if self.policy.simulates("compressor_fp32") else self.operations.linear
+        product = project_float32 if self.grids.compressor_dtype else self.operations.linear
         kv, gate = product(x, self.wkv[...]), product(x, self.wgate[...])
         if cache is None:
             return self._emit(kv, gate, blocks)[None], None
@@ -90,23 +92,24 @@ class Compressor(nnx.Module):
             lambda: self._emit(*sources(), blocks),
             lambda: jnp.zeros((*blocks.is_first.shape, kv.shape[-1]), self.policy.compute_dtype),
         )
-        entries = write_entries(cache.entries, repeat, self._stored(new), blocks.first, blocks.count)
-        return entries, CompressorCache(*rings, entries)
+        at = (blocks.first, blocks.count)
+        entries = self.operations.store(cache.entries, repeat, self._stored(new), *at)
+        return cache_storage.in_rows(entries), CompressorCache(*rings, entries)
 
     def _emit(
         self, kv: Float[Array, "B rows w Dc"], gate: Float[Array, "B rows w Dc"], blocks: Blocks
     ) -> Float[Array, "B P Dc"]:
         weights = self.ape[...], self.norm[...]
         dtype = self.policy.compute_dtype
-        entries = self.operations.compress(kv, gate, *weights, blocks, eps=self.eps, dtype=dtype)
-        cache_format = self.policy.cache_format
-        if self.holds == "entries":
-            if cache_format != "plain":
-                return cache_formats.round_entries(entries, cache_format, self.num_rotary)
-            return qat.fake_entry(entries, self.num_rotary) if self.policy.simulates("kv_fp8") else entries
-        if cache_format == "fp8+fp8":
-            return cache_formats.round_keys(qat.hadamard(entries), cache_format)
-        return qat.fake_index_vector(entries) if self.policy.fp4_index else entries
+        entries = self.operations.compress(
+            *(kv, gate, *weights, *blocks.rotation),
+            is_first=blocks.is_first,
+            source=blocks.source,
+            previous=blocks.previous,
+            eps=self.eps,
+            dtype=dtype,
+        )
+        return self.grids.entry(entries) if self.holds == "entries" else self.grids.index_key(entries)
 
     def _stored(self, entries):
         if self.holds == "entries":

@@ -48,6 +48,17 @@ class WindowGeometry:
         return fits_in_ring(self.window - 1, num_new, self.slots)
 
 
+def allocated_length(config: ModelConfig, max_length: int) -> int:
+    """The capacity to allocate for rows of up to `max_length` tokens: the next power of two, at most the
+    model's positions.
+
+    Caches of any lengths between two powers of two then have arrays of the same sizes, and share their
+    programs. What grows with the context (entries and indexer keys) takes less than twice what `max_length`
+    tokens need; rings do not depend on it.
+    """
+    return min(1 << (max_length - 1).bit_length(), config.max_position_embeddings)
+
+
 def compressor_geometry(config: ModelConfig, kind: AttentionKind, max_rewind: int) -> CompressorGeometry:
     """Of the compressors of a CSA or HCA layer, in a cache that can take back `max_rewind` tokens."""
     ratio, branches = config.ratio(kind), config.branches(kind)
@@ -58,6 +69,14 @@ def window_geometry(config: ModelConfig, max_rewind: int) -> WindowGeometry:
     """Of the window of every layer, in a cache that can take back `max_rewind` tokens."""
     slots = round_up(max(config.sliding_window - 1 + max_rewind, 1), ROWS)
     return WindowGeometry(config.sliding_window, slots)
+
+
+def stream_slots(max_rewind: int) -> int:
+    """Slots of the ring of backbone streams that the MTP block keeps.
+
+    Its next row needs the stream of the last token, whichever of `max_rewind` + 1 tokens that becomes.
+    """
+    return max_rewind + 1
 
 
 def fits_in_ring(num_past: int, num_new: int, slots: int) -> bool:

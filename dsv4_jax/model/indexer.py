@@ -11,7 +11,7 @@ from dsv4_jax.model.declared import Declared
 from dsv4_jax.model.operations import Operations
 from dsv4_jax.model.rope import Rotation, rotate
 from dsv4_jax.model.span import Blocks, Span
-from dsv4_jax.numerics import qat
+from dsv4_jax.numerics.grids import grids
 from dsv4_jax.numerics.policy import Policy
 
 
@@ -31,7 +31,7 @@ class Indexer(nnx.Module):
             kind="csa",
             holds="index_keys",
         )
-        self.policy = policy
+        self.grids = grids(policy, config.qk_rope_head_dim)
         self.operations = operations
         self.scale = (config.index_head_dim * config.index_n_heads) ** -0.5
 
@@ -44,15 +44,10 @@ class Indexer(nnx.Module):
         """Rotated head queries (not normalised) and the scaled head weights."""
         q = self.operations.linear(latent, self.wq_b[...])
         q = rotate(q, Rotation(rotation.cos[:, :, None], rotation.sin[:, :, None]))
-        if self.policy.fp4_index:
-            q = qat.fake_index_vector(q)
-        elif self.policy.cache_format == "fp8+fp8":
-            q = qat.hadamard(q)  # as the keys; products of bfloat16 and FP8 are exact, so q needs no rounding
+        q = self.grids.index_query(q)
         weights = self.operations.linear(x, self.weights_proj[...]).astype(jnp.float32)
-        if self.policy.simulates("idx_score_bf16"):
-            weights = qat.to_bfloat16(qat.to_bfloat16(weights) * self.scale)
-            return q, weights
-        return q, weights * self.scale
+        to_grid = self.grids.score
+        return q, to_grid(to_grid(weights) * self.scale)
 
     def keys(
         self,

@@ -10,9 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
-from dsv4_jax.numerics.formats import Fp8Blocks
-from dsv4_jax.numerics.weights import Weight, is_quantized, plain
 from pallas_kernels.block_matmul import block_matmul, grouped_matmul_xla, matmul_xla
+from pallas_kernels.formats.weights import Weight, format_of, plain
 from pallas_kernels.precision import product_precision
 
 
@@ -58,17 +57,17 @@ def flat(x: Weight) -> Weight:
 
 
 def _is_fp8(weight: Weight) -> bool:
-    return is_quantized(weight) and isinstance(weight.blocks, Fp8Blocks)
+    return format_of(weight) == "fp8"
 
 
 def _fp8_products(x, weight, interpret, groups=1):
     """[*tokens, outputs]: x times every matrix of the weight (gate and up are two), read in place."""
     rows = x.reshape(-1, x.shape[-1])
-    elements, scales = (a.reshape(-1, *a.shape[-2:]) for a in (weight.blocks.elements, weight.blocks.scale))
+    matrices = jax.tree.map(lambda a: a.reshape(-1, *a.shape[-2:]), weight.blocks)
     count = math.prod(weight.leading)
     first = 0 if weight.repeat is None else weight.repeat * count
     y = [
-        block_matmul(rows, elements, scales, repeat=first + i, groups=groups, interpret=interpret)
+        block_matmul(rows, matrices, repeat=first + i, groups=groups, interpret=interpret)
         for i in range(count)
     ]
     return jnp.concatenate(y, axis=1).reshape(*x.shape[:-1], -1)

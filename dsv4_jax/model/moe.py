@@ -10,9 +10,9 @@ from dsv4_jax.model.declared import Declared
 from dsv4_jax.model.operations import Operations
 from dsv4_jax.model.router import Router, Routing
 from dsv4_jax.model.span import Span
-from dsv4_jax.numerics import qat
+from dsv4_jax.numerics.grids import grids
 from dsv4_jax.numerics.policy import Policy
-from dsv4_jax.numerics.weights import elements, plain, scale
+from pallas_kernels.formats.weights import matrices
 
 
 class Experts(nnx.Module):
@@ -32,17 +32,16 @@ class SharedExpert(nnx.Module):
         self.gate_up = declared("gate_up")
         self.down = declared("down")
         self.limit = config.swiglu_limit
-        self.policy = policy
+        self.grids = grids(policy, config.qk_rope_head_dim)
         self.operations = operations
 
     def __call__(self, x: Float[Array, "tokens D"]) -> Float[Array, "tokens D"]:
         """(silu(min(x w1, c)) * clip(x w3, -c, c)) w2; clamp, SiLU and product in float32."""
-        to_grid = qat.fake_activation if self.policy.simulates("act_fp8") else lambda x: x
-        both = self.operations.linear(to_grid(x), self.gate_up[...]).astype(jnp.float32)
+        both = self.operations.linear(self.grids.activation(x), self.gate_up[...]).astype(jnp.float32)
         gate, up = both[:, 0], both[:, 1]
         if self.limit:
             gate, up = jnp.minimum(gate, self.limit), jnp.clip(up, -self.limit, self.limit)
-        hidden = to_grid((jax.nn.silu(gate) * up).astype(x.dtype))
+        hidden = self.grids.activation((jax.nn.silu(gate) * up).astype(x.dtype))
         return self.operations.linear(hidden, self.down[...])
 
 
@@ -61,8 +60,7 @@ class MixtureOfExperts(nnx.Module):
         self.experts = Experts(declared.under("experts"))
         self.shared = SharedExpert(config, policy, operations, declared.under("shared"))
         self.limit = config.swiglu_limit
-        self.num_experts = config.n_routed_experts
-        self.policy = policy
+        self.grids = grids(policy, config.qk_rope_head_dim)
         self.operations = operations
 
     def __call__(
@@ -75,30 +73,17 @@ class MixtureOfExperts(nnx.Module):
         """
         tokens = x.reshape(-1, x.shape[-1])
         routing = self.gate(tokens, span.ids.reshape(-1))
-        gate_up, down = self.experts.gate_up[...], self.experts.down[...]
-        if self.policy.simulates("expert_fp4"):
-            gate_up, down = (qat.fake_mxfp4(plain(w, self.policy.param_dtype)) for w in (gate_up, down))
-        seen, round_hidden = tokens, None
-        if self.policy.simulates("act_fp8"):
-            seen, round_hidden = qat.fake_activation(tokens), qat.fake_activation
-        first_expert: Int32[Array, ""] | int = 0
-        if gate_up.ndim == 5:
-            # Of quantised weights both arrays: elements and scales.
-            gate_up, down = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), (gate_up, down))
-            first_expert = repeat * self.num_experts
+        gate_up, down = (self.grids.expert(w[...]) for w in (self.experts.gate_up, self.experts.down))
         routed = self.operations.experts(
-            seen,
-            elements(gate_up),
-            elements(down),
+            self.grids.activation(tokens),
+            matrices(gate_up),
+            matrices(down),
             routing.experts,
             routing.weights,
             swiglu_limit=self.limit,
-            num_experts=self.num_experts,
             valid=span.valid.reshape(-1),
-            first_expert=first_expert,
-            round_hidden=round_hidden,
-            gate_up_scale=scale(gate_up),
-            down_scale=scale(down),
+            repeat=repeat if gate_up.ndim == 5 else None,
+            round_hidden=self.grids.hidden,
         )
         y = routed + self.shared(tokens).astype(jnp.float32)
         return y.astype(x.dtype).reshape(x.shape), routing

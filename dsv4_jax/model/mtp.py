@@ -7,12 +7,13 @@ from jaxtyping import Array, Float
 
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.model.block import Block, Surroundings
+from dsv4_jax.model.cache import LayerCache
 from dsv4_jax.model.declared import Declared
 from dsv4_jax.model.hyper_connection import StreamCollapse
 from dsv4_jax.model.layer_report import LayerReport
 from dsv4_jax.model.norm import rms_norm
 from dsv4_jax.model.operations import Operations
-from dsv4_jax.numerics import qat
+from dsv4_jax.numerics.grids import grids
 from dsv4_jax.numerics.policy import Policy
 
 
@@ -32,7 +33,7 @@ class MultiTokenPrediction(nnx.Module):
         self.norm = declared("norm")
         self.hc_head = StreamCollapse(config, operations, declared.under("hc_head"))
         self.block = Block(config, policy, operations, "window", "learned", declared.under("block"))
-        self.policy = policy
+        self.grids = grids(policy, config.qk_rope_head_dim)
         self.operations = operations
         self.eps = config.rms_norm_eps
 
@@ -41,15 +42,17 @@ class MultiTokenPrediction(nnx.Module):
         streams: Float[Array, "B T N D"],
         next_embedding: Float[Array, "B T D"],
         around: Surroundings,
-    ) -> tuple[Float[Array, "B T D"], LayerReport]:
-        """Hidden states for the head, row t standing for token t + 2, and the report of the layer.
+        cache: LayerCache | None = None,
+    ) -> tuple[Float[Array, "B T D"], LayerReport, LayerCache | None]:
+        """Hidden states for the head, row t standing for token t + 2, the report of the layer, and its cache.
 
         Args:
             streams: backbone streams after the last layer, before collapse and norm.
             next_embedding: embedding of token t + 1 beside the streams of token t.
             around: positions of the tokens t.
+            cache: None for whole sequences; else the block's own, which holds the rows before these.
         """
-        to_grid = qat.fake_activation if self.policy.simulates("act_fp8") else lambda x: x
+        to_grid = self.grids.activation
         e = to_grid(rms_norm(next_embedding, self.enorm[...], self.eps))
         h = to_grid(rms_norm(streams, self.hnorm[...], self.eps))
         linear = self.operations.linear
@@ -57,5 +60,5 @@ class MultiTokenPrediction(nnx.Module):
         graph, state = nnx.split(self.block)
         block = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[0], state))
         x = (e[:, :, None] + h).astype(streams.dtype)
-        x, _, report, _ = block(x, around, None, jnp.int32(0), frozenset())
-        return rms_norm(self.hc_head(x), self.norm[...], self.eps), report.stacked_once()
+        x, cache, report, _ = block(x, around, cache, jnp.int32(0), frozenset())
+        return rms_norm(self.hc_head(x), self.norm[...], self.eps), report.stacked_once(), cache

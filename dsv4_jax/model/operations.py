@@ -11,9 +11,12 @@ from typing import Any
 
 import jax
 
-from dsv4_jax.model import attention_kernels, core_attention, linear, pooling
+from dsv4_jax.model import linear
+from dsv4_jax.numerics import cache_storage
 from dsv4_jax.numerics.policy import Policy
-from pallas_kernels import hyper_connection
+from pallas_kernels import core_attention, entry_write, hyper_connection
+from pallas_kernels.compressor import compressor
+from pallas_kernels.core_attention import Queries as Queries
 from pallas_kernels.grouped_matmul import expert_ffn
 from pallas_kernels.hyper_connection import xla as hyper_connection_xla
 from pallas_kernels.hyper_connection.tuning import HyperConnectionBlocks
@@ -57,9 +60,11 @@ class Operations:
 
     linear: Operation  # x, weight: `linear.project`
     grouped_linear: Operation  # x, weight: `linear.project_groups`
-    compress: Operation  # rows, gates, bias, norm, blocks: `pooling.entries_xla`
-    attend: Operation  # queries, line, entries, index keys, sink: `core_attention.hybrid_attention`
-    attend_cached: Operation | None  # a few queries over the cache where it lies; None: by `attend`
+    compress: Operation  # rows, gates, bias, norm, cos, sin: `compressor.compressor`
+    store: Operation  # stack, repeat, new entries, first, count: `cache_storage.write_entries`
+    attend: Operation  # queries, line, entries, index keys, sink: `core_attention.attend`
+    attend_cached: Operation  # queries, ring, entries, index keys, sink: `core_attention.attend_cached`
+    view: Operation  # as `attend`, and what to collect: `core_attention.view`
     enter: Operation  # streams, fn, base, scale, norm: `hyper_connection.pre`
     leave: Operation  # streams, update, maps: `hyper_connection.post`
     advance: Operation  # streams, update, maps, fn, base, scale, norm: `hyper_connection.post_pre`
@@ -84,13 +89,16 @@ def operations(policy: Policy, hyper_connection_blocks: HyperConnectionBlocks | 
         policy: of the model.
         hyper_connection_blocks: tile sizes of those kernels, for tests; None lets the family choose.
     """
+    columns = (("columns", entry_write.write_entries),)
     if policy.kernels == "xla":
         return Operations(
             linear=Operation("linear", linear.project),
             grouped_linear=Operation("grouped_linear", linear.project_groups),
-            compress=Operation("compress", pooling.entries_xla),
-            attend=Operation("attend", core_attention.hybrid_attention),
-            attend_cached=None,
+            compress=Operation("compress", compressor, (("impl", "xla"),)),
+            store=Operation("store", cache_storage.write_entries, (*columns, ("impl", "reference"))),
+            attend=Operation("attend", core_attention.attend, (("impl", "xla"),)),
+            attend_cached=Operation("attend_cached", core_attention.attend_cached, (("impl", "xla"),)),
+            view=Operation("view", core_attention.view),
             enter=Operation("enter", hyper_connection_xla.pre_xla),
             leave=Operation("leave", hyper_connection_xla.expand),
             advance=Operation("advance", hyper_connection_xla.post_pre_xla),
@@ -108,11 +116,24 @@ def operations(policy: Policy, hyper_connection_blocks: HyperConnectionBlocks | 
     return Operations(
         linear=Operation("linear", linear.project_stored, how, **fp8),
         grouped_linear=Operation("grouped_linear", linear.project_groups_stored, how, **fp8),
-        compress=Operation("compress", pooling.entries_by_kernel, how, ("compressor",)),
-        attend=Operation("attend", attention_kernels.hybrid_attention, how, ("indexer", "hybrid_attention")),
-        attend_cached=Operation(
-            "attend_cached", attention_kernels.decode_attention, how, ("indexer", "decode_attention")
+        compress=Operation("compress", compressor, (("impl", "pallas"), *how), ("compressor",)),
+        store=Operation(
+            "store",
+            cache_storage.write_entries,
+            (*columns, ("impl", "pallas"), *how),
+            ("entry_write",),
+            "with an FP8 or FP4 cache",
         ),
+        attend=Operation(
+            "attend", core_attention.attend, (("impl", "pallas"), *how), ("indexer", "hybrid_attention")
+        ),
+        attend_cached=Operation(
+            "attend_cached",
+            core_attention.attend_cached,
+            (("impl", "pallas"), *how),
+            ("indexer", "decode_attention"),
+        ),
+        view=Operation("view", core_attention.view),
         enter=Operation("enter", hyper_connection.pre, sized, streams),
         leave=Operation("leave", hyper_connection.post, sized, streams),
         advance=Operation("advance", hyper_connection.post_pre, sized, streams),

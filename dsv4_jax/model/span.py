@@ -11,7 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Bool, Int32
 
 from dsv4_jax.model.geometry import CompressorGeometry
 from dsv4_jax.model.rope import Rotation, rotation
@@ -158,15 +158,3 @@ def blocks_packed(span: Span, ratio: int, frequencies: np.ndarray) -> Blocks:
         lo=jnp.where(span.valid, ended - own, 0),
         hi=jnp.where(span.valid, ended, 0),
     )
-
-
-def block_rows(
-    rows: Float[Array, "B P_rows ..."], source: Int32[Array, "B P m"] | None, ratio: int
-) -> Float[Array, "B P m ..."]:
-    """Rows grouped into blocks: by `source`, or in place when it is None."""
-    if source is None:
-        batch, length = rows.shape[:2]
-        num_blocks = length // ratio
-        return rows[:, : num_blocks * ratio].reshape(batch, num_blocks, ratio, *rows.shape[2:])
-    batch = jnp.arange(rows.shape[0], dtype=jnp.int32)[:, None, None]
-    return rows.at[batch, source].get(mode="promise_in_bounds")

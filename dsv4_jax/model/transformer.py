@@ -17,8 +17,9 @@ from dsv4_jax.config import AttentionKind, LayerStack, ModelConfig, layer_stacks
 from dsv4_jax.model import rope
 from dsv4_jax.model import span as spans
 from dsv4_jax.model.block import Block, Surroundings
-from dsv4_jax.model.cache import Cache, LayerCache
+from dsv4_jax.model.cache import Cache, LayerCache, MtpCache, write_ring
 from dsv4_jax.model.declared import Declared
+from dsv4_jax.model.entries import Entries
 from dsv4_jax.model.geometry import compressor_geometry, window_geometry
 from dsv4_jax.model.hyper_connection import StreamCollapse
 from dsv4_jax.model.layer_report import LayerReport, ModelReport
@@ -28,8 +29,8 @@ from dsv4_jax.model.norm import rms_norm
 from dsv4_jax.model.operations import Operations, operations
 from dsv4_jax.model.span import Span
 from dsv4_jax.numerics.policy import Policy
-from dsv4_jax.numerics.weights import is_quantized
-from dsv4_jax.parameters import parameters
+from dsv4_jax.parameters import parameters, row_at
+from pallas_kernels.formats.weights import is_quantized
 
 TAPS = {
     "streams": "residual streams after each layer, [B, T, N, D]",
@@ -50,6 +51,7 @@ class Forward(NamedTuple):
     cache: Cache | None
     report: ModelReport  # of the layers, without the MTP block
     taps: list[dict[str, jax.Array]]  # one a layer, holding what was asked for
+    further: Float[Array, "B T D"] | None  # MTP hidden states (`predict_appended`), if the cache has a slot
 
 
 class Stack(nnx.Module):
@@ -109,7 +111,8 @@ class Transformer(nnx.Module):
         Args:
             span: the tokens and where they stand (`span.appended`, `from_start`, `packed`).
             cache: what came before, or None for whole sequences. The returned cache holds the call's
-                valid tokens too; capacity is the caller's to check.
+                valid tokens too; capacity is the caller's to check. With a slot for the MTP block, that runs
+                over the call's tokens as well.
             collect: names from `TAPS`.
 
         Raises:
@@ -141,11 +144,17 @@ class Transformer(nnx.Module):
             layer_caches.append(after)
             reports.append(report)
             taps += seen
+        further = None
         if cache is not None:
+            mtp = None
+            if cache.mtp is not None:
+                further, mtp = self.predict_appended(streams, span, cache)
             length = span.start + span.num_valid
             written = jnp.maximum(cache.written, length)
-            cache = Cache(length, written, tuple(layer_caches), cache.max_length, cache.max_rewind)
-        return Forward(streams, cache, ModelReport(tuple(reports)), taps)
+            cache = dataclasses.replace(
+                cache, length=length, written=written, layers=tuple(layer_caches), mtp=mtp
+            )
+        return Forward(streams, cache, ModelReport(tuple(reports)), taps, further)
 
     def layer(self, index: int, streams: Float[Array, "B T N D"], span: Span) -> Float[Array, "B T N D"]:
         """One layer alone, from given streams, without a cache: for checking layer by layer.
@@ -218,8 +227,45 @@ class Transformer(nnx.Module):
         # A position counts from the start of its segment, so only a successor's is one more.
         follows = span.position[:, 1:] == span.position[:, :-1] + 1
         around = self.surroundings(here, None)._replace(counted=valid & follows)
-        following = self.embedding(span.ids[:, 1:])
-        return self.mtp[0](streams[:, :-1], following, around)
+
+        def further(streams, following):
+            return self.mtp[0](streams, following, around)[:2]
+
+        if self.policy.remat == "unit":
+            further = jax.checkpoint(further)
+        return further(streams[:, :-1], self.embedding(span.ids[:, 1:]))
+
+    def predict_appended(
+        self, streams: Float[Array, "B T N D"], span: Span, cache: Cache
+    ) -> tuple[Float[Array, "B T D"], MtpCache]:
+        """MTP hidden states of tokens appended to a cache, and the slot after them.
+
+        In a row that held n tokens, token n - 1 waited for its successor: row j stands for the token at
+        position max(n - 1, 0) + j and predicts the token two after it. There are as many rows as valid
+        tokens, but in an empty row one fewer, because its last token waits now; the others mean nothing.
+
+        Args:
+            streams: backbone streams of the call's tokens after the last layer.
+            span: the call's tokens (`span.appended`).
+            cache: before the call, with a slot.
+        """
+        length = streams.shape[1]
+        was_empty = (span.start == 0).astype(jnp.int32)
+        # Where row j's two tokens stand: the first in [waiting | call], the second in the call.
+        place = was_empty[:, None] + jnp.arange(length, dtype=jnp.int32)
+        following = jnp.take_along_axis(span.ids, jnp.minimum(place, length - 1), axis=1)
+        # The router of the block is learned: ids of the first tokens are not needed.
+        here = spans.appended(
+            following, span.start - 1 + was_empty, jnp.maximum(span.num_valid - was_empty, 0)
+        )
+        held = Entries(cache.mtp.streams, jnp.int32(0))
+        waiting = held.at_positions(span.start[:, None] - 1, streams.dtype)
+        line = jnp.concatenate([waiting, streams], axis=1)
+        line = jnp.take_along_axis(line, place[..., None, None], axis=1, mode="clip")
+        around = self.surroundings(here, cache)
+        hidden, _, layer = self.mtp[0](line, self.embedding(following), around, cache.mtp.layer)
+        ring = write_ring(cache.mtp.streams, jnp.int32(0), streams, span.start, span.num_valid)
+        return hidden, MtpCache(ring, layer)
 
 
 def run_stack(
@@ -278,21 +324,20 @@ def run_stack(
 
 
 def _one_repeat(states: dict[str, Any], repeat: Int32[Array, ""], in_place: bool) -> dict[str, Any]:
-    """A repeat's parameters, but all experts: a cached step uses few of them, and indexes their stack.
+    """A repeat's parameters; operations index the stacks of experts, of which a cached step uses few.
 
-    With `in_place`, quantised weights stay in their stacks too.
+    With `in_place`, other quantised weights stay in their stacks too.
     """
     # The barrier keeps the slicing inside the loop: a backend that computes bfloat16 in float32 would
     # otherwise convert whole stacks before it, at every call.
     states, repeat = jax.lax.optimization_barrier((states, repeat))
-    experts = {index: block["ffn"].pop("experts") for index, block in states["blocks"].items()}
 
-    def one(leaf: Any) -> Any:
+    def one(path: tuple[Any, ...], leaf: Any) -> Any:
+        # The table describes the layers of all stacks alike: any number will do.
+        if row_at(("stacks", 0, *(part.key for part in path))).role == "expert":
+            return leaf
         if in_place and is_quantized(leaf):
             return leaf.at(repeat)
         return jax.tree.map(lambda array: array[repeat], leaf)
 
-    sliced = jax.tree.map(one, states, is_leaf=is_quantized)
-    for index, block in sliced["blocks"].items():
-        block["ffn"]["experts"] = experts[index]
-    return sliced
+    return jax.tree_util.tree_map_with_path(one, states, is_leaf=is_quantized)

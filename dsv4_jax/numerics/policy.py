@@ -44,11 +44,6 @@ class Policy:
         """Of the compressors' raw rows: what their matmuls give."""
         return jnp.dtype("float32") if self.simulates("compressor_fp32") else self.cache_dtype
 
-    @property
-    def fp4_index(self) -> bool:
-        """Whether indexer queries and keys are Hadamard-transformed and rounded to FP4."""
-        return self.simulates("idx_hadamard_fp4") or self.cache_format == "fp8+mxfp4"
-
     def simulates(self, switch: str) -> bool:
         """Whether this part of the quantisation simulation is active."""
         return switch in self.switches

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from dsv4_jax.numerics import formats
+from pallas_kernels.formats.blocks import quantize_fp8_groups, quantize_mxfp4
+from pallas_kernels.formats.sizes import ACTIVATION_GROUP, ENTRY_GROUP, FP4_GROUP
 
 SWITCHES = {
     "act_fp8": "inputs of the FP8 and FP4 matmuls: FP8, groups of 128 channels",
@@ -24,16 +25,13 @@ SWITCHES = {
 }
 """The parts of the simulation; each can be left out."""
 
-ACTIVATION_GROUP = 128
-ENTRY_GROUP = 64
-
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def fake_fp8(x: Float[Array, "*rows C"], group: int) -> Float[Array, "*rows C"]:
-    """x on the FP8 grid of `formats.quantize_fp8_groups`; gradient 1. A last group may be smaller."""
+    """x on the FP8 grid of `quantize_fp8_groups`; gradient 1. A last group may be smaller."""
     channels = x.shape[-1]
     padded = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -channels % group)])
-    return formats.quantize_fp8_groups(padded, group).dequantize(x.dtype)[..., :channels]
+    return quantize_fp8_groups(padded, group).dequantize(x.dtype)[..., :channels]
 
 
 fake_fp8.defvjp(lambda x, group: (fake_fp8(x, group), None), lambda group, _, d_y: (d_y,))
@@ -41,10 +39,10 @@ fake_fp8.defvjp(lambda x, group: (fake_fp8(x, group), None), lambda group, _, d_
 
 @jax.custom_vjp
 def fake_mxfp4(x: Float[Array, "*rows C"]) -> Float[Array, "*rows C"]:
-    """x on the FP4 grid of `formats.quantize_mxfp4`; gradient 1. A last group may be smaller."""
+    """x on the FP4 grid of `quantize_mxfp4`; gradient 1. A last group may be smaller."""
     channels = x.shape[-1]
-    padded = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -channels % formats.FP4_GROUP)])
-    return formats.quantize_mxfp4(padded).dequantize(x.dtype)[..., :channels]
+    padded = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -channels % FP4_GROUP)])
+    return quantize_mxfp4(padded).dequantize(x.dtype)[..., :channels]
 
 
 fake_mxfp4.defvjp(lambda x: (fake_mxfp4(x), None), lambda _, d_y: (d_y,))

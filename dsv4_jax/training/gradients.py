@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dsv4_jax.model.initial import Parameters
-from dsv4_jax.numerics.weights import is_quantized
+from dsv4_jax.parameters import Parameters
 from dsv4_jax.training.optimizer import merge_params, split_trainable
+from pallas_kernels.formats.weights import is_quantized
 
 
 def trainable(parameters: Parameters) -> tuple[Parameters, Parameters]:

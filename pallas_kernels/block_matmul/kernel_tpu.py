@@ -18,15 +18,12 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Float32, Int32, UInt8
 
 from pallas_kernels.arithmetic import cdiv, quotient, remainder
-from pallas_kernels.block_matmul.reference import E4M3_MAX, SMALLEST
 from pallas_kernels.block_matmul.tuning import VMEM_LIMIT, MatmulBlocks
-from pallas_kernels.low_precision import BLOCK, e8m0_value
+from pallas_kernels.formats import e4m3, e8m0
+from pallas_kernels.formats.sizes import FP8_BLOCK
 from pallas_kernels.precision import product_precision
 
 Axis = Literal["output", "input"]
-
-MANTISSA_OF_MAX = 0x600000
-"""Of 448, the largest E4M3 number."""
 
 
 def _matmul_body(_, x_ref, weight_ref, scale_ref, y_ref, decoded_ref, sums_ref, *, axis: Axis) -> None:
@@ -36,8 +33,8 @@ def _matmul_body(_, x_ref, weight_ref, scale_ref, y_ref, decoded_ref, sums_ref, 
     def _start() -> None:
         sums_ref[...] = jnp.zeros_like(sums_ref)
 
-    for group in range(weight_ref.shape[0] // BLOCK):
-        rows = pl.ds(group * BLOCK, BLOCK)
+    for group in range(weight_ref.shape[0] // FP8_BLOCK):
+        rows = pl.ds(group * FP8_BLOCK, FP8_BLOCK)
         # Through float32: not every generation multiplies in bfloat16 on the vector unit.
         decoded = weight_ref[rows, :].astype(jnp.float32) * scale_ref[group]
         decoded_ref[rows, :] = decoded.astype(decoded_ref.dtype)
@@ -57,8 +54,8 @@ def _matmul_body(_, x_ref, weight_ref, scale_ref, y_ref, decoded_ref, sums_ref, 
 def _spread(scale: UInt8[Array, "m n"]) -> Float32[Array, "m 1 n128"]:
     """Every scale in 128 lanes."""
     m, n = scale.shape
-    lanes = jnp.broadcast_to(scale[:, None, :, None], (m, 1, n, BLOCK)).reshape(m, 1, n * BLOCK)
-    return e8m0_value(lanes)
+    lanes = jnp.broadcast_to(scale[:, None, :, None], (m, 1, n, FP8_BLOCK)).reshape(m, 1, n * FP8_BLOCK)
+    return e8m0.normal_value(lanes)
 
 
 def _few_rows_body(_, x_ref, weight_ref, scale_ref, y_ref, sums_ref) -> None:
@@ -69,8 +66,8 @@ def _few_rows_body(_, x_ref, weight_ref, scale_ref, y_ref, sums_ref) -> None:
         sums_ref[...] = jnp.zeros_like(sums_ref)
 
     sums = sums_ref[...]
-    for group in range(x_ref.shape[1] // BLOCK):
-        columns = pl.ds(group * BLOCK, BLOCK)
+    for group in range(x_ref.shape[1] // FP8_BLOCK):
+        columns = pl.ds(group * FP8_BLOCK, FP8_BLOCK)
         product = lax.dot_general(
             x_ref[:, columns],
             weight_ref[:, columns],
@@ -166,7 +163,7 @@ def block_matmul_few_rows(
         x,
         weight,
         _spread(scale.T),  # f32[I / 128, 1, G O]
-        pl.BlockSpec((blocks.summed // BLOCK, 1, blocks.outer), lambda t, n, k, _: (k, 0, n)),
+        pl.BlockSpec((blocks.summed // FP8_BLOCK, 1, blocks.outer), lambda t, n, k, _: (k, 0, n)),
         [],
         tiles=Tiles("output", outputs // groups // blocks.outer, summed // blocks.summed),
         groups=groups,
@@ -206,7 +203,7 @@ def block_matmul_forward(
         x,
         weight,
         _spread(scale),  # f32[G O / 128, 1, I]
-        pl.BlockSpec((weight_block[0] // BLOCK, 1, weight_block[1]), place),
+        pl.BlockSpec((weight_block[0] // FP8_BLOCK, 1, weight_block[1]), place),
         [pltpu.VMEM(weight_block, x.dtype)],
         tiles=tiles,
         groups=groups,
@@ -217,21 +214,19 @@ def block_matmul_forward(
 
 
 def _cast_body(x_ref, values_ref, codes_ref) -> None:
-    groups = [pl.ds(group * BLOCK, BLOCK) for group in range(codes_ref.shape[1])]
+    groups = [pl.ds(group * FP8_BLOCK, FP8_BLOCK) for group in range(codes_ref.shape[1])]
     lane = lax.broadcasted_iota(jnp.int32, codes_ref.shape, 1)
-    largest = jnp.full(codes_ref.shape, SMALLEST, jnp.float32)
+    largest = jnp.full(codes_ref.shape, e4m3.SMALLEST_MAX, jnp.float32)
     for group, columns in enumerate(groups):
         own = jnp.abs(x_ref[:, columns].astype(jnp.float32)).max(axis=1, keepdims=True)
-        largest = jnp.where(lane == group, jnp.maximum(own, SMALLEST), largest)
-    # ceil(log2(largest / 448)) without the division, for all groups of a row at once: 448 = 1.75 * 2^8.
-    bits = lax.bitcast_convert_type(largest, jnp.int32)
-    codes = (bits >> 23) - 8 + ((bits & 0x7FFFFF) > MANTISSA_OF_MAX).astype(jnp.int32)
+        largest = jnp.where(lane == group, jnp.maximum(own, e4m3.SMALLEST_MAX), largest)
+    codes = e4m3.scale_code(largest)  # for all groups of a row at once
     codes_ref[...] = codes
     # Dividing by 2^(code - 127) is multiplying by 2^(127 - code), of exponent field 254 - code.
-    inverse = lax.bitcast_convert_type((254 - codes) << 23, jnp.float32)
+    inverse = e8m0.normal_value(254 - codes)
     for group, columns in enumerate(groups):
         scaled = x_ref[:, columns].astype(jnp.float32) * inverse[:, group : group + 1]
-        values_ref[:, columns] = jnp.clip(scaled, -E4M3_MAX, E4M3_MAX).astype(values_ref.dtype)
+        values_ref[:, columns] = e4m3.rounded(scaled)
 
 
 def block_cast_forward(
@@ -239,7 +234,7 @@ def block_cast_forward(
 ) -> tuple[Float[Array, "T C"], UInt8[Array, "T groups"]]:
     """(values, codes)."""
     num_rows, channels = x.shape
-    groups = channels // BLOCK
+    groups = channels // FP8_BLOCK
     values, codes = pl.pallas_call(
         _cast_body,
         grid=(cdiv(num_rows, rows),),

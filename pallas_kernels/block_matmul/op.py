@@ -10,15 +10,16 @@ from jaxtyping import Array, Float, Int32, UInt8
 
 from pallas_kernels.arithmetic import cdiv, round_up
 from pallas_kernels.block_matmul import kernel_tpu, reference, tuning
-from pallas_kernels.low_precision import BLOCK
+from pallas_kernels.formats.blocks import Fp8Blocks
+from pallas_kernels.formats.sizes import FP8_BLOCK
+from pallas_kernels.splits import Splits
 
 Implementation = Literal["pallas", "reference"]
 
 
 def block_matmul(
     x: Float[Array, "T GI"],
-    weight: Float[Array, "*R GO I"],
-    scale: UInt8[Array, "*R O_blocks I_blocks"],
+    weight: Fp8Blocks,
     *,
     groups: int = 1,
     repeat: Int32[Array, ""] | int | None = None,
@@ -33,9 +34,9 @@ def block_matmul(
 
     Args:
         x: [T, G I] bf16 or f32; the channels of a group lie together.
-        weight: float8_e4m3fn [G O, I] as in checkpoints, no NaN codes (I 1024 .. 16384 in V4), or with
-            `repeat` a stack [R, G O, I] of such matrices.
-        scale: u8[ceil(G O/128), ceil(I/128)] E8M0 codes 1 .. 254, or with `repeat` the stack of them.
+        weight: as in checkpoints, elements float8_e4m3fn [G O, I] without NaN codes (I 1024 .. 16384 in V4)
+            and scales u8[ceil(G O/128), ceil(I/128)] of E8M0 codes 1 .. 254, or with `repeat` a stack of such
+            matrices, [R, G O, I] and [R, ...].
         groups: G, 1 but for the output projection `wo_a` (8 or 16), whose groups do not mix (section 2.3).
             With more than one, O must be a multiple or a divisor of 128.
         repeat: which matrix of the stack to use, 0 .. R - 1. The kernel reads that one where it lies; slicing
@@ -58,21 +59,21 @@ def block_matmul(
         it is, 128 inputs at a time, and T O ceil(I / 128) sums are scaled; beyond, and for f32, the vector
         unit decodes O I numbers for each block of rows. VMEM: `tuning.MatmulBlocks.vmem_bytes`. Sizes that
         are no multiple of 128 cost a padded copy of the weight; released models have none.
-    Sharding: T and whole groups may be split freely. O may be split at multiples of 128. I may be split at
-        multiples of 128 if the results are summed. R stays whole. Wrap in `shard_map`.
+    Sharding: `SPLITS`; G where there are groups, else O and I. Wrap in `shard_map`.
     Raises:
         ValueError: for shapes or dtypes that do not fit; all problems at once.
     """
-    if problems := _matmul_problems(x, weight, scale, groups, repeat, impl):
+    if problems := _matmul_problems(x, weight, groups, repeat, impl):
         raise ValueError("block_matmul: " + "; ".join(problems))
     if len(x) == 0:
         return jnp.zeros((0, weight.shape[-2]), x.dtype)
     if impl == "reference":
         if repeat is not None:
-            weight, scale = weight[repeat], scale[repeat]
-        return reference.block_matmul_reference(x, weight, scale, groups)
+            weight = jax.tree.map(lambda stack: stack[repeat], weight)
+        return reference.block_matmul_reference(x, weight, groups)
+    weight, scale = weight.elements, weight.scale
     rows, columns = weight.shape[-2] // groups, weight.shape[-1]
-    if rows % BLOCK or columns % BLOCK:
+    if rows % FP8_BLOCK or columns % FP8_BLOCK:
         if repeat is not None:  # the copy is padded, so it may as well be of one matrix
             weight, scale, repeat = weight[repeat], scale[repeat], None
         x, weight, scale = _padded(x, weight, scale, groups)
@@ -107,21 +108,21 @@ def block_cast(
         power of two is exact, and the cast rounds to nearest even.
     Gradients: none; callers that train pass the gradient straight through (`numerics.qat`).
     Cost: HBM bytes T C (b + 1) + T C / 128, b bytes a number of x. VMEM about 2 rows C (b + 1 + 4).
-    Sharding: T may be split freely, C at multiples of 128.
+    Sharding: `SPLITS`.
     Raises:
         ValueError: for shapes or dtypes that do not fit; all problems at once.
     """
     rules = {
         f"impl={impl!r} must be 'pallas' or 'reference'": impl in ("pallas", "reference"),
-        f"x {x.shape} must be [T, C] with C a multiple of {BLOCK}, not 0": x.ndim == 2
+        f"x {x.shape} must be [T, C] with C a multiple of {FP8_BLOCK}, not 0": x.ndim == 2
         and x.shape[-1] > 0
-        and x.shape[-1] % BLOCK == 0,
+        and x.shape[-1] % FP8_BLOCK == 0,
         f"x {x.dtype} must be bfloat16 or float32": x.dtype in (jnp.bfloat16, jnp.float32),
     }
     if problems := [rule for rule, holds in rules.items() if not holds]:
         raise ValueError("block_cast: " + "; ".join(problems))
     if len(x) == 0:
-        return jnp.zeros(x.shape, jnp.float8_e4m3fn), jnp.zeros((0, x.shape[1] // BLOCK), jnp.uint8)
+        return jnp.zeros(x.shape, jnp.float8_e4m3fn), jnp.zeros((0, x.shape[1] // FP8_BLOCK), jnp.uint8)
     if impl == "reference":
         return reference.block_cast_reference(x)
     rows = tuning.choose_rows(*x.shape, x.dtype.itemsize) if rows is None else rows
@@ -133,33 +134,35 @@ def _padded(
 ) -> tuple[Float[Array, "T GI"], Float[Array, "GO I"], UInt8[Array, "m n"]]:
     """The same product with O, in a group, and I filled with zeros up to multiples of 128."""
     rows, columns = weight.shape[0] // groups, weight.shape[1]
-    more_rows, more_columns = -rows % BLOCK, -columns % BLOCK
+    more_rows, more_columns = -rows % FP8_BLOCK, -columns % FP8_BLOCK
     weight = jnp.pad(weight.reshape(groups, rows, columns), [(0, 0), (0, more_rows), (0, more_columns)])
     x = jnp.pad(x.reshape(len(x), groups, columns), [(0, 0), (0, 0), (0, more_columns)])
     if groups > 1 and more_rows:  # several groups shared a row of scales; now each has its own
-        scale = scale[np.arange(groups) * rows // BLOCK]
+        scale = scale[np.arange(groups) * rows // FP8_BLOCK]
     return x.reshape(len(x), -1), weight.reshape(-1, columns + more_columns), scale
 
 
-def _matmul_problems(
-    x: jax.Array, weight: jax.Array, scale: jax.Array, groups: int, repeat: object, impl: str
-) -> list[str]:
+def _matmul_problems(x: jax.Array, blocks: Fp8Blocks, groups: int, repeat: object, impl: str) -> list[str]:
     """Every rule the arguments break."""
+    weight, scale = blocks.elements, blocks.scale
     lead = () if repeat is None else weight.shape[:1]
     matrix = weight.shape[len(lead) :]
-    grid = (*lead, *(cdiv(size, BLOCK) for size in matrix))
+    grid = (*lead, *(cdiv(size, FP8_BLOCK) for size in matrix))
     shape = "[O, I]" if repeat is None else "a stack [R, O, I] for a repeat"
     rows = matrix[0] // groups if matrix and groups > 0 else 0
     times = "" if groups == 1 else f"{groups} "
-    parts = f"into multiples or divisors of {BLOCK}"
-    divides = groups == 1 or (rows > 0 and rows * groups == matrix[0] and 0 in (rows % BLOCK, BLOCK % rows))
+    parts = f"into multiples or divisors of {FP8_BLOCK}"
+    divides = groups == 1 or (
+        rows > 0 and rows * groups == matrix[0] and 0 in (rows % FP8_BLOCK, FP8_BLOCK % rows)
+    )
     rules = {
         f"impl={impl!r} must be 'pallas' or 'reference'": impl in ("pallas", "reference"),
         f"weight {weight.shape} must be {shape}, not empty": len(matrix) == 2 and weight.size > 0,
         f"groups={groups} must divide the outputs of weight {weight.shape} {parts}": divides,
         f"x {x.shape} must be [T, {times}I] with I of weight {weight.shape}": x.ndim == 2
         and x.shape[1] == groups * weight.shape[-1],
-        f"scale {scale.shape} must be {grid}, one for every {BLOCK} x {BLOCK} block": scale.shape == grid,
+        f"scale {scale.shape} must be {grid}, one for every {FP8_BLOCK} x {FP8_BLOCK} block": scale.shape
+        == grid,
         f"x {x.dtype} must be bfloat16 or float32": x.dtype in (jnp.bfloat16, jnp.float32),
         f"weight {weight.dtype} must be float8_e4m3fn": weight.dtype == jnp.float8_e4m3fn,
         f"scale {scale.dtype} must be uint8": scale.dtype == jnp.uint8,
@@ -200,3 +203,15 @@ def _run(axis: kernel_tpu.Axis, static, x, weight, scale, repeat):
     if axis == "output" and x.dtype == jnp.bfloat16 and x.shape[0] <= tuning.FEW_ROWS:
         return kernel_tpu.block_matmul_few_rows(*operands, **how)
     return kernel_tpu.block_matmul_forward(*operands, axis=axis, **how)
+
+
+SPLITS = {
+    "block_matmul": Splits(
+        arguments={"x": "T G*I", "weight": "*R G*O I", "repeat": ""},
+        results=("T G*O",),
+        free="T G O",
+        summed="I",
+        multiples={"O": 128, "I": 128},
+    ),
+    "block_cast": Splits({"x": "T C"}, ("T C", "T C/128"), free="T C", multiples={"C": 128}),
+}

@@ -19,6 +19,7 @@ from pallas_kernels.arithmetic import quotient
 from pallas_kernels.decode_attention import online_softmax, stored, visibility
 from pallas_kernels.decode_attention.online_softmax import Softmax
 from pallas_kernels.decode_attention.tuning import SUBLANES, VMEM_LIMIT, Geometry
+from pallas_kernels.formats.entries import Fp8Entries
 
 
 def clear_from(ref, keep: jax.Array) -> None:
@@ -43,7 +44,7 @@ def _body(g: Geometry, repeat_ref, extent_ref, *refs) -> None:
         mask = visibility.entry_mask(r.view[s], first, g.entries, r.chosen[s] if g.masked else None)
         keep = extent_ref[group * g.sequences + s] - first
         if g.quantized:
-            parts = [getattr(r, f"{part}{s}")[...] for part in stored.Fp8Entries._fields]
+            parts = [getattr(r, f"{part}{s}")[...] for part in Fp8Entries._fields]
             keys = stored.decoded_tile(*parts, r.q.dtype)
             entry = jax.lax.broadcasted_iota(jnp.int32, (1, g.entries), 1)
             return visibility.Visible(jnp.where(entry < keep, keys, 0).astype(keys.dtype), mask, True)
@@ -94,14 +95,14 @@ def _body(g: Geometry, repeat_ref, extent_ref, *refs) -> None:
 
 
 def _ring_names(g: Geometry) -> list[str]:
-    return [f"ring_{part}" for part in stored.Fp8Entries._fields] if g.quantized_ring else ["ring"]
+    return [f"ring_{part}" for part in Fp8Entries._fields] if g.quantized_ring else ["ring"]
 
 
 def _names(g: Geometry) -> list[str]:
     """Operands, results and scratch, in the order of `stream`."""
     names = ["q", "view", "sink", *_ring_names(g)]
     if g.num_entries:
-        parts = stored.Fp8Entries._fields if g.quantized else ("entries",)
+        parts = Fp8Entries._fields if g.quantized else ("entries",)
         names += [f"{part}{s}" for s in range(g.sequences) for part in parts]
     if g.masked:
         names.append("chosen")

@@ -3,7 +3,7 @@
 Layout: one query a grid step, its heads are the rows. A row of 32-bit numbers can be copied on its own; rows
 of bfloat16 are stored as pairs in 32-bit words, so the pair (2i, 2i + 1) comes whole, as one row of words,
 and the half that was chosen is taken from it. Of fp8 entries come a row of words and a row that seven share
-(`fp8_rows`); decoded, their channels stand in another order, so the query, the ring and the result are
+(`entry_rows`); decoded, their channels stand in another order, so the query, the ring and the result are
 turned to it and back by products with a permutation, which are exact. The cache stays where and as it is.
 
 Starting the copies is most of the work, and it is work of the scalar unit alone. So a grid step goes through
@@ -24,9 +24,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.arithmetic import cdiv, quotient
-from pallas_kernels.decode_attention import fp8_rows, online_softmax, stored, visibility
+from pallas_kernels.decode_attention import online_softmax, stored, visibility
 from pallas_kernels.decode_attention.online_softmax import Softmax
 from pallas_kernels.decode_attention.tuning import LANES, VMEM_LIMIT, Geometry
+from pallas_kernels.formats import entry_rows
 
 
 def rows_a_copy(dtype: jnp.dtype) -> int:
@@ -50,7 +51,7 @@ def along_lanes(row: jax.Array, width: int) -> jax.Array:
 
 def _body(
     g: Geometry,
-    layout: fp8_rows.Layout | None,
+    layout: entry_rows.Layout | None,
     repeat_ref,
     first_refs,
     next_refs,
@@ -102,8 +103,8 @@ def _body(
         words, *rest = (ref[chunk] for ref in fetched_refs)
         if layout is not None:
             words, rest = (pltpu.bitcast(x, jnp.int32) for x in (words, *rest))
-            own = fp8_rows.own_words(rest, along_lanes(place, layout.row), layout)
-            return fp8_rows.planes(words, own, layout).astype(dtype)
+            own = entry_rows.own_words(rest, along_lanes(place, layout.row), layout)
+            return entry_rows.planes(words, own, layout).astype(dtype)
         return words if words.dtype == dtype else chosen_rows(words, along_lanes(place, g.width))
 
     q = in_order(q_ref[0])
@@ -147,7 +148,7 @@ def gather(
     ring: stored.Entries,
     sink: jax.Array,
     repeat: jax.Array,
-    entries: jax.Array | fp8_rows.Fp8Rows,
+    entries: jax.Array | entry_rows.Fp8Rows,
     index: jax.Array,
     *,
     interpret: Any,
@@ -162,13 +163,13 @@ def gather(
     queries, num_chunks, chunk = index.shape
     count = num_chunks * chunk
     entry = jnp.maximum(index, 0).reshape(queries, 1, count)
-    if isinstance(entries, fp8_rows.Fp8Rows):
+    if isinstance(entries, entry_rows.Fp8Rows):
         layout, sources, words = entries.layout, (entries.words, entries.rest), jnp.uint32
         together = layout.entries_a_row
         rows = (entry, quotient(entry, together))
         # Products with it put channels in the order of the planes, or back.
         orders = (
-            (jnp.arange(g.width, dtype=jnp.int32)[:, None] == fp8_rows.plane_order(layout)).astype(q.dtype),
+            (jnp.arange(g.width, dtype=jnp.int32)[:, None] == entry_rows.plane_order(layout)).astype(q.dtype),
         )
     else:
         layout, sources, orders = None, (entries,), ()

@@ -9,7 +9,6 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels.arithmetic import round_up
 from pallas_kernels.decode_attention import (
-    fp8_rows,
     kernel_sparse_core,
     kernel_tpu,
     kernel_tpu_fetched,
@@ -19,8 +18,11 @@ from pallas_kernels.decode_attention import (
     tuning,
     visibility,
 )
-from pallas_kernels.decode_attention.fp8_entries import GROUP, scale_bytes
+from pallas_kernels.formats import entry_rows
+from pallas_kernels.formats.entries import Fp8Entries, scale_bytes
+from pallas_kernels.formats.sizes import ENTRY_GROUP
 from pallas_kernels.sizes import not_empty
+from pallas_kernels.splits import Splits
 
 
 def decode_attention(
@@ -28,11 +30,11 @@ def decode_attention(
     ring: stored.Entries,
     position: Int32[Array, "B T"],
     sink: Float32[Array, "H"],
-    repeat: Int32[Array, ""],
     entries: stored.Entries | None = None,
     hi: Int32[Array, "B T"] | None = None,
     index: Int32[Array, "B T K"] | None = None,
     *,
+    repeat: Int32[Array, ""] | None = None,
     window: int,
     impl: Literal["pallas", "reference"] = "pallas",
     blocks: tuning.DecodeBlocks | None = None,
@@ -51,18 +53,20 @@ def decode_attention(
     Args:
         q: [B, T, H, Dh] rotated queries, bfloat16 or float32 (H = 64 or 128, Dh = 512 in V4); T = 1 for
             decoding, 1 + drafts for verification.
-        ring: [R, B, M, Dh] rows of recent tokens in the dtype of `q`, or `stored.Fp8Entries`; the call's own
-            already written, slot = position mod M, M >= W - 1 + T. All values must be finite, those that no
-            query sees too.
+        ring: [B, M, Dh], or with `repeat` a stack [R, B, M, Dh]: rows of recent tokens in the dtype of `q`,
+            or `Fp8Entries`; the call's own already written, slot = position mod M, M >= W - 1 + T. All values
+            must be finite, those that no query sees too.
         position: i32[B, T], the last T tokens of each sequence in any order; negative for padding, which
             sees no row of the ring. Padding behind the last token may also count on, as if it were tokens.
         sink: f32[H] logits, finite, not scaled.
-        repeat: i32[] index into R, 0 <= repeat < R: which repeat of the layer this is.
-        entries: [R, B, S, Dh] compressed entries in the dtype of `q`, `stored.Fp8Entries`, or with `index`
-            `fp8_rows.Fp8Rows`, whatever the ring is; None for none (window layers). With `hi`, those from
-            max_t hi_t on may be uninitialised memory; with `index` all must be finite.
+        entries: [B, S, Dh], or with `repeat` [R, B, S, Dh]: compressed entries in the dtype of `q`,
+            `Fp8Entries`, or with `index` `entry_rows.Fp8Rows`, whatever the ring is; None for none (window
+            layers). With `hi`, those from max_t hi_t on may be uninitialised memory; with `index` all must be
+            finite.
         hi: i32[B, T], 0 <= hi <= S: query t sees entries s < hi_t (HCA).
         index: i32[B, T, K]: query t sees these (CSA); -1 for none, any order, none twice, < S.
+        repeat: i32[], which layer of the stacks ring and entries to use, 0 .. R - 1; None where there is no
+            axis R.
         window: W >= 1 (128 in V4).
         impl: "reference" runs dense plain XLA. There is no silent fallback.
         blocks: tile sizes, and the path for `index`; None lets `tuning.choose_blocks` pick. Speed only. Those
@@ -92,8 +96,7 @@ def decode_attention(
         (fetching by the SparseCore: S no multiple of 16; fp8 entries: S no multiple of 128; an fp8 ring: M
         not just above a multiple of 128) in another layout, and then copies them for every call. VMEM of a
         grid step: `tuning.Geometry.vmem_bytes`; gathering, it is mostly K rows of 4 Dh bytes.
-    Sharding: B and H may be split freely (ring and entries are then repeated over H). R, T, M, S and Dh must
-        be whole.
+    Sharding: `SPLITS`. Ring and entries are repeated over the devices that share H.
     Raises:
         ValueError: for shapes or dtypes that do not fit, an unknown impl, entries without exactly one of hi
             and index, or a gathering block where rows have no pairs; all problems at once. For shapes whose
@@ -101,10 +104,13 @@ def decode_attention(
         RuntimeError: for blocks of the SparseCore on a chip without (v5e).
         TypeError: when differentiated.
     """
-    operands = _Operands(q, ring, position, sink, jnp.asarray(repeat), entries, hi, index)
+    if repeat is None:
+        ring, entries = jax.tree.map(lambda leaf: leaf[None], (ring, entries))
+    repeat = jnp.int32(0) if repeat is None else jnp.asarray(repeat)
+    operands = _Operands(q, ring, position, sink, repeat, entries, hi, index)
     if problems := _problems(operands, window, impl, blocks):
         raise ValueError("decode_attention: " + "; ".join(problems))
-    if entries is not None and 0 in (stored.shape_of(entries)[2], 1 if index is None else index.shape[2]):
+    if entries is not None and 0 in (entries.shape[2], 1 if index is None else index.shape[2]):
         operands = operands._replace(entries=None, hi=None, index=None)
     if 0 in q.shape:
         run = _no_queries
@@ -128,7 +134,7 @@ class _Operands(NamedTuple):
 
 def _problems(o: _Operands, window: int, impl: str, blocks: tuning.DecodeBlocks | None) -> list[str]:
     """Every rule the arguments break."""
-    ring = stored.shape_of(o.ring)
+    ring = o.ring.shape
     if o.q.ndim != 4 or len(ring) != 4:
         return [f"q {o.q.shape} must be [B, T, H, Dh] and ring {ring} [R, B, M, Dh]"]
     batch, length, heads, width = o.q.shape
@@ -148,13 +154,13 @@ def _problems(o: _Operands, window: int, impl: str, blocks: tuning.DecodeBlocks 
     if o.entries is None:
         rules["hi and index need entries"] = o.hi is None and o.index is None
     else:
-        shape = stored.shape_of(o.entries)
+        shape = o.entries.shape
         size = shape[2] if len(shape) == 4 else 0
         rules |= _format_rules("entries", o.entries, o.q.dtype) | {
             f"entries {shape} must be {('R', batch, 'S', width)}": shape == (repeats, batch, size, width),
             "entries need exactly one of hi and index": (o.hi is None) != (o.index is None),
         }
-        in_rows = isinstance(o.entries, fp8_rows.Fp8Rows)
+        in_rows = isinstance(o.entries, entry_rows.Fp8Rows)
         if in_rows:
             rules["entries in rows need index"] = o.index is not None
             rules["entries in rows can only be gathered"] = blocks is None or blocks.gather
@@ -162,9 +168,7 @@ def _problems(o: _Operands, window: int, impl: str, blocks: tuning.DecodeBlocks 
         if blocks is not None and blocks.gather:
             pairs = 1 if in_rows else kernel_tpu_gather.rows_a_copy(o.q.dtype)
             rules["blocks.gather needs index"] = o.index is not None
-            rules["blocks.gather reads fp8 entries in rows only"] = not isinstance(
-                o.entries, stored.Fp8Entries
-            )
+            rules["blocks.gather reads fp8 entries in rows only"] = not isinstance(o.entries, Fp8Entries)
             rules[f"blocks.gather needs S={size} to be a multiple of {pairs}"] = size % pairs == 0
     if o.hi is not None:
         rules[f"hi {o.hi.shape} must be {(batch, length)}"] = o.hi.shape == (batch, length)
@@ -180,16 +184,16 @@ def _problems(o: _Operands, window: int, impl: str, blocks: tuning.DecodeBlocks 
 
 def _format_rules(name: str, x: stored.Entries, dtype: jnp.dtype) -> dict[str, bool]:
     """How rows must be stored: in the dtype of q, or in fp8."""
-    if isinstance(x, fp8_rows.Fp8Rows):
+    if isinstance(x, entry_rows.Fp8Rows):
         return _row_rules(name, x)
-    if not isinstance(x, stored.Fp8Entries):
+    if not isinstance(x, Fp8Entries):
         return {f"{name} is {x.dtype}, must be {dtype} as q": x.dtype == dtype}
     *rows, channels = x.values.shape
     scales = (*rows, scale_bytes(channels))
     return {
         f"{name}.values is {x.values.dtype}, must be e4m3fn": x.values.dtype == jnp.float8_e4m3fn,
-        f"{name}.values has {channels} channels, must be a positive multiple of {GROUP}": channels > 0
-        and channels % GROUP == 0,
+        f"{name}.values has {channels} channels, must be a positive multiple of {ENTRY_GROUP}": channels > 0
+        and channels % ENTRY_GROUP == 0,
         f"{name}.scales is {x.scales.dtype}, must be uint8": x.scales.dtype == jnp.uint8,
         f"{name}.scales {x.scales.shape} must be {scales}": x.scales.shape == scales,
         f"{name}.rotary is {x.rotary.dtype}, must be bfloat16": x.rotary.dtype == jnp.bfloat16,
@@ -197,7 +201,7 @@ def _format_rules(name: str, x: stored.Entries, dtype: jnp.dtype) -> dict[str, b
     }
 
 
-def _row_rules(name: str, x: fp8_rows.Fp8Rows) -> dict[str, bool]:
+def _row_rules(name: str, x: entry_rows.Fp8Rows) -> dict[str, bool]:
     layout = x.layout
     if problems := layout.problems():
         return dict.fromkeys((f"{name}: {problem}" for problem in problems), False)
@@ -227,11 +231,11 @@ def _no_queries(q, *keys):
 
 def _run_kernel(q, ring, position, sink, repeat, entries, hi, index, *, window, blocks, interpret):
     batch, length, heads, width = q.shape
-    repeats, _, slots, _ = stored.shape_of(ring)
-    num_entries = 0 if entries is None else stored.shape_of(entries)[2]
+    repeats, _, slots, _ = ring.shape
+    num_entries = 0 if entries is None else entries.shape[2]
     formats = {
-        "quantized": isinstance(entries, stored.Fp8Entries),
-        "quantized_ring": isinstance(ring, stored.Fp8Entries),
+        "quantized": isinstance(entries, Fp8Entries),
+        "quantized_ring": isinstance(ring, Fp8Entries),
     }
     num_chosen = None if index is None else index.shape[2]
     blocks = blocks or tuning.choose_blocks(
@@ -242,7 +246,7 @@ def _run_kernel(q, ring, position, sink, repeat, entries, hi, index, *, window, 
         num_entries=num_entries,
         num_chosen=num_chosen,
         itemsize=q.dtype.itemsize,
-        in_rows=isinstance(entries, fp8_rows.Fp8Rows),
+        in_rows=isinstance(entries, entry_rows.Fp8Rows),
         **formats,
     )
     masked = index is not None and not blocks.gather
@@ -290,3 +294,21 @@ def _fetch(entries, repeat, index, interpret):
     if entries.dtype == jnp.float32:
         return kernel_sparse_core.gather_rows(table, row, interpret=interpret)
     return kernel_sparse_core.gather_halves(table, row, interpret=interpret)
+
+
+SPLITS = {
+    "decode_attention": Splits(
+        arguments={
+            "q": "B T H Dh",
+            "ring": "*R B M Dh",
+            "position": "B T",
+            "sink": "H",
+            "entries": "*R B S Dh",
+            "hi": "B T",
+            "index": "B T K",
+            "repeat": "",
+        },
+        results=("B T H Dh", "B T H"),
+        free="B H",
+    )
+}

@@ -1,4 +1,4 @@
-"""The formats that ring rows and compressed entries are stored in, and what their bytes mean."""
+"""Ring rows and compressed entries of every format as the kernels read them."""
 
 from collections.abc import Sequence
 
@@ -7,34 +7,20 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, UInt8
 
 from pallas_kernels.arithmetic import quotient
-from pallas_kernels.decode_attention import fp8_rows
-from pallas_kernels.decode_attention.fp8_entries import GROUP, Fp8Entries
-from pallas_kernels.decode_attention.fp8_rows import Fp8Rows
-from pallas_kernels.low_precision import e8m0_value
+from pallas_kernels.formats import e8m0
+from pallas_kernels.formats.entries import Fp8Entries
+from pallas_kernels.formats.entry_rows import Fp8Rows
+from pallas_kernels.formats.sizes import ENTRY_GROUP
 from pallas_kernels.precision import product_precision
 
 Entries = Float[Array, "R B S Dh"] | Fp8Entries | Fp8Rows
 
 
-def shape_of(entries: Entries) -> tuple[int, ...]:
-    """[R, B, S, Dh] of the entries when decoded."""
-    if isinstance(entries, Fp8Entries):
-        return (*entries.values.shape[:-1], entries.values.shape[-1] + entries.rotary.shape[-1])
+def decoded(entries: Entries) -> Float[Array, "R B S Dh"]:
+    """FP8 entries as float32, others as they are. The definition of the format."""
     if isinstance(entries, Fp8Rows):
-        return (*entries.words.shape[:-1], entries.layout.num_channels)
-    return entries.shape
-
-
-def decoded(entries: Entries) -> Array:
-    """[R, B, S, Dh]: fp8 entries as float32, others as they are. The definition of the format."""
-    if isinstance(entries, Fp8Rows):
-        words = fp8_rows.whole(entries.words, entries.rest, entries.layout)
-        entries = fp8_rows.entries_of(words, entries.layout)
-    if not isinstance(entries, Fp8Entries):
-        return entries
-    scale = jnp.repeat(e8m0_value(entries.scales), GROUP, axis=-1)
-    still = entries.values.astype(jnp.float32) * scale[..., : entries.values.shape[-1]]
-    return jnp.concatenate([still, entries.rotary.astype(jnp.float32)], axis=-1)
+        entries = entries.entries()
+    return entries.dequantize(jnp.float32) if isinstance(entries, Fp8Entries) else entries
 
 
 def channels_first(entries: Entries) -> tuple[jax.Array, ...]:
@@ -52,8 +38,8 @@ def decoded_tile(
     values: Float[Array, "Dh-Dr N"], scales: UInt8[Array, "scale_bytes N"], rotary: Array, dtype: jnp.dtype
 ) -> Float[Array, "Dh N"]:
     """A tile of fp8 entries; exact in bfloat16: e4m3 has fewer bits, and the scale is a power of two."""
-    grouped = values.astype(dtype).reshape(-1, GROUP, values.shape[1])
-    still = grouped * e8m0_value(scales).astype(dtype)[: grouped.shape[0], None, :]
+    grouped = values.astype(dtype).reshape(-1, ENTRY_GROUP, values.shape[1])
+    still = grouped * e8m0.normal_value(scales).astype(dtype)[: grouped.shape[0], None, :]
     return jnp.concatenate([still.reshape(values.shape), rotary.astype(dtype)], axis=0)
 
 
@@ -74,12 +60,12 @@ def decoded_ring(parts: Sequence[jax.Array], dtype: jnp.dtype) -> Float[Array, "
         return parts[0]
     values, scales, rotary = parts
     still, num_rotary = values.shape[1], rotary.shape[0]
-    width, num_groups = still + num_rotary, still // GROUP
+    width, num_groups = still + num_rotary, still // ENTRY_GROUP
     channel = jax.lax.broadcasted_iota(jnp.int32, (num_groups + num_rotary, width), 1)
     # Group by group, then one rotated channel after the other.
-    place = jnp.where(channel < still, quotient(channel, GROUP), channel - still + num_groups)
+    place = jnp.where(channel < still, quotient(channel, ENTRY_GROUP), channel - still + num_groups)
     ones = (place == jax.lax.broadcasted_iota(jnp.int32, place.shape, 0)).astype(dtype)
-    factors = _turned(e8m0_value(scales)[:num_groups].astype(dtype), ones[:num_groups])
+    factors = _turned(e8m0.normal_value(scales)[:num_groups].astype(dtype), ones[:num_groups])
     turned = _turned(rotary.astype(dtype), ones[num_groups:])
     # Channels that are not there have no factor, and the others no rotated value: nothing is rounded.
     whole = jnp.pad(values.astype(jnp.float32), ((0, 0), (0, num_rotary)))

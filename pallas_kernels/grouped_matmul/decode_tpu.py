@@ -1,36 +1,25 @@
 """Tiles of quantised weights as numbers, inside a TPU kernel.
 
-FP4: a byte holds an even and an odd column. s ee m is placed as the E5M2 number s 000ee m0 in 32-bit words,
-four bytes at a time; subnormals stay subnormals, so 2^14 makes up for the bias of all numbers, and the scale
-takes it in. Every generation converts or multiplies E5M2. Even and odd columns stay apart: a decoded tile has
-all even columns first, and so must the rows that it is multiplied with.
+FP4: a byte holds an even and an odd column, which are placed as E5M2 (`formats.e2m1.e5m2`); the scale takes
+in what such numbers lack. Even and odd columns stay apart: a decoded tile has all even columns first, and so
+must the rows that it is multiplied with.
 """
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, UInt8
 
-from pallas_kernels.low_precision import BLOCK, GROUP
+from pallas_kernels.formats import e2m1, e8m0
+from pallas_kernels.formats.sizes import FP4_GROUP, FP8_BLOCK
 
-GROUP_BYTES = GROUP // 2
-E5M2_SHORTAGE = 14  # a number placed as above is 2^14 too small
-
-
-def e2m1_as_e5m2(packed: UInt8[Array, "N L"]) -> tuple[Float[Array, "N L"], Float[Array, "N L"]]:
-    """The even and the odd columns as E5M2, 2^14 too small; N is a multiple of 32."""
-    words = pltpu.bitcast(packed, jnp.int32)
-    even = ((words & 0x07070707) << 1) | ((words & 0x08080808) << 4)
-    odd = ((words >> 3) & 0x0E0E0E0E) | (words & jnp.int32(-0x7F7F7F80))  # 0x80808080
-    return pltpu.bitcast(even, jnp.float8_e5m2), pltpu.bitcast(odd, jnp.float8_e5m2)
+GROUP_BYTES = FP4_GROUP // 2
 
 
 def fp4_scale(codes: UInt8[Array, "N G"]) -> Float[Array, "N G"]:
     """2^(code - 127 + 14) in bfloat16, for codes up to 240."""
-    bits = (codes.astype(jnp.int32) + E5M2_SHORTAGE) << 23
-    return lax.bitcast_convert_type(bits, jnp.float32).astype(jnp.bfloat16)
+    return e8m0.normal_value(codes.astype(jnp.int32) + e2m1.PLACED_SHORTAGE).astype(jnp.bfloat16)
 
 
 def spreading(num_groups: int) -> Float[Array, "G L"]:
@@ -58,7 +47,7 @@ def decode_fp4(values, scale: jax.Array, spread, decoded, *, across: bool) -> No
             (((0 if across else 1,), (0,)), ((), ())),
             preferred_element_type=jnp.float32,
         ).astype(decoded.dtype)
-        for numbers, first in zip(e2m1_as_e5m2(values[:, bytes_]), (0, length), strict=True):
+        for numbers, first in zip(e2m1.e5m2(values[:, bytes_]), (0, length), strict=True):
             decoded[:, pl.ds(first + at, chunk)] = numbers.astype(decoded.dtype) * factor
 
     lax.fori_loop(0, length // chunk, part, None)
@@ -69,14 +58,19 @@ def decode_fp8(values, scale_at, decoded) -> None:
     rows, columns = values.shape
 
     def row_block(r, first, size):
-        for g in range(0, columns, BLOCK):
-            part = pl.ds(first, size), pl.ds(g, min(BLOCK, columns - g))
+        for g in range(0, columns, FP8_BLOCK):
+            part = pl.ds(first, size), pl.ds(g, min(FP8_BLOCK, columns - g))
             # Through float32: not every generation multiplies in bfloat16 on the vector unit.
-            numbers = values[part].astype(jnp.float32) * scale_at(r, g // BLOCK)
+            numbers = values[part].astype(jnp.float32) * scale_at(r, g // FP8_BLOCK)
             decoded[part] = numbers.astype(decoded.dtype)
 
-    if rows % BLOCK:
-        for r in range(0, rows, BLOCK):
-            row_block(r // BLOCK, r, min(BLOCK, rows - r))
+    if rows % FP8_BLOCK:
+        for r in range(0, rows, FP8_BLOCK):
+            row_block(r // FP8_BLOCK, r, min(FP8_BLOCK, rows - r))
         return
-    lax.fori_loop(0, rows // BLOCK, lambda r, _: row_block(r, pl.multiple_of(r * BLOCK, BLOCK), BLOCK), None)
+    lax.fori_loop(
+        0,
+        rows // FP8_BLOCK,
+        lambda r, _: row_block(r, pl.multiple_of(r * FP8_BLOCK, FP8_BLOCK), FP8_BLOCK),
+        None,
+    )

@@ -18,17 +18,17 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels.arithmetic import quotient
+from pallas_kernels.formats import e2m1, e8m0
+from pallas_kernels.formats.sizes import FP4_GROUP, FP8_BLOCK
 from pallas_kernels.grouped_matmul.decode_tpu import (
     GROUP_BYTES,
     decode_fp4,
     decode_fp8,
-    e2m1_as_e5m2,
     fp4_scale,
     spreading,
 )
 from pallas_kernels.grouped_matmul.stored import Format, Stack
 from pallas_kernels.grouped_matmul.tuning_tpu import FEW_ROWS, LANES, ROWS_AT_ONCE, VMEM_LIMIT, ItemBlocks
-from pallas_kernels.low_precision import BLOCK, GROUP, e8m0_value
 from pallas_kernels.precision import product_precision
 
 SUBLANES = 8
@@ -58,7 +58,12 @@ def formulation_of(stack: Stack, dtype, rows: int, axis: Literal["output", "inpu
     if stack.format == "plain":
         return "plain"
     few = dtype == jnp.bfloat16 and axis == "output"
-    if stack.format == "fp8" and few and rows <= BLOCK and not any(n % BLOCK for n in stack.shape[-2:]):
+    if (
+        stack.format == "fp8"
+        and few
+        and rows <= FP8_BLOCK
+        and not any(n % FP8_BLOCK for n in stack.shape[-2:])
+    ):
         return "scaled sums"
     if stack.format == "mxfp4" and few and rows <= FEW_ROWS and stack.shape[-1] % (2 * LANES) == 0:
         return "masked rows"
@@ -94,11 +99,11 @@ class _Tile:
     @property
     def scale_lies_across(self) -> bool:
         """Whether the FP4 scales of this tile are [groups, N block] rather than [N block, groups]."""
-        return scale_lies_across(2 * self.values.shape[-1] // GROUP)
+        return scale_lies_across(2 * self.values.shape[-1] // FP4_GROUP)
 
     def fp8_scale(self, m: int, r, g: int):
         """f32[]: of the tile's rows from 128 r and columns from 128 g on."""
-        return self.scale[0, m, self.step * (self.values.shape[2] // BLOCK) + r, g]
+        return self.scale[0, m, self.step * (self.values.shape[2] // FP8_BLOCK) + r, g]
 
     def matrix(self, m: int, dtype):
         """[N block, K] in the dtype of the rows."""
@@ -115,10 +120,10 @@ class _Tile:
     def scaled_sums(self, m: int, rows):
         """f32[rows, N block] of FP8: each 128 columns' products times their scale."""
         values, total = self.values.at[0, m], 0.0
-        blocks = values.shape[0] // BLOCK
-        for g in range(values.shape[1] // BLOCK):
-            columns = pl.ds(g * BLOCK, BLOCK)
-            lanes = [jnp.full((1, BLOCK), self.fp8_scale(m, r, g), jnp.float32) for r in range(blocks)]
+        blocks = values.shape[0] // FP8_BLOCK
+        for g in range(values.shape[1] // FP8_BLOCK):
+            columns = pl.ds(g * FP8_BLOCK, FP8_BLOCK)
+            lanes = [jnp.full((1, FP8_BLOCK), self.fp8_scale(m, r, g), jnp.float32) for r in range(blocks)]
             total += _dot(rows[:, columns], values[:, columns], 1, 1) * jnp.concatenate(lanes, axis=1)
         return total
 
@@ -158,7 +163,7 @@ def _masked_rows(tile: _Tile, wide_ref, sub, sums_ref) -> None:
             scale = _dot(diagonal.astype(scale.dtype), scale, 1, 1)
         totals = [0.0] * ROWS_AT_ONCE
         for k in range(scale.shape[0] // SUBLANES):
-            even, odd = e2m1_as_e5m2(tile.values[0, m, :, pl.ds(k * LANES, LANES)])
+            even, odd = e2m1.e5m2(tile.values[0, m, :, pl.ds(k * LANES, LANES)])
             sums = _dot(wide_ref[sub, k], jnp.concatenate([even, odd], axis=1), 1, 1)
             factor = scale[k * SUBLANES : (k + 1) * SUBLANES]
             for t in range(ROWS_AT_ONCE):
@@ -281,7 +286,7 @@ def grouped_product(
     scratch = {}
     if stack.format == "fp8":
         # Few numbers: those of the items' experts go to scalar memory.
-        scales = e8m0_value(stack.scale[expert])
+        scales = e8m0.normal_value(stack.scale[expert])
         at = lambda i, j, expert, count, total: (used(i, total), 0, 0, 0)  # noqa: E731
         names.append("scale")
         arrays.append(scales)

@@ -6,25 +6,23 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Float32, Int32, UInt8
+from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from pallas_kernels.grouped_matmul import reference, routing, stream, tpu, tuning, tuning_tpu, xla
-from pallas_kernels.grouped_matmul.stored import Stack
+from pallas_kernels.grouped_matmul.stored import Matrices, Stack, problems
 from pallas_kernels.sizes import not_empty
+from pallas_kernels.splits import Splits
 
 
 def expert_ffn(
     x: Float[Array, "T D"],
-    gate_up: Float[Array, "S 2 F D"] | UInt8[Array, "S 2 F half_D"],
-    down: Float[Array, "S D F"] | UInt8[Array, "S D half_F"],
+    gate_up: Matrices,
+    down: Matrices,
     expert_ids: Int32[Array, "T Ke"],
     weights: Float32[Array, "T Ke"],
     *,
-    gate_up_scale: UInt8[Array, "S 2 row_blocks column_blocks"] | None = None,
-    down_scale: UInt8[Array, "S row_blocks column_blocks"] | None = None,
     swiglu_limit: float,
-    num_experts: int | None = None,
-    first_expert: Int32[Array, ""] | int = 0,
+    repeat: Int32[Array, ""] | None = None,
     valid: Bool[Array, "T"] | None = None,
     impl: Literal["xla", "pallas", "reference"] = "xla",
     native_bfloat16: bool = False,
@@ -35,27 +33,22 @@ def expert_ffn(
     """The routed experts' output for every token, weighted and summed.
 
     Equation (DeepSeek-V4 report, section 2.1):
-        y_t = sum_k weights[t, k] * Expert_{first_expert + expert_ids[t, k]}(x_t)
+        y_t = sum_k weights[t, k] * Expert_{expert_ids[t, k]}(x_t)
         Expert(x) = (silu(min(x W1, c)) * clip(x W3, -c, c)) W2,   c = swiglu_limit
 
     Args:
         x: [T, D] tokens in the compute dtype.
-        gate_up: [S, 2, F, D] W1 and W3 of S >= E experts, output dim first; rounded to the dtype of `x`.
-            S > E: the experts of several layers behind one another (see `first_expert`).
-            Quantised, and then decoded exactly, one expert at a time:
-            float8_e4m3fn [S, 2, F, D], without NaN, with scales of blocks of 128 x 128; or
-            uint8 [S, 2, F, D / 2], two E2M1 numbers a byte, the even column in the low four bits, with
-            scales of 32 columns.
-        down: [S, D, F] W2, likewise, in the same or another format.
+        gate_up: [E, 2, F, D] W1 and W3 of the experts (E = 256 or 384 in V4), output dim first; rounded to
+            the dtype of `x`. With `repeat` a stack [R, E, 2, F, D] of layers.
+            Quantised, and then decoded exactly, one expert at a time (`formats.blocks`; codes of scales
+            1 .. 254): `Fp8Blocks` with elements [E, 2, F, D], without NaN, and scales
+            [E, 2, ceil(F / 128), ceil(D / 128)]; or `Mxfp4` with [E, 2, F, D / 2] and [E, 2, F, D / 32].
+        down: [E, D, F] W2, likewise, in the same or another format.
         expert_ids: i32[T, Ke] in 0 .. E-1. Pairs whose id lies outside contribute nothing and cost nothing.
         weights: f32[T, Ke] routing weights, applied after W2.
-        gate_up_scale: E8M0 bytes b (2^(b - 127), b in 1 .. 254) of a quantised `gate_up`:
-            u8[S, 2, ceil(F / 128), ceil(D / 128)] for FP8, u8[S, 2, F, D / 32] for FP4.
-        down_scale: likewise u8[S, ceil(D / 128), ceil(F / 128)] or u8[S, D, F / 32].
         swiglu_limit: c >= 0 (10 in V4); 0 means no clamp.
-        num_experts: E (256 or 384 in V4); None means S.
-        first_expert: i32[] where this layer's experts start in the stack; may be traced. Inside a scan over
-            layers this spares the copy of a whole layer that slicing the stack would be.
+        repeat: i32[], which layer of the stacks to use, 0 .. R - 1; None where there is no axis R. Experts
+            are read where they lie; slicing a layer out of its stack would copy it.
         valid: bool[T]; False marks padding: such tokens give 0, get no gradient and cost nothing,
             whatever numbers (NaN too) stand in `x`. None means all True.
         impl: "xla" for any backend, "pallas" for TPUs, or "reference". There is no silent fallback.
@@ -91,22 +84,28 @@ def expert_ffn(
         is an expert's pairs up to `tuning_tpu.choose_rows` of them (in decode: once), from where they lie;
         beside them about 2 R (D b + F b) + 4 R D bytes move for R places, b bytes a number of x, R = rows *
         (min(P, E) + P / rows + 1). VMEM: `tuning_tpu.ItemBlocks.vmem_bytes`.
-    Sharding: T may be split freely. Experts may be split: give each device its slice of the stack and ids
-        relative to it (foreign ids contribute nothing), and sum the results. F may be split likewise.
-        D must be whole. Scales are split like what they scale: FP8 in whole blocks of 128, FP4 of 32.
+    Sharding: `SPLITS`. A device with some of the experts takes ids relative to them: foreign ids contribute
+        nothing. Scales are split like what they scale: FP8 in whole blocks of 128, FP4 of 32.
     Raises:
         ValueError: for shapes, dtypes, scales and blocks that do not fit, an unknown impl, or too many pairs
             for int32 sort keys; for "pallas" also float16, and FP4 matrices without a multiple of 32 outputs;
             all problems at once.
     """
-    num_experts = gate_up.shape[0] if num_experts is None else num_experts
+    first_expert, num_experts = 0, gate_up.shape[0 if repeat is None else 1]
+    if repeat is not None:
+        if wrong := _stack_problems(gate_up, down, repeat):
+            raise ValueError("expert_ffn: " + "; ".join(wrong))
+        # The experts of all layers behind one another.
+        gate_up, down = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), (gate_up, down))
+        first_expert = repeat * num_experts
     operands = _Operands(
-        x, Stack(gate_up, gate_up_scale), Stack(down, down_scale), expert_ids, weights,
+        x, Stack.of(gate_up), Stack.of(down), expert_ids, weights,
         jnp.asarray(first_expert, jnp.int32),
         jnp.ones(x.shape[:1], bool) if valid is None else valid,
     )  # fmt: skip
-    if problems := _problems(operands, num_experts, swiglu_limit, impl, blocks):
-        raise ValueError("expert_ffn: " + "; ".join(problems))
+    wrong = _problems(operands, num_experts, swiglu_limit, impl, blocks)
+    if wrong := wrong + problems("gate_up", gate_up) + problems("down", down):
+        raise ValueError("expert_ffn: " + "; ".join(wrong))
     if expert_ids.size == 0:
         return jnp.zeros(x.shape, jnp.float32)
     if impl == "reference":
@@ -151,21 +150,33 @@ def _problems(o: _Operands, num_experts: int, limit: float, impl: str, blocks) -
         f"blocks={blocks} must be {BLOCKS_OF.get(impl, object).__name__} for impl={impl!r}": blocks is None
         or isinstance(blocks, BLOCKS_OF.get(impl, object)),
         f"swiglu_limit={limit} must not be negative": limit >= 0,
-        f"gate_up {gate_up} must be [S, 2, F, D]": gate_up == (stack, 2, width, hidden),
+        f"gate_up {gate_up} must be [E, 2, F, D]": gate_up == (stack, 2, width, hidden),
         f"down {down} must be {[stack, hidden, width]}": down == (stack, hidden, width),
         f"expert_ids {o.expert_ids.shape} must be [T, Ke]": o.expert_ids.ndim == 2,
         f"weights {o.weights.shape} must be {o.expert_ids.shape}": o.weights.shape == o.expert_ids.shape,
         f"x {o.x.shape} must be {[tokens, hidden]}": o.x.shape == (tokens, hidden),
         f"valid {o.valid.shape} must be {[tokens]}": o.valid.shape == (tokens,),
-        f"num_experts={num_experts} must be in 1 .. {stack}": 1 <= num_experts <= stack,
         f"{tokens} x {top_k} pairs of {num_experts} experts need sort keys of {bits} > 31 bits": bits <= 31,
     }
     if len(gate_up) == 4:
-        rules |= not_empty(D=hidden, F=width)
+        rules |= not_empty(E=stack, D=hidden, F=width)
     broken = [rule for rule, holds in rules.items() if not holds]
     if impl == "pallas":
         broken += tpu.problems(o.x, o.gate_up, o.down)
-    return broken + o.gate_up.problems("gate_up") + o.down.problems("down")
+    return broken
+
+
+def _stack_problems(gate_up: Matrices, down: Matrices, repeat: jax.Array) -> list[str]:
+    """What keeps these from being stacks of layers."""
+    rules = {
+        f"gate_up {gate_up.shape} must be a stack [R, E, 2, F, D] for a repeat": len(gate_up.shape) == 5,
+        f"down {down.shape} must be a stack [R, E, D, F] of as many for a repeat": len(down.shape) == 4
+        and down.shape[:2] == gate_up.shape[:2],
+        f"repeat {jnp.shape(repeat)} must be a scalar": jnp.shape(repeat) == (),
+    }
+    if len(gate_up.shape) == 5:
+        rules |= not_empty(R=gate_up.shape[0])
+    return [rule for rule, holds in rules.items() if not holds]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -231,3 +242,22 @@ _on_kernels.defvjp(_save_on_kernels, _pull_on_kernels)
 def _dot_dtype(x: jax.Array, native_bfloat16: bool) -> jax.typing.DTypeLike:
     """What the products are computed in; bfloat16 products are exact in float32, so only speed differs."""
     return x.dtype if native_bfloat16 else jnp.float32
+
+
+SPLITS = {
+    "expert_ffn": Splits(
+        arguments={
+            "x": "T D",
+            "gate_up": "*R E 2 F D",
+            "down": "*R E D F",
+            "expert_ids": "T Ke",
+            "weights": "T Ke",
+            "repeat": "",
+            "valid": "T",
+        },
+        results=("T D",),
+        free="T",
+        summed="E F",
+        multiples={"F": 128},
+    )
+}

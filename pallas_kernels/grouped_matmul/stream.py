@@ -19,16 +19,9 @@ from jax import lax
 from jaxtyping import Array, Float32, Int32
 
 from pallas_kernels.arithmetic import int32s
+from pallas_kernels.formats import e2m1, e4m3, e8m0
+from pallas_kernels.formats.sizes import FP4_GROUP, FP8_BLOCK
 from pallas_kernels.grouped_matmul.stored import Stack
-from pallas_kernels.low_precision import (
-    BLOCK,
-    E2M1_OF_HALF,
-    E4M3_OF_HALF,
-    GROUP,
-    e2m1_halves,
-    e4m3_halves,
-    e8m0_value,
-)
 from pallas_kernels.precision import product_precision
 
 LANES = 16  # two AVX2 vectors, one of AVX-512
@@ -88,19 +81,19 @@ def _plain(stack: Stack, index, x, lanes):
 def _fp8(stack: Stack, index, x, lanes):
     """Scales go into `x`, of which every row block then has its own; a power of two changes no digit."""
     *which, rows, width = stack.shape[1:]
-    tall = math.gcd(rows, BLOCK)  # rows that have one scale, whatever the number of rows
+    tall = math.gcd(rows, FP8_BLOCK)  # rows that have one scale, whatever the number of rows
     num_blocks = math.prod(which) * rows // tall
     values = stack.values.reshape(-1, num_blocks, tall, width)
-    scale = e8m0_value(lax.dynamic_index_in_dim(stack.scale, index, keepdims=False))
-    scale = jnp.repeat(scale, BLOCK // tall, axis=-2)[..., : rows // tall, :].reshape(num_blocks, -1)
-    x = jnp.repeat(scale, BLOCK, axis=1)[:, :width] * x * E4M3_OF_HALF
+    scale = e8m0.normal_value(lax.dynamic_index_in_dim(stack.scale, index, keepdims=False))
+    scale = jnp.repeat(scale, FP8_BLOCK // tall, axis=-2)[..., : rows // tall, :].reshape(num_blocks, -1)
+    x = jnp.repeat(scale, FP8_BLOCK, axis=1)[:, :width] * x * e4m3.OF_HALF
     partial = jnp.zeros((num_blocks, tall, lanes), jnp.float32)
     for loop in _loops(width, lanes):
         here, index, x, partial = lax.optimization_barrier((values, index, x, partial))
         here = lax.bitcast_convert_type(here, jnp.uint8)
         for start in loop:
             columns = lax.dynamic_slice(here, int32s(index, 0, 0, start), (1, num_blocks, tall, lanes))[0]
-            columns = e4m3_halves(columns).astype(jnp.float32)
+            columns = e4m3.halves(columns).astype(jnp.float32)
             partial += columns * x[:, None, start : start + lanes]
     return partial.reshape(-1, lanes)
 
@@ -109,20 +102,20 @@ def _mxfp4(stack: Stack, index, x, lanes):
     """Even and odd columns have their own sums: a loop that interleaves them is not vectorised."""
     num, half = math.prod(stack.shape[1:-1]), lanes // 2
     values, scale = (a.reshape(len(a), num, -1) for a in stack)
-    groups = max(1, lanes // GROUP)
-    x = x.reshape(-1, 2).T * E2M1_OF_HALF
+    groups = max(1, lanes // FP4_GROUP)
+    x = x.reshape(-1, 2).T * e2m1.OF_PLACED
     partial = [jnp.zeros((num, half), jnp.float32)] * 2
     for loop in _loops(stack.shape[-1], lanes):
         here, scales, index, x, partial = lax.optimization_barrier((values, scale, index, x, partial))
         for start in loop:
             packed = lax.dynamic_slice(here, int32s(index, 0, start // 2), (1, num, half))[0]
-            scaling = lax.dynamic_slice(scales, int32s(index, 0, start // GROUP), (1, num, groups))[0]
-            scaling = e8m0_value(scaling)
+            scaling = lax.dynamic_slice(scales, int32s(index, 0, start // FP4_GROUP), (1, num, groups))[0]
+            scaling = e8m0.normal_value(scaling)
             if groups > 1:
-                scaling = jnp.repeat(scaling, GROUP // 2, axis=1)
+                scaling = jnp.repeat(scaling, FP4_GROUP // 2, axis=1)
             partial = [
                 sums + numbers.astype(jnp.float32) * scaling * factor[start // 2 : start // 2 + half]
-                for sums, numbers, factor in zip(partial, e2m1_halves(packed), x, strict=True)
+                for sums, numbers, factor in zip(partial, e2m1.halves(packed), x, strict=True)
             ]
     places = jnp.eye(lanes, dtype=jnp.float32)
     return _sums(partial[0], places[0::2]) + _sums(partial[1], places[1::2])

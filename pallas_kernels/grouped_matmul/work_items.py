@@ -61,7 +61,8 @@ def work_items(
     pairs = sort_pairs(expert_ids, valid, num_experts=num_experts, rows=0)
     keys, shift = pairs.keys, pairs.shift
     bounds = jnp.arange(num_experts + 1, dtype=jnp.int32) << shift
-    start = jnp.searchsorted(keys, bounds).astype(jnp.int32)
+    # All compared with all, one operation: searching by halves is a loop of small ones, dearer on a TPU.
+    start = jnp.searchsorted(keys, bounds, method="compare_all").astype(jnp.int32)
     blocks = quotient(start[1:] - start[:-1] + (rows - 1), rows)
     if every_expert:
         blocks = jnp.maximum(blocks, 1)
@@ -70,7 +71,7 @@ def work_items(
 
     length = most_items(expert_ids.size, num_experts, rows, every_expert=every_expert)
     number = jnp.minimum(jnp.arange(length, dtype=jnp.int32), jnp.maximum(total - 1, 0))
-    expert = jnp.searchsorted(behind, number, side="right").astype(jnp.int32)
+    expert = jnp.searchsorted(behind, number, side="right", method="compare_all").astype(jnp.int32)
     expert = jnp.minimum(expert, num_experts - 1)
     begin = start[expert] + (number - first[expert]) * rows
     count = jnp.clip(start[expert + 1] - begin, 0, rows)

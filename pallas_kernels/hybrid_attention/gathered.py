@@ -10,14 +10,15 @@ from jaxtyping import Array, Float, Float32, Int32
 from pallas_kernels.decode_attention.kernel_tpu_gather import rows_a_copy
 from pallas_kernels.hybrid_attention import kernel_tpu_gathered, reference, tuning
 from pallas_kernels.sizes import not_empty
+from pallas_kernels.splits import Splits
 
 
 def gathered_attention(
     q: Float[Array, "B T H Dh"],
     entries: Float[Array, "B S Dh"] | Float[Array, "R B S Dh"],
     index: Int32[Array, "B T K"],
-    repeat: Int32[Array, ""] | None = None,
     *,
+    repeat: Int32[Array, ""] | None = None,
     impl: Literal["pallas", "reference"] = "pallas",
     blocks: tuning.GatherBlocks | None = None,
     interpret: Any = False,
@@ -35,7 +36,7 @@ def gathered_attention(
             finite, those that no list names too. S is even in bfloat16.
         index: i32[B, T, K]: the entries of each query, < S, any order, none twice; -1 for none (K = 512 or
             1024 in V4).
-        repeat: i32[] with a stack only: which of its R it is, 0 <= repeat < R.
+        repeat: i32[], which layer of the stack `entries` to use, 0 .. R - 1; None where there is no axis R.
         impl: "reference" runs dense plain XLA. There is no silent fallback.
         blocks: chunk size; None lets `tuning.choose_gather_blocks` pick. Speed only.
         interpret: passed to `pl.pallas_call`; tests set it, callers leave it alone.
@@ -55,8 +56,7 @@ def gathered_attention(
         `tuning.gather_from` says when this beats masking. No copy of the entries, if they lie in
         memory row by row: XLA may store arrays whose S is no multiple of 8 in another layout, and then copies
         them for every call. VMEM: `tuning.GatherGeometry.vmem_bytes`, mostly K rows of 4 Dh bytes.
-    Sharding: B, T and H may be split freely (entries are then repeated over T and H). R, K, S and Dh must be
-        whole.
+    Sharding: `SPLITS`. Entries are repeated over the devices that share T and H.
     Raises:
         ValueError: for shapes or dtypes that do not fit, an unknown impl, a stack without `repeat` or the
             reverse, or bfloat16 entries without pairs; all problems at once. For lists that exceed VMEM.
@@ -143,3 +143,12 @@ def _run_kernel(q, entries, index, repeat, *, blocks, interpret):
         interpret=interpret,
     )
     return o.reshape(q.shape), lse.reshape(batch, length, heads)
+
+
+SPLITS = {
+    "gathered_attention": Splits(
+        arguments={"q": "B T H Dh", "entries": "*R B S Dh", "index": "B T K", "repeat": ""},
+        results=("B T H Dh", "B T H"),
+        free="B T H",
+    )
+}

@@ -52,8 +52,8 @@ def csa_attention(
     lo: Int32[Array, "B T"],
     hi: Int32[Array, "B T"],
     index: Int32[Array, "B T K"],
-    repeat: Int32[Array, ""] | None = None,
     *,
+    repeat: Int32[Array, ""] | None = None,
     window: int,
     impl: Literal["pallas", "reference"] = "pallas",
     interpret: Any = False,
@@ -67,5 +67,5 @@ def csa_attention(
     """
     index = jnp.where((index >= lo[..., None]) & (index < hi[..., None]), index, -1)
     near = hybrid_attention(q, line, position, sink, window=window, impl=impl, interpret=interpret)
-    far = gathered_attention(q, entries, index, repeat, impl=impl, interpret=interpret)
+    far = gathered_attention(q, entries, index, repeat=repeat, impl=impl, interpret=interpret)
     return merge([near, far])

@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from pallas_kernels.hybrid_attention import kernel_tpu, kernel_tpu_backward, reference, tuning
 from pallas_kernels.sizes import not_empty
+from pallas_kernels.splits import Splits
 
 
 def hybrid_attention(
@@ -66,8 +67,8 @@ def hybrid_attention(
         4 T H Dh for dq and, for d_line and d_entries, 2 T H Dh for every key block that a query sees. VMEM
         of a grid step: `tuning.Geometry.vmem_bytes`. No T x S array is made but an int8 copy of `selected`.
         Blocks of entries outside lo .. hi are skipped; `selected` masks, but skips nothing.
-    Sharding: B and H may be split freely (line and entries are then repeated over H; their gradients are
-        partial sums). T may be split, if each part gets its own W - 1 tokens before. Dh and S must be whole.
+    Sharding: `SPLITS`. Line and entries are repeated over the devices that share H; their gradients are
+        partial sums. Devices can share T as well, if each gets a line with the W - 1 tokens before its own.
     Raises:
         ValueError: for shapes or dtypes that do not fit, an unknown impl, entries without lo and hi or the
             reverse; all problems at once. For shapes whose smallest tiles exceed VMEM.
@@ -180,3 +181,21 @@ def _pull(g, interpret, saved, cotangents):
 
 
 _hybrid_attention.defvjp(_save, _pull)
+
+
+SPLITS = {
+    "hybrid_attention": Splits(
+        arguments={
+            "q": "B T H Dh",
+            "line": "B W-1+T Dh",
+            "position": "B T",
+            "sink": "H",
+            "entries": "B S Dh",
+            "lo": "B T",
+            "hi": "B T",
+            "selected": "B T S",
+        },
+        results=("B T H Dh", "B T H"),
+        free="B H",
+    )
+}

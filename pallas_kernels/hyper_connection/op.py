@@ -17,6 +17,7 @@ from pallas_kernels.hyper_connection import kernel_tpu, kernel_tpu_backward, ref
 from pallas_kernels.hyper_connection.kernel_tpu import Variant
 from pallas_kernels.hyper_connection.maps import scale_index
 from pallas_kernels.sizes import not_empty
+from pallas_kernels.splits import Splits
 
 Impl = Literal["pallas", "reference"]
 
@@ -73,7 +74,7 @@ def pre(
     Cost: per token 2 N D (rows + 2) + 6 D FLOP and (N + 1) D s bytes of HBM (s the item size; 10 D in V4) and
         4 rows; backward N D (4 rows + 14) FLOP and (2 N + 1) D s bytes. Once a call fn: 4 rows N D bytes,
         twice in the backward pass. VMEM: `tuning.HyperConnectionBlocks.vmem_bytes`.
-    Sharding: token axes may be split freely (sum the gradients of the weights); N and D must be whole.
+    Sharding: `SPLITS`. Sum the gradients of the weights over the devices.
     Raises:
         ValueError: for shapes that do not fit, D no multiple of 128 or N > 6 with "pallas", num_iters < 1, an
             unknown impl; all problems at once.
@@ -117,7 +118,7 @@ def post(
     Gradients: w.r.t. all arrays; saves the operands only. The columns of pre get zero.
     Cost: per token N D (2 N + 2) FLOP and (2 N + 1) D s bytes of HBM (s the item size; 18 D in V4); backward
         N D (6 N + 6) FLOP and (3 N + 2) D s bytes. VMEM: `tuning.HyperConnectionBlocks.vmem_bytes`.
-    Sharding: token axes and, in the forward pass, nothing else: D must be whole on every device.
+    Sharding: `SPLITS`.
     Raises:
         ValueError: as `pre`.
     """
@@ -174,7 +175,7 @@ def post_pre(
     Cost: the FLOP of both; per token (2 N + 2) D s bytes of HBM (20 D in V4, against 28 D apart); backward
         (3 N + 3) D s (30 D against 54 D and the sum of two gradients of X'). VMEM:
         `tuning.HyperConnectionBlocks.vmem_bytes`.
-    Sharding: as `pre`.
+    Sharding: `SPLITS`.
     Raises:
         ValueError: as `pre`.
     """
@@ -224,7 +225,7 @@ def collapse(
     Gradients: as `pre`.
     Cost: per token 2 N D (N + 2) FLOP and (N + 1) D s bytes of HBM (s the item size); backward N D (4 N + 14)
         FLOP and (2 N + 1) D s bytes. VMEM: `tuning.HyperConnectionBlocks.vmem_bytes`.
-    Sharding: as `pre`.
+    Sharding: `SPLITS`.
     Raises:
         ValueError: as `pre`.
     """
@@ -348,3 +349,29 @@ def _pull(static, residuals, d_out: dict):
 
 
 _kernel.defvjp(_save, _pull)
+
+
+_WEIGHTS = {"fn": "rows N D", "base": "rows", "scale": "3"}
+_STREAMS = "*tokens N D"
+SPLITS = {
+    "pre": Splits(
+        {"streams": _STREAMS, **_WEIGHTS, "norm_weight": "D"}, ("*tokens D", "*tokens rows"), free="tokens"
+    ),
+    "post": Splits(
+        {"streams": _STREAMS, "update": "*tokens D", "maps": "*tokens rows"}, (_STREAMS,), free="tokens"
+    ),
+    "post_pre": Splits(
+        {
+            "streams": _STREAMS,
+            "update": "*tokens D",
+            "maps": "*tokens rows",
+            **_WEIGHTS,
+            "norm_weight": "D",
+        },
+        (_STREAMS, "*tokens D", "*tokens rows"),
+        free="tokens",
+    ),
+    "collapse": Splits(
+        {"streams": _STREAMS, "fn": "N N D", "base": "N", "scale": "1"}, ("*tokens D",), free="tokens"
+    ),
+}

@@ -15,8 +15,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.arithmetic import cdiv, quotient, round_up
+from pallas_kernels.formats.blocks import Format
+from pallas_kernels.formats.index_keys import format_of
 from pallas_kernels.indexer import key_tiles
-from pallas_kernels.indexer.formats import Format, format_of, shape_of
 from pallas_kernels.indexer.tuning import LANES, IndexerBlocks
 
 
@@ -133,7 +134,7 @@ def scoring_call(
         call: `pl.pallas_call`'s out_shape, compiler_params, interpret, name.
     """
     (num_rows, heads, width), form = q.shape, format_of(keys)
-    _, batch, size, _ = shape_of(keys)
+    _, batch, size, _ = keys.shape
     num_blocks = num_rows // blocks.rows
     blocks_per_sequence = max(num_blocks * blocks.sequences // round_up(batch, blocks.sequences), 1)
     ends = jnp.minimum(hi.reshape(num_blocks, blocks.rows).max(axis=1), size)
@@ -175,7 +176,7 @@ def scoring_call(
 
 def _cost(q, keys, blocks_per_sequence, out):
     """Every block of rows reads the keys of its sequences once."""
-    (num_rows, heads, width), (repeats, _, size, _) = q.shape, shape_of(keys)
+    (num_rows, heads, width), (repeats, _, size, _) = q.shape, keys.shape
     key_bytes = sum(part.nbytes for part in key_tiles.operands(keys)) // repeats
     return pl.CostEstimate(
         flops=2 * num_rows * size * heads * (width + 1),
@@ -196,7 +197,7 @@ def index_scores_fwd(
         *(q, weights, keys, lo, hi, repeat),
         blocks=blocks,
         out_specs=pl.BlockSpec((blocks.rows, blocks.keys), lambda r, s, *_: (r, s)),
-        out_shape=jax.ShapeDtypeStruct((q.shape[0], shape_of(keys)[-2]), jnp.float32),
+        out_shape=jax.ShapeDtypeStruct((q.shape[0], keys.shape[-2]), jnp.float32),
         compiler_params=pltpu.CompilerParams(
             # A block's tiles come in order: the first one lays out the queries.
             dimension_semantics=("parallel", "arbitrary"),

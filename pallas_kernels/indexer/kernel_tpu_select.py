@@ -15,7 +15,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.arithmetic import round_up
-from pallas_kernels.indexer.formats import shape_of
 from pallas_kernels.indexer.kernel_tpu import Scoring, chunks_before, scoring_call, split_keys, visible_in
 from pallas_kernels.indexer.tuning import LANES, IndexerBlocks
 
@@ -213,7 +212,7 @@ def index_select_fwd(
     q, weights, keys, lo, hi, repeat, *, k: int, blocks: IndexerBlocks, vmem_limit: int, interpret
 ) -> jax.Array:
     """i8 or i32 [rows, S rounded up]: 1 where chosen; operands as in `scoring_call`."""
-    num_rows, padded = q.shape[0], round_up(shape_of(keys)[-2], blocks.keys)
+    num_rows, padded = q.shape[0], round_up(keys.shape[-2], blocks.keys)
     half = pltpu.VMEM((blocks.rows, padded), jnp.int16)
     return scoring_call(
         functools.partial(_select_body, k=k),

@@ -5,28 +5,24 @@ entries last: mxfp4 as [.., Di / 2, S], scales as [.., 1, S] and [.., Di / 32, S
 that way by itself, so the transposition moves nothing.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.indexer.formats import GROUP, Format, Fp8Keys, Keys, Mxfp4Keys
+from pallas_kernels.formats import e2m1, e8m0
+from pallas_kernels.formats.blocks import Format, Mxfp4
+from pallas_kernels.formats.index_keys import Fp8Keys, Keys
+from pallas_kernels.formats.sizes import FP4_GROUP
 from pallas_kernels.precision import product_precision
-
-SIGN, MAGNITUDE = -0x7F7F7F80, 0x0E0E0E0E  # of four e5m2 numbers in a word: bit 7, bits 3 to 1
-E2M1_FROM_E5M2 = 2.0**14  # an e2m1 code read as the top bits of an e5m2 code is this much smaller
 
 
 def operands(keys: Keys) -> tuple[jax.Array, ...]:
     """The arrays a kernel takes for a stack of keys [R, B, S, Di]."""
     if isinstance(keys, Fp8Keys):
         return keys.values, jnp.swapaxes(keys.scales, -1, -2)
-    if isinstance(keys, Mxfp4Keys):
-        return jnp.swapaxes(keys.values, -1, -2), jnp.swapaxes(keys.scales, -1, -2)
+    if isinstance(keys, Mxfp4):
+        return jnp.swapaxes(keys.packed, -1, -2), jnp.swapaxes(keys.scale, -1, -2)
     return (keys,)
 
 
@@ -44,7 +40,7 @@ def block_specs(form: Format, width: int, sequences: int, num_keys: int, where) 
     rows = pl.BlockSpec((None, sequences, num_keys, width), entries_first)
     columns = lambda size: pl.BlockSpec((None, sequences, size, num_keys), entries_last)  # noqa: E731
     if form == "mxfp4":
-        return [columns(width // 2), columns(width // GROUP)]
+        return [columns(width // 2), columns(width // FP4_GROUP)]
     return [rows, columns(1)] if form == "fp8" else [rows]
 
 
@@ -75,24 +71,20 @@ def tile_scale(key_refs, sequence, here, form: Format):
     """
     if form == "fp8":
         return key_refs[1][sequence, :, here]
-    return E2M1_FROM_E5M2 if form == "mxfp4" else None
+    return e2m1.OF_PLACED if form == "mxfp4" else None
 
 
 def unpack(values, scales):
     """bf16[Di, keys] / 2^14 from u8[Di / 2, keys] and u8[Di / 32, keys]: even dimensions, then odd ones.
 
-    A nibble s e e m becomes the e5m2 byte s 0 0 0 e e m 0. Both formats have subnormals, so one factor fits
-    all eight magnitudes; the byte is converted exactly, and a product with a power of two is exact.
+    The numbers placed in E5M2 are converted exactly, and a product with a power of two is exact.
     """
-    words = pltpu.bitcast(values, jnp.int32)  # four bytes of one column
-    low = ((words << 4) & SIGN) | ((words << 1) & MAGNITUDE)
-    high = (words & SIGN) | (lax.shift_right_logical(words, np.int32(3)) & MAGNITUDE)
+    low, high = e2m1.e5m2(values)
     exponents = scales.astype(jnp.int32)
-    powers = lax.bitcast_convert_type(exponents << 23, jnp.float32)
+    powers = e8m0.normal_value(exponents)
     powers = jnp.where(exponents == 255, jnp.nan, powers).astype(jnp.bfloat16)
     half_groups = [
-        jnp.broadcast_to(powers[g : g + 1], (GROUP // 2, powers.shape[1])) for g in range(powers.shape[0])
+        jnp.broadcast_to(powers[g : g + 1], (FP4_GROUP // 2, powers.shape[1])) for g in range(powers.shape[0])
     ]
     powers = jnp.concatenate(half_groups, axis=0)
-    decode = functools.partial(pltpu.bitcast, ty=jnp.float8_e5m2)
-    return jnp.concatenate([decode(x).astype(jnp.bfloat16) * powers for x in (low, high)], axis=0)
+    return jnp.concatenate([x.astype(jnp.bfloat16) * powers for x in (low, high)], axis=0)

@@ -8,9 +8,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from pallas_kernels.arithmetic import round_up
+from pallas_kernels.formats.index_keys import Keys, format_of
+from pallas_kernels.formats.sizes import FP4_GROUP
 from pallas_kernels.indexer import kernel_tpu, kernel_tpu_backward, kernel_tpu_select, reference, tuning
-from pallas_kernels.indexer.formats import GROUP, Keys, format_of, shape_of
 from pallas_kernels.sizes import not_empty
+from pallas_kernels.splits import Splits
 
 VMEM_BUDGET = 48 * 2**20  # bytes a step may plan with; every generation has at least 64 MiB
 VMEM_LIMIT = 60 * 2**20
@@ -37,7 +39,7 @@ def index_scores(
     Args:
         q: [B, T, Hi, Di] rotated head queries, bf16 or f32 (Hi = 64, Di = 128 in V4).
         weights: f32[B, T, Hi] head weights, already scaled by (Di Hi)^-1/2.
-        keys: the indexer's compressed keys: [B, S, Di] in the dtype of `q`, or `Fp8Keys`, or `Mxfp4Keys`.
+        keys: the indexer's compressed keys: [B, S, Di] in the dtype of `q`, or `Fp8Keys`, or `Mxfp4`.
         lo, hi: i32[B, T] visible entries of each query, 0 <= lo and hi <= S.
         repeat: i32[], which layer's keys to read when `keys` is a stack [R, B, S, Di] of layers, as a cache
             holds them; None when there is no axis R.
@@ -62,14 +64,13 @@ def index_scores(
         once for every block of queries: B T / queries * S * (2 Di | Di + 4 | Di / 2 + Di / 32). Tiles past
         the last entry a block of queries sees are neither fetched nor scored. [Hi, T, S] is never in HBM.
         Backward: 2.5 times the FLOP, operands and scores twice. VMEM: `tuning.IndexerBlocks.vmem_bytes`.
-    Sharding: B and T may be split freely (keys replicated over T's axis), and S (scores stay split); Hi
-        may be split if the results are summed. Di must be whole. R must be whole.
+    Sharding: `SPLITS`. Keys are repeated over the devices that share T; scores stay split in S.
     Raises:
         ValueError: for shapes or dtypes that do not fit, or blocks that do not suit T; all problems at once.
             For gradients through quantised keys or a stack.
     """
     _check("index_scores", q, weights, keys, lo, hi, repeat, impl)
-    shape = *lo.shape, shape_of(keys)[-2]
+    shape = *lo.shape, keys.shape[-2]
     if 0 in shape:
         return jnp.zeros(shape, jnp.float32)
     if impl == "reference":
@@ -117,12 +118,12 @@ def index_select(
         selection makes at most 34 counting passes over 2 bytes an entry in VMEM; equal scores at the cut add
         log2 S passes. It follows the last entry a block of queries sees, ends early once all its rows are
         decided, and hardly begins where none sees more than k.
-    Sharding: B and T may be split freely; S, Hi, Di and R must be whole on every device.
+    Sharding: `SPLITS`.
     Raises:
         ValueError: as `index_scores`, and for k < 1.
     """
     _check("index_select", q, weights, keys, lo, hi, repeat, impl, k)
-    shape = *lo.shape, shape_of(keys)[-2]
+    shape = *lo.shape, keys.shape[-2]
     if 0 in shape:
         return jnp.zeros(shape, bool)
     q, weights, keys = jax.lax.stop_gradient((q, weights, keys))
@@ -137,13 +138,13 @@ def index_select(
         vmem_limit=VMEM_LIMIT,
         interpret=interpret,
     )
-    return _unrow(mask, *lo.shape, blocks)[..., : shape_of(keys)[-2]].astype(bool)
+    return _unrow(mask, *lo.shape, blocks)[..., : keys.shape[-2]].astype(bool)
 
 
 def _check(name, q, weights, keys, lo, hi, repeat, impl, k=1) -> None:
     batch, length, heads, width = q.shape if q.ndim == 4 else (0, 0, 0, 0)
     layers, repeat_shape = ((), ()) if repeat is None else (("R",), jnp.shape(repeat))
-    shape, form = shape_of(keys), format_of(keys)
+    shape, form = keys.shape, format_of(keys)
     fits = len(shape) == 3 + len(layers) and (shape[-3], shape[-1]) == (batch, width)
     rules = {
         f"impl={impl!r} must be 'pallas' or 'reference'": impl in ("pallas", "reference"),
@@ -164,15 +165,16 @@ def _check(name, q, weights, keys, lo, hi, repeat, impl, k=1) -> None:
     else:
         wanted, scale_width, scale_dtype = {
             "fp8": (jnp.float8_e4m3fn, 1, jnp.float32),
-            "mxfp4": (jnp.uint8, width // GROUP, jnp.uint8),
+            "mxfp4": (jnp.uint8, width // FP4_GROUP, jnp.uint8),
         }[form]
+        values, given = jax.tree.leaves(keys)
         scales = (*shape[:-1], scale_width)
         rules |= {
-            f"{form} values {keys.values.dtype} must be {jnp.dtype(wanted)}": keys.values.dtype == wanted,
-            f"{form} scales {keys.scales.dtype} must be {jnp.dtype(scale_dtype)}": keys.scales.dtype
-            == scale_dtype,
-            f"{form} scales {keys.scales.shape} must be {scales}": keys.scales.shape == scales,
-            f"Di={width} must be a multiple of {GROUP} for mxfp4": form == "fp8" or width % GROUP == 0,
+            f"{form} values {values.dtype} must be {jnp.dtype(wanted)}": values.dtype == wanted,
+            f"{form} scales {given.dtype} must be {jnp.dtype(scale_dtype)}": given.dtype == scale_dtype,
+            f"{form} scales {given.shape} must be {scales}": given.shape == scales,
+            f"Di={width} must be a multiple of {FP4_GROUP} for mxfp4": form == "fp8"
+            or width % FP4_GROUP == 0,
         }
     if problems := [rule for rule, holds in rules.items() if not holds]:
         raise ValueError(f"{name}: " + "; ".join(problems))
@@ -185,7 +187,7 @@ def _one_layer(keys: Keys, repeat) -> Keys:
 def _chosen(blocks, q, keys, choose):
     batch, length, heads, width = q.shape
     if blocks is None:
-        size = shape_of(keys)[-2]
+        size = keys.shape[-2]
         return choose(batch, length, heads, width, size, q.dtype.itemsize, vmem_budget=VMEM_BUDGET)
     if blocks.sequences > 1 and blocks.queries != length:
         raise ValueError(f"{blocks}: several sequences share a step only with all their T={length} queries")
@@ -258,9 +260,23 @@ def _scores_only(q, weights, keys, lo, hi, repeat, blocks, interpret):
 
 def _refuse(q, weights, keys, lo, hi, repeat, blocks, interpret):
     raise ValueError(
-        f"index_scores: no gradients for {format_of(keys)} keys {shape_of(keys)}, repeat={repeat}: they need "
+        f"index_scores: no gradients for {format_of(keys)} keys {keys.shape}, repeat={repeat}: they need "
         "keys [B, S, Di] in the dtype of q, without repeat"
     )
 
 
 _scores_only.defvjp(_refuse, lambda *_: None)
+
+
+_ARGUMENTS = {
+    "q": "B T Hi Di",
+    "weights": "B T Hi",
+    "keys": "*R B S Di",
+    "lo": "B T",
+    "hi": "B T",
+    "repeat": "",
+}
+SPLITS = {
+    "index_scores": Splits(_ARGUMENTS, ("B T S",), free="B T S", summed="Hi"),
+    "index_select": Splits(_ARGUMENTS, ("B T S",), free="B T"),
+}

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
-from pallas_kernels.indexer.formats import Keys, decoded
+from pallas_kernels.formats.index_keys import Keys, decoded
 
 
 def index_scores_reference(

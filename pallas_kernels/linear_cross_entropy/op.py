@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels.linear_cross_entropy import kernel_tpu, reference, tuning, xla
 from pallas_kernels.sizes import not_empty
+from pallas_kernels.splits import Splits
 
 
 def linear_cross_entropy(
@@ -65,9 +66,9 @@ def linear_cross_entropy(
         VMEM: `tuning.LinearCrossEntropyBlocks.vmem_bytes`: two blocks of each operand, bf16 terms of float32
         operands, three logits tiles, and in the gradients the float32 sums and two output blocks; about
         2 D (bt h + bv w) + 12 bt bv, + b D (4 + 2 bytes of the gradient); at most 40 MiB by choice.
-    Sharding: T may be split freely (sum d_head over the devices). V may be split: give each device its rows
-        and ids relative to them, then lse = logsumexp of the lse_i, and nll = lse - sum(lse_i - nll_i), as
-        foreign ids pick 0. D must be whole. Wrap in `shard_map`: kernels are not partitioned by the compiler.
+    Sharding: `SPLITS`. Sum d_head over the devices. Devices can share V too: give each its rows and ids
+        relative to them, then lse = logsumexp of the lse_i, and nll = lse - sum(lse_i - nll_i), as foreign
+        ids pick 0. Wrap in `shard_map`: kernels are not partitioned by the compiler.
     Raises:
         ValueError: for shapes that do not fit, D or V of 0, dtypes other than bf16 and f32, ids other than
             i32, or an unknown precision or impl; all problems at once.
@@ -117,7 +118,7 @@ def weighted_cross_entropy(
         and no product is done twice. "pallas" recomputes the logits, see `linear_cross_entropy`.
     Cost ("xla"): 6 T V D FLOP with gradients, 2 T V D without; memory 4 chunk V bytes plus, with gradients,
         one float32 copy each of hidden and head.
-    Sharding: as `linear_cross_entropy`.
+    Sharding: `SPLITS`; V as in `linear_cross_entropy`.
     Raises:
         ValueError: as `linear_cross_entropy`, and for an unknown impl.
     """
@@ -178,3 +179,11 @@ def _run(call, kernel, static, hidden, head, *per_token):
             kernel, len(hidden), *head.shape, hidden.dtype.itemsize, head.dtype.itemsize, precision
         )
     return call(hidden, head, *per_token, precision=precision, blocks=blocks, interpret=interpret)
+
+
+SPLITS = {
+    "linear_cross_entropy": Splits({"hidden": "T D", "head": "V D", "ids": "T"}, ("T", "T"), free="T"),
+    "weighted_cross_entropy": Splits(
+        {"hidden": "T D", "head": "V D", "ids": "T", "weights": "T"}, ("",), free="", summed="T"
+    ),
+}

@@ -5,6 +5,7 @@ from typing import Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32
 
+from pallas_kernels.splits import Splits
 from pallas_kernels.topk_mask.reference import topk_mask_reference
 from pallas_kernels.topk_mask.xla import topk_mask_xla
 
@@ -36,7 +37,7 @@ def topk_mask(
     Cost: one compare-and-count pass over 4 S bytes a row for each bit that the slowest row needs to single
         out k scores, at most 32, often fewer than 25, none if no row sees more than k; where equal scores
         compete for the last places, log2 S passes more. Memory: 4 S bytes of keys a row.
-    Sharding: rows may be sharded freely; S must be whole on every device.
+    Sharding: `SPLITS`.
     Raises:
         ValueError: for k < 1 or shapes that differ.
     """
@@ -49,3 +50,8 @@ def topk_mask(
     if impl == "reference":
         return topk_mask_reference(scores, visible, k)
     return topk_mask_xla(scores, visible, k)
+
+
+SPLITS = {
+    "topk_mask": Splits({"scores": "*rows S", "visible": "*rows S"}, ("*rows S",), free="rows"),
+}

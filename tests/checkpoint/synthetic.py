@@ -64,7 +64,7 @@ def make_tensors(config: ModelConfig, release: storage.Release = storage.PLAIN, 
     """
     rng = np.random.default_rng(seed)
     tensors = {}
-    for tensor in storage.stored_tensors(config, release):
+    for tensor in storage.released_tensors(config, release):
         shape = tensor.shape
         if tensor.dtype == "I64":
             order = rng.random((shape[0], config.n_routed_experts)).argsort(axis=1)

@@ -15,9 +15,8 @@ from dsv4_jax.boxes import whole
 from dsv4_jax.checkpoint import storage
 from dsv4_jax.checkpoint.load import load_checkpoint
 from dsv4_jax.checkpoint.manifest import Options, open_manifest
-from dsv4_jax.checkpoint.read import stored_parameters
+from dsv4_jax.checkpoint.read import Findings, stored_parameters
 from dsv4_jax.checkpoint.save import save_checkpoint
-from dsv4_jax.checkpoint.values import Findings
 from dsv4_jax.errors import ProblemsError
 from dsv4_jax.numerics.policy import Policy
 from tests.checkpoint import synthetic
@@ -62,7 +61,7 @@ def test_any_box_is_the_slice_of_the_whole(folder, keep_quantized):
         def check(data):
             path = data.draw(st.sampled_from(sorted(held, key=str)))
             parameter, box = held[path], []
-            blocks = {"bf16": (1, 1), "fp8": (128, 128), "fp4": (1, 32)}[parameter.format]
+            blocks = {"plain": (1, 1), "fp8": (128, 128), "fp4": (1, 32)}[parameter.format]
             units = [1] * len(parameter.shape)
             units[-2:] = blocks[-len(units) :]
             for size, unit in zip(parameter.shape, units, strict=True):

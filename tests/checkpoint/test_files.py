@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dsv4_jax.checkpoint import shard_index
+from dsv4_jax.checkpoint import files as checkpoint_files
 from dsv4_jax.checkpoint.files import open_checkpoint
 from dsv4_jax.errors import CheckpointError
 from tests.checkpoint.shards import (
@@ -150,11 +150,11 @@ def test_index_is_not_utf8(sharded: Path) -> None:
 
 
 def test_index_caps(sharded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard_index, "MAX_SHARDS", 2)
+    monkeypatch.setattr(checkpoint_files, "MAX_SHARDS", 2)
     refused(sharded, "names 3 shards; at most 2")
-    monkeypatch.setattr(shard_index, "MAX_TENSORS", 5)
+    monkeypatch.setattr(checkpoint_files, "MAX_TENSORS", 5)
     refused(sharded, "lists 6 tensors")
-    monkeypatch.setattr(shard_index, "MAX_INDEX_BYTES", 100)
+    monkeypatch.setattr(checkpoint_files, "MAX_INDEX_BYTES", 100)
     refused(sharded, "at most 100 are accepted")
 
 

@@ -12,7 +12,6 @@ import pytest
 
 from dsv4_jax.checkpoint import names, storage
 from dsv4_jax.checkpoint.load import load_checkpoint
-from dsv4_jax.checkpoint.read import aligned
 from dsv4_jax.checkpoint.save import flattened
 from dsv4_jax.config.io import DSPARK_NOTE, VISION_NOTE
 from dsv4_jax.numerics.policy import Policy
@@ -262,15 +261,6 @@ def test_progress(tmp_path):
     total = sum(array.nbytes for array in tensors.values())
     assert steps[-1][1:] == (total, total)
     assert [done for _, done, _ in steps] == sorted(done for _, done, _ in steps)
-
-
-@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.int32])
-@pytest.mark.parametrize("shape", [(3,), (2, 5, 7), (300, 301)])
-def test_jax_takes_over_aligned_buffers(shape, dtype):
-    """What the memory bound of loading rests on."""
-    array = aligned(shape, np.dtype(dtype))
-    array[...] = 1
-    assert jax.device_put(array).unsafe_buffer_pointer() == array.ctypes.data
 
 
 def test_code_in_the_directory_is_never_touched(tmp_path):

@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from dsv4_jax.checkpoint import layout, names
+from dsv4_jax.checkpoint import names, recognise
 from dsv4_jax.config import v4_flash, v4_pro
 from dsv4_jax.parameters import parameters
 from tests.checkpoint.synthetic import repeated_config, small_config
@@ -194,7 +194,7 @@ def test_scale_names(naming):
 @pytest.mark.parametrize("naming", names.LAYOUTS)
 def test_layout_is_recognised(naming):
     own = [spec.name for spec in names.layout_tensors(small_config(), naming)]
-    found = layout.identify(own)
+    found = recognise.identify(own)
     assert found.layout == naming
     assert found.names == {name: name for name in own}
     assert not found.unknown and not found.problems
@@ -211,15 +211,15 @@ def test_converter_aliases_of_the_official_layout():
         "layers.3.attn.compressor.norm.weight": "layers.3.attn.compressor.norm.weight",
         "layers.3.attn_norm.weight": "layers.3.attn_norm.weight",
     }.items():
-        assert layout.own_name(alias, "official") == official
-        assert layout.row_of(official, "official") is not None
+        assert recognise.own_name(alias, "official") == official
+        assert recognise.row_of(official, "official") is not None
 
 
 def test_aliased_checkpoint_is_official():
     plain = [spec.name for spec in names.official_tensors(small_config())]
     aliased = ["model." + name.replace(".attn.", ".self_attn.") for name in plain]
     aliased = [name.replace("gate.bias", "gate.e_score_correction_bias") for name in aliased]
-    found = layout.identify(aliased)
+    found = recognise.identify(aliased)
     assert found.layout == "official" and not found.problems
     assert found.names == dict(zip(plain, aliased, strict=True))
 
@@ -227,7 +227,7 @@ def test_aliased_checkpoint_is_official():
 def test_mixed_layouts_are_refused():
     own = [spec.name for spec in names.official_tensors(small_config())]
     own[own.index("head.weight")] = "lm_head.weight"
-    found = layout.identify(own)
+    found = recognise.identify(own)
     assert found.layout is None
     (problem,) = found.problems
     assert "mix naming layouts" in problem and "lm_head.weight" in problem
@@ -239,9 +239,9 @@ def test_both_names_of_the_window_norm_are_refused(naming):
     prefix = names.LAYER_PREFIX[naming]
     other = "norm" if naming == "official" else "kv_norm"
     swapped = [re.sub(r"\.attn\.(kv_)?norm\.", f".attn.{other}.", name) for name in own]
-    assert swapped != own and layout.identify(swapped).layout == naming
-    assert not layout.identify(swapped).problems
-    both = layout.identify([*own, f"{prefix}1.attn.{other}.weight"])
+    assert swapped != own and recognise.identify(swapped).layout == naming
+    assert not recognise.identify(swapped).problems
+    both = recognise.identify([*own, f"{prefix}1.attn.{other}.weight"])
     (problem,) = both.problems
     assert f"{prefix}1.attn.norm.weight" in problem and f"{prefix}1.attn.kv_norm.weight" in problem
 
@@ -249,14 +249,14 @@ def test_both_names_of_the_window_norm_are_refused(naming):
 def test_unknown_names_are_listed_and_do_not_hide_the_layout():
     own = [spec.name for spec in names.official_tensors(small_config())]
     strange = ["layers.00.attn_norm.weight", "layers.3.attn.wq_a.bias", "lm_head.scale", "x"]
-    found = layout.identify([*own, *strange])
+    found = recognise.identify([*own, *strange])
     assert found.layout == "official" and found.unknown == strange
-    assert layout.identify(strange).layout is None
+    assert recognise.identify(strange).layout is None
 
 
 def test_native_mixing_scale_is_not_a_quantisation_scale():
     """A blanket rename of `.scale` would turn these into scales of a weight that does not exist."""
     for name in ("model.layers.0.attn_hc.scale", "model.hc_head.hc_scale"):
-        row = layout.row_of(name, "transformers")
+        row = recognise.row_of(name, "transformers")
         assert row is not None and row.parameter.role == "mixing_gate" and not row.parameter.quantized
-        assert layout.own_name(name, "transformers") == name
+        assert recognise.own_name(name, "transformers") == name

@@ -10,9 +10,9 @@ from dsv4_jax.checkpoint.convert import convert_checkpoint
 from dsv4_jax.checkpoint.load import load_checkpoint
 from dsv4_jax.checkpoint.save import flattened, save_checkpoint
 from dsv4_jax.errors import CheckpointError
-from dsv4_jax.numerics.formats import quantize_mxfp4
 from dsv4_jax.numerics.policy import Policy
-from dsv4_jax.numerics.weights import QuantizedWeight, is_quantized, plain
+from pallas_kernels.formats.blocks import quantize_mxfp4
+from pallas_kernels.formats.weights import QuantizedWeight, is_quantized, plain
 from tests.checkpoint import synthetic
 from tests.checkpoint.test_save import file_contents, stored_contents
 
@@ -181,7 +181,7 @@ def test_quantising_a_plain_checkpoint(tmp_path, to):
     assert convert_checkpoint(tmp_path / "plain", tmp_path / "small", to=to) == []
     release = {"fp8": storage.BASE, "fp8-fp4": storage.PREVIEW}[to]
     found = {name: (dtype, shape) for name, (dtype, shape, _) in file_contents(tmp_path / "small").items()}
-    assert found == {t.name: (t.dtype, t.shape) for t in storage.stored_tensors(config, release)}
+    assert found == {t.name: (t.dtype, t.shape) for t in storage.released_tensors(config, release)}
     before, after = (load(tmp_path / name, "dequantized") for name in ("plain", "small"))
     assert after.warnings == ()
     for path, leaf in flattened(before.parameters).items():

@@ -8,7 +8,7 @@ import dsv4_jax
 from dsv4_jax.checkpoint import convert, storage
 from dsv4_jax.checkpoint.convert import convert_checkpoint
 from dsv4_jax.errors import CheckpointError
-from dsv4_jax.numerics.weights import is_quantized
+from pallas_kernels.formats.weights import is_quantized
 from tests.checkpoint import synthetic
 
 

@@ -22,7 +22,7 @@ FP8_BASE = storage.Release("fp8", "fp8", "mtp")
     ids=["flash", "flash-0731", "pro", "pro-0813"],
 )
 def test_totals_of_the_releases(config, release, num_tensors, total):
-    tensors = list(storage.stored_tensors(config, release))
+    tensors = list(storage.released_tensors(config, release))
     assert len({tensor.name for tensor in tensors}) == len(tensors) == num_tensors
     assert storage.total_bytes(tensors) == total
 
@@ -31,20 +31,20 @@ def test_totals_of_the_releases(config, release, num_tensors, total):
     ("config", "gigabytes"), [(v4_flash(), 292.5), (v4_pro(), 1602.0)], ids=["flash", "pro"]
 )
 def test_base_models_with_fp8_experts(config, gigabytes):
-    total = storage.total_bytes(storage.stored_tensors(config, FP8_BASE))
+    total = storage.total_bytes(storage.released_tensors(config, FP8_BASE))
     assert abs(total / 1e9 - gigabytes) < 0.5
 
 
 def test_nothing_is_allocated():
     tracemalloc.start()
-    storage.total_bytes(storage.stored_tensors(small_config(), storage.PREVIEW))
+    storage.total_bytes(storage.released_tensors(small_config(), storage.PREVIEW))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 5_000_000
 
 
 def test_flash_tensors_one_by_one():
-    found = {t.name: (t.dtype, t.shape) for t in storage.stored_tensors(v4_flash(), storage.PREVIEW)}
+    found = {t.name: (t.dtype, t.shape) for t in storage.released_tensors(v4_flash(), storage.PREVIEW)}
     for name, expected in {
         "embed.weight": ("BF16", (129280, 4096)),
         "layers.0.attn_norm.weight": ("BF16", (4096,)),
@@ -70,7 +70,7 @@ def test_flash_tensors_one_by_one():
 
 
 def test_dspark_tensors():
-    found = {t.name: (t.dtype, t.shape) for t in storage.stored_tensors(v4_flash(), storage.FLASH_0731)}
+    found = {t.name: (t.dtype, t.shape) for t in storage.released_tensors(v4_flash(), storage.FLASH_0731)}
     assert found["mtp.0.main_proj.weight"] == ("F8_E4M3", (4096, 12288))
     assert found["mtp.0.main_proj.scale"] == ("F8_E8M0", (32, 96))
     assert found["mtp.2.markov_head.markov_w2.weight"] == ("BF16", (129280, 256))

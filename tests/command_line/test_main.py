@@ -46,7 +46,7 @@ class FakeModel:
 @pytest.fixture
 def model(monkeypatch):
     """Replaces loading, and keeps the tests away from the user's compilation cache."""
-    from dsv4_jax import language_model
+    from dsv4_jax import loading
     from dsv4_jax.command_line import compilation_cache
 
     fake = FakeModel()
@@ -57,7 +57,7 @@ def model(monkeypatch):
         fake.how = {"tokenizer": tokenizer, "allow_links": allow_links}
         return fake
 
-    monkeypatch.setattr(language_model, "load", load)
+    monkeypatch.setattr(loading, "load", load)
     monkeypatch.setattr(compilation_cache, "enable", lambda: fake.calls.append("cache on"))
     return fake
 
@@ -185,6 +185,18 @@ def test_what_the_model_refuses_is_code_2(capsys, model):
     assert "max_new_tokens=9999 does not fit" in err and "Traceback" not in err
 
 
+@pytest.mark.parametrize("before", [(), ("one",)])
+def test_logits_that_are_no_numbers_are_code_2(capsys, model, monkeypatch, before):
+    def broken(*arguments, **sampling):
+        yield from before
+        raise FloatingPointError("logits are not finite numbers: row 0, position 5")
+
+    monkeypatch.setattr(model, "stream_text", broken)
+    code, out, err = run(capsys, "generate", "some/dir", "Once")
+    assert (code, out) == (2, "".join(before))
+    assert err.startswith("dsv4: cannot g") and "row 0, position 5" in err and "fault" not in err
+
+
 def test_ctrl_c_is_code_130(capsys, model, monkeypatch):
     def interrupted(*arguments, **sampling):
         yield "one"
@@ -217,8 +229,8 @@ def test_inspect_a_bare_config_file_and_a_directory(capsys, config_file):
 def test_inspect_a_context(capsys, config_file):
     code, out, _ = run(capsys, "inspect", str(config_file), "--context", "65536")
     assert code == 0 and "A context of 65,536 tokens" in out and "DeepSeek-V3.2" in out
-    code, out, _ = run(capsys, "inspect", str(config_file), "--context", "4096", "--json")
-    assert code == 0 and json.loads(out)["context"]["context"] == 4096
+    code, out, _ = run(capsys, "inspect", str(config_file), "--context", "3000", "--json")
+    assert code == 0 and json.loads(out)["context"]["context"] == 3000
     code, _, err = run(capsys, "inspect", str(config_file), "--context", "0")
     assert code == 2 and "context=0 must be an integer in 1" in err
 

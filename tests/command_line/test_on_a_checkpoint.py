@@ -13,8 +13,9 @@ from dsv4_jax.config import io as config_io
 from dsv4_jax.language_model import LanguageModel
 from dsv4_jax.numerics.cache_formats import CACHE_FORMATS
 from dsv4_jax.numerics.policy import Policy
-from pallas_kernels.decode_attention import Fp8Entries
-from pallas_kernels.indexer import Fp8Keys, Mxfp4Keys
+from pallas_kernels.formats.blocks import Mxfp4
+from pallas_kernels.formats.entries import Fp8Entries
+from pallas_kernels.formats.index_keys import Fp8Keys
 from tests.checkpoint import synthetic
 
 CONFIG = config.tiny(4, vocab_size=256 + 2, bos_token_id=256, eos_token_id=257)
@@ -94,7 +95,7 @@ def test_every_cache_format_generates_text(capsys, monkeypatch, request, stored,
     assert record["text"] and record["prompt"] == "import os, sys"
     csa = made[0].layers[2][0]
     assert isinstance(csa.compressor.entries, Fp8Entries) == (cache != "plain")
-    keys = {"plain": jax.Array, "fp8+fp8": Fp8Keys, "fp8+mxfp4": Mxfp4Keys}[cache]
+    keys = {"plain": jax.Array, "fp8+fp8": Fp8Keys, "fp8+mxfp4": Mxfp4}[cache]
     assert isinstance(csa.indexer.entries, keys)
 
 

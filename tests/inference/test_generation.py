@@ -155,3 +155,35 @@ def test_memory_is_flat_over_many_generations(lm):
     print(f"resident {before[2] / 1e6:.1f} MB before, {resident / 1e6:.1f} MB after; {arrays} arrays; {kept}")
     assert (arrays, kept) == before[:2]
     assert resident - before[2] < 8e6
+
+
+def with_broken_embedding(lm, token: int) -> LanguageModel:
+    """The model, whose logits are NaN from the token on in every row that holds it."""
+    broken = np.array(lm.parameters["embed"])
+    broken[token] = np.nan
+    return LanguageModel(lm.config, lm.policy, lm.parameters | {"embed": broken}, lm.tokenizer)
+
+
+@pytest.mark.parametrize("how", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.9}])
+def test_generation_ends_where_logits_are_no_numbers(lm, how):
+    prompts = [[1, 2], [9, 8, 7], [40]]
+    free = lm.generate(prompts, 6, stop_token_ids=(), **how)
+    token = int(free[0, 2])
+    assert all(token not in prompt for prompt in prompts)
+    first = {row: int(np.argmax(free[row] == token)) for row in range(3) if token in free[row]}
+    earliest = min(first.values())
+    last = [row for row, step in first.items() if step == earliest]
+    places = "; ".join(f"row {row}, position {len(prompts[row]) + earliest + 1}" for row in last)
+    broken, columns = with_broken_embedding(lm, token), []
+    with pytest.raises(FloatingPointError, match=f"not finite numbers.*: {places}$"):
+        for column in broken.stream(prompts, 6, stop_token_ids=(), **how):
+            columns.append(column)
+    np.testing.assert_array_equal(np.stack(columns, axis=1), free[:, : earliest + 1])
+    # A row that has ended goes on with its stop token and with logits that nobody reads.
+    ended = broken.generate(prompts, 6, stop_token_ids=[token], **how)
+    np.testing.assert_array_equal(ended, lm.generate(prompts, 6, stop_token_ids=[token], **how))
+
+
+def test_a_prompt_whose_logits_are_no_numbers_is_refused_at_the_first_token(lm):
+    with pytest.raises(FloatingPointError, match="row 1, position 2$"):
+        with_broken_embedding(lm, 5).generate([[1, 2, 3], [4, 5]], 3)

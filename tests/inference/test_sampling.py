@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv4_jax.inference.sampling import checked_sampling, keys_at, request_keys, sample
+from dsv4_jax.inference.sampling import NO_TOKEN, checked_sampling, keys_at, request_keys, sample
 
 LOGITS = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]], jnp.float32))
 
@@ -88,3 +88,16 @@ def test_requests_of_one_seed_differ_and_its_first_is_that_of_a_row_alone():
 def test_all_problems_of_seeds_are_told():
     with pytest.raises(ValueError, match=r"row 0: seed=-1 .*row 2: seed=1.5 .*3 seeds were given for 2 rows"):
         request_keys([-1, 0, 1.5], 2)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("top_p", [0.5, 1.0])
+def test_no_token_where_logits_are_no_numbers(temperature, top_p):
+    rows = [[1.0, 3.0, 0.0], [1.0, np.nan, 0.0], [np.inf, 0.0, 0.0], [-np.inf] * 3, [0.0, -np.inf, -np.inf]]
+    count = len(rows)
+    how = request_keys(2, count), jnp.full(count, temperature), jnp.full(count, top_p)
+    logits = jnp.array(rows, jnp.float32)
+    got = sample(logits, *how).tolist()
+    assert got[1:] == [NO_TOKEN] * 3 + [0] and got[0] in (0, 1, 2)
+    finite = sample(jnp.where(jnp.isfinite(logits).any(axis=1)[:, None], logits, 0.0), *how)
+    assert got[0] == int(finite[0]), "a row does not depend on others"

@@ -1,9 +1,12 @@
 """The published comparison with V3.2, from the shapes of our cache and counts of our parameters."""
 
+import jax
 import pytest
 
 from dsv4_jax.config import tiny, v4_flash, v4_pro
 from dsv4_jax.inspection.context_cost import context_cost
+from dsv4_jax.language_model import LanguageModel
+from dsv4_jax.numerics.policy import Policy
 
 MILLION = 2**20
 
@@ -44,6 +47,18 @@ def test_a_short_context_is_not_charged_for_what_it_does_not_see():
     short = context_cost(v4_flash(), 3)
     assert short.flops.indexer == 0
     assert short.flops.attention == 4 * 64 * 512 * 43 * 3
+
+
+@pytest.mark.parametrize(("context", "allocated"), [(3000, 4096), (4096, 4096), (65_000, 65_000)])
+def test_what_is_allocated_is_what_a_cache_takes(context, allocated):
+    """By its real arrays, for a context between two powers of two; the last one is all the model holds."""
+    model = LanguageModel.random(tiny(4, max_position_embeddings=65_000), Policy.of("bfloat16"))
+    cost = context_cost(model.config, context)
+    taken = sum(leaf.nbytes for leaf in jax.tree.leaves(model.new_cache(1, context)))
+    assert cost.allocated_tokens == allocated
+    rows = {row.name: row for row in cost.caches}
+    assert rows["this model, bf16"].allocated == taken > rows["this model, bf16"].at_context
+    assert rows["DeepSeek-V3.2, fp8"].allocated is None
 
 
 def test_the_context_must_fit():

@@ -20,6 +20,7 @@ from pallas_kernels.block_matmul import (
 )
 from pallas_kernels.block_matmul.tuning import FEW_ROWS, VMEM_BUDGET, MatmulBlocks, choose_blocks
 from pallas_kernels.chips import CHIPS
+from pallas_kernels.formats.blocks import Fp8Blocks
 from tests.kernels.ahead_of_time import compile_for
 from tests.kernels.checks import STRICT, assert_close
 
@@ -54,14 +55,16 @@ def test_reference_matches_torch(size):
     factor = torch.tensor(2.0 ** (np.asarray(scale, np.float64) - 127))
     factor = factor.repeat_interleave(128, 0).repeat_interleave(128, 1)[: size[1], : size[2]]
     want = torch.tensor(np.asarray(x, np.float64)) @ (plain * factor).T
-    check(block_matmul_reference(x, weight, scale), jnp.asarray(want.numpy(), jnp.float32), "float32")
+    check(
+        block_matmul_reference(x, Fp8Blocks(weight, scale)), jnp.asarray(want.numpy(), jnp.float32), "float32"
+    )
 
 
 @pytest.mark.parametrize("dtype", BOUND)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_matches_reference(size, dtype):
     x, weight, scale = operands(*size, dtype)
-    call = functools.partial(block_matmul, x, weight, scale)
+    call = functools.partial(block_matmul, x, Fp8Blocks(weight, scale))
     check(call(blocks=SMALL, interpret=True), call(impl="reference"), dtype)
 
 
@@ -70,14 +73,14 @@ def test_matches_reference(size, dtype):
 def test_blocks_need_not_be_square(blocks, dtype):
     """Several scales of a weight in one step, along outputs and along inputs; bfloat16 takes few rows."""
     x, weight, scale = operands(17, 256, 384, dtype)
-    call = functools.partial(block_matmul, x, weight, scale)
+    call = functools.partial(block_matmul, x, Fp8Blocks(weight, scale))
     check(call(blocks=blocks, interpret=True), call(impl="reference"), dtype)
 
 
 def test_nothing_uninitialised_is_read():
     x, weight, scale = operands(17, 300, 129)
-    check(block_matmul(x, weight, scale, blocks=SMALL, interpret=STRICT),
-          block_matmul_reference(x, weight, scale), "float32")  # fmt: skip
+    check(block_matmul(x, Fp8Blocks(weight, scale), blocks=SMALL, interpret=STRICT),
+          block_matmul_reference(x, Fp8Blocks(weight, scale)), "float32")  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", BOUND)
@@ -87,7 +90,7 @@ def test_gradient_of_the_rows(size, dtype):
     dy = jnp.asarray(np.random.default_rng(1).standard_normal((size[0], size[1])), dtype)
 
     def pulled(**options):
-        return jax.vjp(lambda x: block_matmul(x, weight, scale, **options), x)[1](dy)[0]
+        return jax.vjp(lambda x: block_matmul(x, Fp8Blocks(weight, scale), **options), x)[1](dy)[0]
 
     check(pulled(blocks=SMALL, interpret=True), pulled(impl="reference"), dtype)
 
@@ -113,7 +116,7 @@ def test_grouped_reference_matches_torch(size):
     by_group = torch.tensor(np.asarray(x, np.float64)).reshape(tokens, groups, inputs)
     parts = zip(by_group.unbind(1), (plain * factor).chunk(groups), strict=True)
     want = torch.cat([mine @ matrix.T for mine, matrix in parts], dim=1)
-    got = block_matmul(x, weight, scale, groups=groups, impl="reference")
+    got = block_matmul(x, Fp8Blocks(weight, scale), groups=groups, impl="reference")
     check(got, jnp.asarray(want.numpy(), jnp.float32), "float32")
 
 
@@ -126,7 +129,7 @@ def test_groups_and_stacks_match_the_reference_forward_and_backward(size, dtype)
     @functools.partial(jax.jit, static_argnames=("impl", "blocks", "interpret"))
     def both(x, repeat, **options):
         call = functools.partial(block_matmul, groups=size[1], repeat=repeat, **options)
-        y, pull = jax.vjp(lambda x: call(x, weight, scale), x)
+        y, pull = jax.vjp(lambda x: call(x, Fp8Blocks(weight, scale)), x)
         return y, pull(dy)[0]
 
     for repeat in (2, 0):
@@ -138,8 +141,8 @@ def test_groups_and_stacks_match_the_reference_forward_and_backward(size, dtype)
 def test_a_grouped_stack_reads_nothing_uninitialised():
     x, weight, scale = stacked(9, 2, 128, 256, "bfloat16")
     how = {"groups": 2, "repeat": 1}
-    check(block_matmul(x, weight, scale, blocks=SMALL, interpret=STRICT, **how),
-          block_matmul(x, weight, scale, impl="reference", **how), "bfloat16")  # fmt: skip
+    check(block_matmul(x, Fp8Blocks(weight, scale), blocks=SMALL, interpret=STRICT, **how),
+          block_matmul(x, Fp8Blocks(weight, scale), impl="reference", **how), "bfloat16")  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", BOUND)
@@ -184,14 +187,14 @@ def test_cast_matches_torch():
 def test_problems_are_named_together():
     x, weight, scale = operands(4, 256, 256)
     with pytest.raises(ValueError) as raised:
-        block_matmul(x[:, :5].astype(jnp.int32), weight, scale[:1], impl="xla")
+        block_matmul(x[:, :5].astype(jnp.int32), Fp8Blocks(weight, scale[:1]), impl="xla")
     for part in ("impl='xla'", "must be [T, I]", "one for every 128 x 128", "x int32"):
         assert part in str(raised.value)
     for groups, outputs in ((3, 256), (2, 96), (0, 256)):
         with pytest.raises(ValueError, match=f"groups={groups} must divide"):
-            block_matmul(x, weight[:outputs], scale[: cdiv(outputs, 128)], groups=groups)
+            block_matmul(x, Fp8Blocks(weight[:outputs], scale[: cdiv(outputs, 128)]), groups=groups)
     with pytest.raises(ValueError, match=r"must be a stack \[R, O, I\] for a repeat"):
-        block_matmul(x, weight, scale, repeat=0)
+        block_matmul(x, Fp8Blocks(weight, scale), repeat=0)
     with pytest.raises(ValueError, match="C a multiple of 128"):
         block_cast(x[:, :100])
     for wrong in (dict(rows=7), dict(outer=64), dict(summed=0)):
@@ -218,7 +221,7 @@ def shapes(tokens, outputs, inputs, dtype="bfloat16"):
 
 
 def wo_a(x, weight, scale, repeat):
-    return block_matmul(x, weight, scale, groups=8, repeat=repeat)
+    return block_matmul(x, Fp8Blocks(weight, scale), groups=8, repeat=repeat)
 
 
 def stack_shapes(tokens, repeats=4):
@@ -230,7 +233,7 @@ def stack_shapes(tokens, repeats=4):
 
 
 def both(x, weight, scale):
-    y, pull = jax.vjp(lambda x: block_matmul(x, weight, scale), x)
+    y, pull = jax.vjp(lambda x: block_matmul(x, Fp8Blocks(weight, scale)), x)
     return y, pull(y)
 
 

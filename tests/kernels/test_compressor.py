@@ -82,9 +82,9 @@ def entries_of(inputs, **options):
 
 
 @functools.partial(jax.jit, static_argnames=("impl", "blocks", "interpret"))
-def run(inputs, is_first, cotangent, starts=None, **options):
+def run(inputs, is_first, cotangent, source=None, previous=None, **options):
     """(entry, d_kv, d_gate, d_ape, d_norm)."""
-    options |= dict(is_first=is_first, starts=starts, eps=EPS)
+    options |= dict(is_first=is_first, source=source, previous=previous, eps=EPS)
     call = lambda *floats: compressor(*floats, *inputs[4:], **options)  # noqa: E731
     entry, pull = jax.vjp(call, *inputs[:4])
     return entry, *pull(cotangent)
@@ -133,6 +133,33 @@ def test_matches_reference(case):
     check(got, run(*operands, impl="reference"), case.dtype)
 
 
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_xla_matches_reference(case):
+    operands = case.operands()
+    check(run(*operands, impl="xla"), run(*operands, impl="reference"), case.dtype)
+
+
+@pytest.mark.parametrize("branches", [1, 2])
+@pytest.mark.parametrize(
+    "options", [dict(blocks=SMALL, interpret=True), dict(impl="xla"), dict(impl="reference")], ids=str
+)
+def test_a_segment_continued_gives_the_entries_of_the_whole(branches, options):
+    """Blocks 3 .. 9, whose rows lie in any order, as in a ring; `previous` says what was before block 3."""
+    case = Case(2, 40, 4, branches)
+    inputs, is_first, cotangent = case.operands()
+    cotangent = cotangent.at[:, :3].set(0)
+    want = run(inputs, is_first, cotangent, impl="reference")
+    token = np.random.default_rng(3).permutation(np.arange(8, 40))  # of each row that is held
+    place = np.argsort(token).reshape(1, 8, 4).repeat(2, axis=0).astype(np.int32)
+    held = (inputs[0][:, token], inputs[1][:, token], *inputs[2:4], *(x[:, 3:] for x in inputs[4:]))
+    got = run(held, is_first[:, 3:], cotangent[:, 3:], place[:, 1:], place[:, :-1], **options)
+    assert_close({"entry": got[0]}, {"entry": want[0][:, 3:]}, 1e-5)
+    for name, mine, whole in zip(NAMES[1:3], got[1:3], want[1:3], strict=True):
+        assert_close({name: mine}, {name: whole[:, token]}, 1e-5)
+    for name, mine, whole in zip(NAMES[3:], got[3:], want[3:], strict=True):
+        assert_close({name: mine}, {name: whole}, 1e-5)
+
+
 @pytest.mark.parametrize(
     "case",
     [
@@ -164,22 +191,24 @@ def test_fewer_entries_than_complete_blocks():
 
 @pytest.mark.parametrize("branches", [1, 2])
 def test_packed_segments_equal_each_segment_alone(branches):
-    """Segments of any length start where the one before ended; their blocks are found through `starts`."""
+    """Segments of any length start where the one before ended; their blocks are found through `source`."""
     ratio, lengths = 4, (9, 3, 30, 4, 41, 7)
     case = Case(1, sum(lengths), ratio, branches)
     counts = [length // ratio for length in lengths]
     begins = np.cumsum((0, *lengths[:-1]))
     starts = np.concatenate([b + ratio * np.arange(c) for b, c in zip(begins, counts, strict=True)])
-    starts = jnp.asarray([[*starts, 10_000]], jnp.int32)  # the last entry only fills the list
+    starts = np.asarray([*starts, case.length - ratio])  # the last entry only fills the list
+    source = jnp.asarray(starts[None, :, None] + np.arange(ratio), jnp.int32)
     is_first = np.concatenate([np.arange(c) == 0 for c in counts] + [[True]])[None]
-    inputs, _, cotangent = case.operands(num_entries=starts.shape[1])
+    inputs, _, cotangent = case.operands(num_entries=source.shape[1])
     cotangent = cotangent.at[:, -1].set(0)
 
     packed = [
-        run(inputs, jnp.asarray(is_first), cotangent, starts, **options)
-        for options in (dict(blocks=SMALL, interpret=True), dict(impl="reference"))
+        run(inputs, jnp.asarray(is_first), cotangent, source, **options)
+        for options in (dict(blocks=SMALL, interpret=True), dict(impl="reference"), dict(impl="xla"))
     ]
-    check(*packed, "float32")
+    check(*packed[:2], "float32")
+    check(packed[2], packed[1], "float32")
 
     done = 0
     d_ape, d_norm = 0, 0
@@ -198,7 +227,7 @@ def test_packed_segments_equal_each_segment_alone(branches):
     assert_close(packed[0][4], d_norm, 1e-5)
 
 
-@pytest.mark.parametrize("impl", ["pallas", "reference"])
+@pytest.mark.parametrize("impl", ["pallas", "xla", "reference"])
 def test_only_what_belongs_to_an_entry_is_read(impl):
     """NaN in the rows to spare, and in branch 0 of the last blocks of both segments."""
     case = Case(1, 83, 4, 2)
@@ -223,8 +252,12 @@ def test_large_gates_do_not_overflow():
 
 def test_problems_are_named_together():
     inputs, is_first, _ = Case(1, 40, 4, 2).operands()
-    with pytest.raises(ValueError, match=r"impl='xla'.*eps=0.*gate .*is_first"):
-        compressor(inputs[0], inputs[1][:, :3], *inputs[2:], is_first=is_first[:, 1:], eps=0, impl="xla")
+    previous = jnp.zeros((1, 10, 3), jnp.int32)
+    with pytest.raises(
+        ValueError, match=r"impl='triton'.*eps=0.*gate .*is_first.*needs source.*previous must"
+    ):
+        how = {"is_first": is_first[:, 1:], "previous": previous, "eps": 0, "impl": "triton"}
+        compressor(inputs[0], inputs[1][:, :3], *inputs[2:], **how)
     with pytest.raises(ValueError, match="3 and 3 axes"):
         compressor(*inputs[:2], inputs[2][0], *inputs[3:], eps=EPS)
     with pytest.raises(ValueError, match="P=10 entries must be within 0 .. 9 complete blocks"):

@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from pallas_kernels.decode_attention import (
-    Fp8Entries,
-    Fp8Rows,
     decode_attention,
     kernel_sparse_core,
     kernel_tpu,
     visibility,
 )
 from pallas_kernels.decode_attention.tuning import DecodeBlocks
+from pallas_kernels.formats.entries import Fp8Entries
+from pallas_kernels.formats.entry_rows import Fp8Rows
 from tests.kernels.checks import STRICT, assert_close, errors
 
 # Small blocks on purpose: the cases below span several groups and blocks, and ragged ends of both.
@@ -338,6 +338,14 @@ def test_the_repeat_may_be_traced():
     _, (got, _) = jax.lax.scan(lambda r, _: every_repeat(r, o), jnp.int32(0), length=REPEATS)
     assert_close({"o": got[REPEAT]}, {"o": expected("entries")["o"]}, FLOAT32)
     assert np.abs(got[REPEAT] - got[0]).max() > 0.1
+
+
+def test_one_layer_needs_no_stack():
+    o = operands(**CASES["entries"])
+    alone = {n: x[REPEAT] if n in ("ring", "entries") else x for n, x in o.items() if n != "repeat"}
+    assert_close(call(alone, 5, impl="reference"), expected("entries"), FLOAT32)
+    with pytest.raises(ValueError, match=r"and ring \(1, 3, "):
+        call({n: x for n, x in o.items() if n != "repeat"}, 5, impl="reference")
 
 
 def test_chosen_mask_is_membership():

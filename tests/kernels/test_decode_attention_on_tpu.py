@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from jax import export
 
-from pallas_kernels.decode_attention import Fp8Entries, Fp8Rows, decode_attention
-from pallas_kernels.decode_attention.fp8_rows import Layout
+from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.decode_attention.tuning import DecodeBlocks, sparse_core_blocks
+from pallas_kernels.formats.entries import Fp8Entries
+from pallas_kernels.formats.entry_rows import Fp8Rows, Layout
 from tests.kernels.ahead_of_time import CHIPS, compile_for, devices
 
 MOSAIC_CALL = export.DisabledSafetyCheck.custom_call("tpu_custom_call")

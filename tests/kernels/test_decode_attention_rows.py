@@ -1,4 +1,4 @@
-"""`fp8_rows`: bytes in words, numbers from bytes, writing beside neighbours."""
+"""`entry_rows`: bytes in words, numbers from bytes, writing beside neighbours."""
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.decode_attention import Fp8Entries, fp8_rows, stored
-from pallas_kernels.decode_attention.fp8_rows import Fp8Rows, Layout
+from pallas_kernels.decode_attention import stored
+from pallas_kernels.formats import e4m3, entry_rows
+from pallas_kernels.formats.entries import Fp8Entries
+from pallas_kernels.formats.entry_rows import Fp8Rows, Layout
 from tests.kernels.test_decode_attention import fp8_entries, in_rows
 
 FLASH = Layout(512, 64)
@@ -19,17 +21,17 @@ def test_layout_of_v4():
     """584 bytes are 146 words: a row of 128, and 18 more, seven times side by side."""
     assert FLASH.problems() == []
     assert (FLASH.row, FLASH.values, FLASH.scales, FLASH.rest, FLASH.entries_a_row) == (128, 112, 2, 18, 7)
-    rows = fp8_rows.empty(1, 1, 7 * 1024, FLASH)
+    rows = entry_rows.empty(1, 1, 7 * 1024, FLASH)
     assert 4 * (rows.words.size + rows.rest.size) / (7 * 1024) == 512 + 512 / 7
     with pytest.raises(ValueError, match="500 channels .* multiple of 64; 6 rotated .* multiple of 4"):
-        fp8_rows.empty(1, 1, 8, Layout(506, 6))
+        entry_rows.empty(1, 1, 8, Layout(506, 6))
 
 
 def test_every_code_has_its_value():
     codes = np.arange(256)
     numbers = codes.astype(np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
     # Higher bytes of a word do not count.
-    got = np.asarray(jax.jit(fp8_rows.e4m3_value)(jnp.asarray(codes | 0x5A00, jnp.int32)))
+    got = np.asarray(jax.jit(e4m3.value_in_word)(jnp.asarray(codes | 0x5A00, jnp.int32)))
     real = ~np.isnan(numbers)
     np.testing.assert_array_equal(got[real].view(np.int32), numbers[real].view(np.int32))
     assert np.isfinite(got).all()
@@ -40,7 +42,7 @@ def test_rows_hold_the_bytes_of_entries(width, rotary):
     """From one scale an entry to seven, in two words."""
     entries = fp8_entries(np.random.default_rng(width), 2, 3, 11, width=width, rotary=rotary)
     rows = in_rows(entries)
-    prefix = jax.jit(fp8_rows.prefix, static_argnums=(2, 3))
+    prefix = jax.jit(entry_rows.prefix, static_argnums=(2, 3))
     want = np.asarray(stored.decoded(entries))
     for dtype in (jnp.float32, jnp.bfloat16):
         got = prefix(jax.tree.map(jnp.asarray, rows), jnp.int32(1), 9, dtype)
@@ -48,20 +50,20 @@ def test_rows_hold_the_bytes_of_entries(width, rotary):
         np.testing.assert_array_equal(got.astype(jnp.float32), want[1, :, :9])
     assert stored.shape_of(rows) == (2, 3, 11, width)
     np.testing.assert_array_equal(stored.decoded(rows), want)
-    words = fp8_rows.words_of(Fp8Entries(*map(jnp.asarray, entries)))
-    for part, whole in zip(fp8_rows.entries_of(words, rows.layout), entries, strict=True):
+    words = entry_rows.words_of(Fp8Entries(*map(jnp.asarray, entries)))
+    for part, whole in zip(entry_rows.entries_of(words, rows.layout), entries, strict=True):
         np.testing.assert_array_equal(np.asarray(part).view(np.uint8), whole.view(np.uint8))
 
 
 def test_planes_are_a_permutation_of_channels():
     for layout in (FLASH, Layout(80, 16), Layout(144, 16)):
-        order = fp8_rows.plane_order(layout)
+        order = entry_rows.plane_order(layout)
         assert sorted(order) == list(range(layout.num_channels))
         np.testing.assert_array_equal(order[: layout.values], 4 * np.arange(layout.values))
 
 
 WIDTH, SIZE = 80, 23  # three entries share a row of `rest`; the last row holds two
-write = jax.jit(fp8_rows.write)
+write = jax.jit(entry_rows.write)
 
 
 @settings(max_examples=40, deadline=None)
@@ -77,7 +79,7 @@ def test_writing_changes_what_it_should(num_new, seed, first, count):
     new = fp8_entries(rng, 2, num_new, width=WIDTH)
     count = [min(n, num_new, SIZE - f) for n, f in zip(count, first, strict=True)]
     rows = jax.tree.map(jnp.asarray, in_rows(old))
-    words = fp8_rows.words_of(Fp8Entries(*map(jnp.asarray, new)))
+    words = entry_rows.words_of(Fp8Entries(*map(jnp.asarray, new)))
     got = write(rows, jnp.int32(1), words, jnp.asarray(first, jnp.int32), jnp.asarray(count, jnp.int32))
     assert isinstance(got, Fp8Rows) and got.num_rotary == 16
     for b in range(2):

@@ -6,10 +6,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from dsv4_jax.model.entries import Entries
 from pallas_kernels import (
     block_matmul,
     compressor,
+    core_attention,
     decode_attention,
+    entry_write,
     grouped_matmul,
     hybrid_attention,
     hyper_connection,
@@ -17,6 +20,8 @@ from pallas_kernels import (
     linear_cross_entropy,
     topk_mask,
 )
+from pallas_kernels.formats.blocks import Fp8Blocks
+from pallas_kernels.formats.columns import Columns
 
 SIZES = dict(B=2, T=3, S=8, K=4, H=2, D=128, P=2, V=16, E=3)
 """An axis of every kind; each case sets one of them to 0, so that no kernel runs."""
@@ -32,7 +37,8 @@ def i32(*shape):
 
 def _block_matmul(impl, *, B, T, D, V, **_):
     scale = jnp.full((-(-V // 128), -(-D // 128)), 127, jnp.uint8)
-    return block_matmul.block_matmul(f32(T, D), jnp.ones((V, D), jnp.float8_e4m3fn), scale, impl=impl)
+    weight = Fp8Blocks(jnp.ones((V, D), jnp.float8_e4m3fn), scale)
+    return block_matmul.block_matmul(f32(T, D), weight, impl=impl)
 
 
 def _block_cast(impl, *, T, D, **_):
@@ -47,14 +53,30 @@ def _compressor(impl, *, B, P, D, **_):
 
 def _decode_attention(impl, *, B, T, S, K, H, D, **_):
     ring, entries = f32(1, B, 16, D), f32(1, B, S, D)
-    operands = (f32(B, T, H, D), ring, i32(B, T), f32(H), jnp.int32(0), entries, None, i32(B, T, K))
-    return decode_attention.decode_attention(*operands, window=8, impl=impl)
+    operands = (f32(B, T, H, D), ring, i32(B, T), f32(H), entries, None, i32(B, T, K))
+    return decode_attention.decode_attention(*operands, repeat=jnp.int32(0), window=8, impl=impl)
 
 
 def _expert_ffn(impl, *, T, K, D, E, **_):
     stacks = (f32(E, 2, 128, D), f32(E, D, 128))
     ids = i32(T, min(K, 2))
     return grouped_matmul.expert_ffn(f32(T, D), *stacks, ids, f32(*ids.shape), swiglu_limit=7.0, impl=impl)
+
+
+def _queries(B, T, H, D):
+    return core_attention.Queries(f32(B, T, H, D), *(i32(B, T),) * 3, f32(B, T, H, D), f32(B, T, H))
+
+
+def _attend(impl, *, B, T, S, H, D, **_):
+    held = [Entries(f32(1, B, S, D), jnp.int32(0))] * 2
+    how = {"window": 8, "top_k": 4, "impl": impl}
+    return core_attention.attend(_queries(B, T, H, D), f32(B, 7 + T, D), *held, f32(H), **how)
+
+
+def _attend_cached(impl, *, B, T, S, H, D, **_):
+    held = [Entries(f32(1, B, size, D), jnp.int32(0)) for size in (16, S, S)]
+    how = {"window": 8, "top_k": 4, "impl": impl}
+    return core_attention.attend_cached(_queries(B, T, H, D), *held, f32(H), **how)
 
 
 def _gathered_attention(impl, *, B, T, S, K, H, D, **_):
@@ -113,6 +135,11 @@ def _weighted_cross_entropy(impl, *, T, D, V, **_):
     return linear_cross_entropy.weighted_cross_entropy(f32(T, D), f32(V, D), i32(T), f32(T), impl=impl)
 
 
+def _write_entries(impl, *, B, S, P, D, **_):
+    stack, new = Columns((f32(1, B, D, S),), (True,)), (f32(B, P, D),)
+    return entry_write.write_entries(stack, jnp.int32(0), new, i32(B), i32(B), impl=impl)
+
+
 def _topk_mask(impl, *, B, T, S, **_):
     return topk_mask.topk_mask(f32(B, T, S), jnp.ones((B, T, S), bool), 2)
 
@@ -120,8 +147,10 @@ def _topk_mask(impl, *, B, T, S, **_):
 # Operation -> (implementations, axes that may be 0, axes that may not, results: shapes by letters or numbers)
 OPERATIONS = {
     _block_matmul: (("reference", "pallas"), "T", "DV", ["TV"]),
+    _attend: (("xla", "reference"), "BTS", "", ["BTHD"]),
+    _attend_cached: (("xla", "reference"), "BTS", "", ["BTHD"]),
     _block_cast: (("reference", "pallas"), "T", "D", ["TD", ("T", 1)]),
-    _compressor: (("reference", "pallas"), "BP", "D", ["BPD"]),
+    _compressor: (("reference", "pallas", "xla"), "BP", "D", ["BPD"]),
     _decode_attention: (("reference", "pallas"), "BT", "HD", ["BTHD", "BTH"]),
     _expert_ffn: (("reference", "pallas", "xla"), "TK", "DE", ["TD"]),
     _gathered_attention: (("reference", "pallas"), "BTSK", "HD", ["BTHD", "BTH"]),
@@ -135,6 +164,7 @@ OPERATIONS = {
     _index_list: (("any",), "BTS", "", [("B", "T", 4)]),
     _linear_cross_entropy: (("reference", "pallas"), "T", "DV", ["T", "T"]),
     _weighted_cross_entropy: (("reference", "pallas", "xla"), "T", "", [()]),
+    _write_entries: (("reference", "pallas"), "B", "SPD", [(1, "B", "D", "S")]),
     _topk_mask: (("any",), "BTS", "", ["BTS"]),
 }
 

@@ -48,12 +48,17 @@ class Case:
         )
 
 
-@functools.partial(jax.jit, static_argnames=("num_experts", "impl", "native_bfloat16", "blocks"))
+def layered(layers, *stacks):
+    """The experts of all layers, behind one another, with an axis of layers in front."""
+    return jax.tree.map(lambda a: a.reshape(layers, -1, *a.shape[1:]), stacks)
+
+
+@functools.partial(jax.jit, static_argnames=("impl", "native_bfloat16", "blocks"))
 def run(*operands, **options):
     return expert_ffn(*operands, swiglu_limit=LIMIT, **options)
 
 
-@functools.partial(jax.jit, static_argnames=("num_experts", "impl", "native_bfloat16", "blocks"))
+@functools.partial(jax.jit, static_argnames=("impl", "native_bfloat16", "blocks"))
 def run_and_pull(x, gate_up, down, ids, weights, dy, **options):
     """(y, gradients of x, gate_up, down, weights)."""
     call = lambda *floats: run(*floats[:3], ids, floats[3], **options)  # noqa: E731
@@ -192,8 +197,8 @@ def test_stack_of_layers_under_scan(blocks):
 
     def deep(x, gate_up, down):
         def layer(x, index):
-            options = dict(num_experts=5, first_expert=5 * index, blocks=blocks)
-            return x + run(x, gate_up, down, ids, weights, **options), None
+            options = dict(repeat=index, blocks=blocks)
+            return x + run(x, *layered(3, gate_up, down), ids, weights, **options), None
 
         return jax.lax.scan(layer, x, jnp.arange(3))[0]
 
@@ -218,7 +223,7 @@ def test_a_stack_is_never_copied_or_converted(tokens, dtype):
 
     def deep(x, gate_up, down):
         def layer(x, index):
-            y = run(x, gate_up, down, ids, weights, num_experts=16, first_expert=16 * index)
+            y = run(x, *layered(8, gate_up, down), ids, weights, repeat=index)
             return (x + y).astype(x.dtype), None
 
         return jax.lax.scan(layer, x, jnp.arange(8))[0]
@@ -255,7 +260,7 @@ def test_any_routing(ids, valid, blocks):
     """Repeated ids within a token, experts without tokens, ids out of range, any padding."""
     x, gate_up, down, _, weights = Case(9, 2, 5).operands()
     ids, valid = jnp.array(ids, jnp.int32).reshape(9, 2), jnp.array(valid)
-    got = run(x, gate_up, down, ids, weights, valid=valid, num_experts=5, blocks=blocks)
+    got = run(x, gate_up, down, ids, weights, valid=valid, blocks=blocks)
     counted = jnp.where((ids >= 0) & (ids < 5) & valid[:, None], weights, 0)
     assert_close(got, reference(x, gate_up, down, ids.clip(0, 4), counted), FLOAT32)
 
@@ -278,9 +283,13 @@ def test_choice_of_blocks():
 def test_all_problems_are_reported_at_once():
     x, gate_up, down, ids, weights = Case(4, 2, 3).operands()
     with pytest.raises(ValueError) as error:
-        run(x[:3], gate_up, down[:, :5], ids, weights[:, :1], num_experts=9, impl="triton")
-    for part in ("'triton'", "down (3, 5, 16)", "weights (4, 1)", "x (3, 32)", "num_experts=9"):
+        run(x[:3], gate_up, down[:, :5], ids, weights[:, :1], impl="triton")
+    for part in ("'triton'", "down (3, 5, 16)", "weights (4, 1)", "x (3, 32)"):
         assert part in str(error.value)
+    with pytest.raises(
+        ValueError, match=r"gate_up .* must be a stack .*; down .*; repeat \(1,\) must be a sc"
+    ):
+        run(x, gate_up, down, ids, weights, repeat=jnp.zeros(1, jnp.int32))
 
 
 def test_too_many_pairs_for_the_sort_keys():

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from pallas_kernels.arithmetic import cdiv
+from pallas_kernels.formats import e2m1
+from pallas_kernels.formats.blocks import Fp8Blocks, Mxfp4, fp8_numbers, mxfp4_numbers
 from pallas_kernels.grouped_matmul import expert_ffn
 from pallas_kernels.grouped_matmul.stored import Stack, decoded
 from pallas_kernels.grouped_matmul.tuning import ExpertBlocks
-from pallas_kernels.low_precision import decode_fp8_blocks, decode_mxfp4, e2m1_value, e8m0_value
 
 # Bits are compared: products and sums must be contracted alike, which the quick code generator does not do.
 pytestmark = pytest.mark.as_users_compile
@@ -54,11 +55,15 @@ def operands(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("impl", "blocks", "num_experts"))
+def layered(layers, *stacks):
+    """The experts of all layers, behind one another, with an axis of layers in front."""
+    return jax.tree.map(lambda a: a.reshape(layers, -1, *a.shape[1:]), stacks)
+
+
+@functools.partial(jax.jit, static_argnames=("impl", "blocks"))
 def run(x, gate_up, down, ids, weights, **options):
     return expert_ffn(
-        x, gate_up.values, down.values, ids, weights,
-        gate_up_scale=gate_up.scale, down_scale=down.scale, swiglu_limit=LIMIT, **options,
+        x, gate_up.matrices, down.matrices, ids, weights, swiglu_limit=LIMIT, **options,
     )  # fmt: skip
 
 
@@ -72,21 +77,20 @@ def plain(stack, dtype):
 def test_every_element_code():
     codes = np.arange(256, dtype=np.uint8)
     halves = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
-    np.testing.assert_array_equal(e2m1_value(jnp.arange(16)), halves)
+    np.testing.assert_array_equal(e2m1.value(jnp.arange(16)), halves)
     packed = jnp.tile(jnp.asarray(codes), (3, 1))
     scale = jnp.asarray(np.arange(48).reshape(3, 16) + 100, jnp.uint8)
     want = np.stack([halves[codes & 15], halves[codes >> 4]], axis=-1).reshape(-1)
     want = want * np.repeat(2.0 ** (np.arange(48).reshape(3, 16) - 27), 32, axis=1)
-    np.testing.assert_array_equal(decode_mxfp4(packed, scale), want)
+    np.testing.assert_array_equal(mxfp4_numbers(packed, scale), want)
     np.testing.assert_array_equal(decoded(Stack(packed, scale)), want)
 
     numbers = jax.lax.bitcast_convert_type(jnp.asarray(codes[:127]), jnp.float8_e4m3fn).astype(jnp.float32)
     both = jnp.asarray(np.concatenate([codes[:127], codes[128:255]]))[None]
-    got = decode_fp8_blocks(both, jnp.array([[130, 120]], jnp.uint8))[0]
+    got = fp8_numbers(both, jnp.array([[130, 120]], jnp.uint8))[0]
     want = np.concatenate([numbers, -numbers]) * np.where(np.arange(254) < 128, 8.0, 2.0**-7)
     np.testing.assert_array_equal(got, want)
     np.testing.assert_array_equal(np.signbit(got), np.signbit(want))
-    np.testing.assert_array_equal(e8m0_value(jnp.array([1, 127, 254], jnp.uint8)), [2.0**-126, 1, 2.0**127])
 
 
 FORMATS = [("mxfp4", "mxfp4"), ("fp8", "fp8"), ("fp8", "mxfp4"), ("mxfp4", "float32")]
@@ -129,8 +133,8 @@ def test_stack_of_layers_and_padding(form):
     x, gate_up, down, ids, weights = operands(form, form, layers=3)
     own = lambda a: a[8:12]  # noqa: E731
     want = run(x, *jax.tree.map(own, (gate_up, down)), ids, weights)
-    options = dict(num_experts=4, first_expert=jnp.int32(8), valid=jnp.arange(5) < 3)
-    got = run(x.at[3:].set(jnp.nan), gate_up, down, ids, weights, **options)
+    options = dict(repeat=jnp.int32(2), valid=jnp.arange(5) < 3)
+    got = run(x.at[3:].set(jnp.nan), *layered(3, gate_up, down), ids, weights, **options)
     np.testing.assert_array_equal(got[:3], want[:3])
     assert not np.any(got[3:])
 
@@ -162,7 +166,8 @@ def test_quantised_weights_have_no_gradient():
     x, gate_up, down, ids, weights = operands("fp8", "mxfp4", layers=8)
 
     def loss(x, values):
-        return run(x, Stack(values, gate_up.scale), down, ids, weights, num_experts=4).sum()
+        stacks = layered(8, Stack(values, gate_up.scale), down)
+        return run(x, *stacks, ids, weights, repeat=jnp.int32(0)).sum()
 
     d_x, d_values = jax.grad(loss, argnums=(0, 1))(x, gate_up.values)
     assert np.any(d_x) and not np.any(d_values.astype(jnp.float32))
@@ -181,7 +186,7 @@ def test_no_more_than_one_expert_is_decoded(form, tokens):
 
     def deep(x, gate_up, down):
         def layer(x, index):
-            y = run(x, gate_up, down, ids, weights, num_experts=16, first_expert=16 * index)
+            y = run(x, *layered(4, gate_up, down), ids, weights, repeat=index)
             return (x + y).astype(x.dtype), None
 
         return jax.lax.scan(layer, x, jnp.arange(4))[0]
@@ -197,14 +202,16 @@ def test_no_more_than_one_expert_is_decoded(form, tokens):
 def test_all_problems_of_formats_at_once():
     x, gate_up, down, ids, weights = operands("fp8", "mxfp4")
     with pytest.raises(ValueError) as error:
-        run(x, Stack(gate_up.values), Stack(down.values, down.scale[..., :1]), ids, weights)
+        wrong = Fp8Blocks(gate_up.values, gate_up.scale.astype(jnp.int32))
+        of_other = Mxfp4(down.values, down.scale[..., :1])
+        expert_ffn(x, wrong, of_other, ids, weights, swiglu_limit=LIMIT)
     for part in (
-        "gate_up_scale None must be uint8[4, 2, 1, 2]",
-        "down_scale uint8[4, 160, 1]",
+        "scale of gate_up int32[4, 2, 1, 2] must be uint8[4, 2, 1, 2]",
+        "scale of down uint8[4, 160, 1]",
         "[4, 160, 3]",
     ):
         assert part in str(error.value)
-    with pytest.raises(ValueError, match="gate_up_scale must be None"):
-        run(x, Stack(x[None, None], gate_up.scale), down, ids, weights)
-    with pytest.raises(ValueError, match=r"gate_up int8.* must be float32"):
-        run(x, Stack(jnp.zeros((4, 2, 96, 160), jnp.int8)), down, ids, weights)
+    with pytest.raises(ValueError, match=r"gate_up float32.* must be float8_e4m3fn in Fp8Blocks"):
+        expert_ffn(x, Fp8Blocks(decoded(gate_up), gate_up.scale), down.matrices, ids, weights, swiglu_limit=1)
+    with pytest.raises(ValueError, match=r"gate_up float8_e4m3fn.* must be float32"):
+        expert_ffn(x, gate_up.values, down.matrices, ids, weights, swiglu_limit=LIMIT)

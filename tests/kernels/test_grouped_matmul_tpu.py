@@ -56,10 +56,14 @@ def operands(form, dtype, tokens=5, *, experts=4, hidden=256, width=256, layers=
     )
 
 
+def layered(*stacks, layers=3):
+    """The experts of all layers, behind one another, with an axis of layers in front."""
+    return jax.tree.map(lambda a: a.reshape(layers, -1, *a.shape[1:]), stacks)
+
+
 def run(x, gate_up, down, ids, weights, **options):
     return expert_ffn(
-        x, gate_up.values, down.values, ids, weights,
-        gate_up_scale=gate_up.scale, down_scale=down.scale, swiglu_limit=LIMIT, **options,
+        x, gate_up.matrices, down.matrices, ids, weights, swiglu_limit=LIMIT, **options,
     )  # fmt: skip
 
 
@@ -69,11 +73,11 @@ def jitted(**options):
 
 
 def kernel(*arguments, blocks=SMALL, **options):
-    return jitted(impl="pallas", interpret=True, blocks=blocks, num_experts=4)(*arguments, **options)
+    return jitted(impl="pallas", interpret=True, blocks=blocks)(*arguments, **options)
 
 
 def reference(*arguments, **options):
-    return jitted(impl="reference", num_experts=4)(*arguments, **options)
+    return jitted(impl="reference")(*arguments, **options)
 
 
 def check(got, want, bound):
@@ -136,11 +140,12 @@ def test_layer_of_a_stack_and_padding(form):
     own = lambda a: a[8:12]  # noqa: E731
     want = kernel(x, *jax.tree.map(own, (gate_up, down)), ids, weights)
     valid = jnp.arange(5) < 3
-    got = kernel(x.at[3:].set(jnp.nan), gate_up, down, ids, weights, first_expert=jnp.int32(8), valid=valid)
+    stacks = layered(gate_up, down)
+    got = kernel(x.at[3:].set(jnp.nan), *stacks, ids, weights, repeat=jnp.int32(2), valid=valid)
     np.testing.assert_array_equal(got[:3], want[:3])
     assert not np.any(got[3:])
-    options = dict(first_expert=jnp.int32(8), valid=valid & False)
-    assert not np.any(kernel(x.at[3:].set(jnp.nan), gate_up, down, ids, weights, **options))
+    options = dict(repeat=jnp.int32(2), valid=valid & False)
+    assert not np.any(kernel(x.at[3:].set(jnp.nan), *stacks, ids, weights, **options))
 
 
 @pytest.mark.parametrize("blocks", [SMALL, pytest.param(MANY_ROWS, marks=pytest.mark.slow)], ids=str)
@@ -206,8 +211,8 @@ def test_gradients(form, dtype, kind, rounding):
     x, gate_up, down, ids, weights = operands(form, dtype, 21, layers=3, kind=kind)
     dy = jnp.asarray(np.random.default_rng(2).standard_normal(x.shape), jnp.float32)
     valid = jnp.arange(21) % 5 != 3
-    layer = (("num_experts", 4), ("first_expert", 4), ("round_hidden", rounding))
-    arguments = gate_up, down, ids, weights
+    layer = (("repeat", 1), ("round_hidden", rounding))
+    arguments = *layered(gate_up, down), ids, weights
     want = pulled(x, *arguments, dy, valid, (*layer, ("impl", "reference")))
     own = (*layer, ("impl", "pallas"), ("interpret", True), ("blocks", SMALL))
     poison = jnp.where(valid[:, None], x, jnp.nan), jnp.where(valid[:, None], dy, jnp.nan)
@@ -220,7 +225,8 @@ def test_gradients(form, dtype, kind, rounding):
     if form == "plain":
         without = np.setdiff1d(np.arange(12), 4 + np.asarray(ids))
         for gradient in got[3:]:
-            assert np.any(gradient) and not np.any(np.asarray(gradient, np.float32)[without])
+            of_experts = np.asarray(gradient, np.float32).reshape(12, -1)
+            assert np.any(of_experts) and not np.any(of_experts[without])
 
 
 @pytest.mark.slow

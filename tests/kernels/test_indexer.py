@@ -12,16 +12,15 @@ import torch
 from jax import export
 from jax.experimental import pallas as pl
 
+from pallas_kernels.formats.blocks import Mxfp4
+from pallas_kernels.formats.index_keys import Fp8Keys, decoded
 from pallas_kernels.indexer import (
-    Fp8Keys,
-    Mxfp4Keys,
     index_list,
     index_scores,
     index_select,
     kernel_tpu_select,
     key_tiles,
 )
-from pallas_kernels.indexer.formats import decoded
 from pallas_kernels.indexer.reference import index_select_reference
 from pallas_kernels.indexer.tuning import IndexerBlocks, choose_blocks
 from tests.kernels.ahead_of_time import CHIPS, compile_for
@@ -233,7 +232,7 @@ def quantised(keys, form):
     codes = (groups / 2 ** exponents[..., None]).astype(ml_dtypes.float4_e2m1fn).view(np.uint8)
     codes = codes.reshape(keys.shape)
     packed = codes[..., 0::2] | codes[..., 1::2] << 4
-    return Mxfp4Keys(jnp.asarray(packed), jnp.asarray((exponents + 127).astype(np.uint8)))
+    return Mxfp4(jnp.asarray(packed), jnp.asarray((exponents + 127).astype(np.uint8)))
 
 
 def in_format(operands, form):
@@ -265,7 +264,7 @@ def test_every_mxfp4_code_decodes():
     codes = np.stack([low, high], -1).reshape(size, 32).astype(np.uint8)
     want = codes.view(ml_dtypes.float4_e2m1fn).astype(np.float32)
     want = (want.astype(np.float64) * scales.view(ml_dtypes.float8_e8m0fnu)).astype(np.float32)
-    np.testing.assert_array_equal(decoded(Mxfp4Keys(jnp.asarray(values), jnp.asarray(scales))), want)
+    np.testing.assert_array_equal(decoded(Mxfp4(jnp.asarray(values), jnp.asarray(scales))), want)
 
     def body(values_ref, scales_ref, out_ref):
         out_ref[...] = key_tiles.unpack(values_ref[...], scales_ref[...])
@@ -338,10 +337,10 @@ def test_errors_name_every_problem():
         IndexerBlocks(1, 8, 384, 256)
     fp8, mxfp4 = (quantised(keys, form) for form in ("fp8", "mxfp4"))
     with pytest.raises(ValueError, match=r"fp8 values uint8 .*; fp8 scales \(2, 300\)"):
-        index_scores(q, weights, Fp8Keys(mxfp4.values.repeat(2, -1), fp8.scales[..., 0]), lo, hi)
+        index_scores(q, weights, Fp8Keys(mxfp4.packed.repeat(2, -1), fp8.scales[..., 0]), lo, hi)
     with pytest.raises(ValueError, match=r"keys .*48\) must be .*; mxfp4 scales float32 must be uint8"):
-        wide = jnp.pad(mxfp4.values, ((0, 0), (0, 0), (0, 8)))
-        index_scores(q, weights, Mxfp4Keys(wide, fp8.scales), lo, hi)
+        wide = jnp.pad(mxfp4.packed, ((0, 0), (0, 0), (0, 8)))
+        index_scores(q, weights, Mxfp4(wide, fp8.scales), lo, hi)
     with pytest.raises(ValueError, match=r"keys .* must be \['R', 2, 'S', 32\]; repeat \(1,\)"):
         index_select(q, weights, keys, lo, hi, 1, repeat=jnp.zeros(1, jnp.int32))
 
@@ -371,7 +370,7 @@ def real_keys(form, *lead):
     if form == "fp8":
         return Fp8Keys(of((*lead, 128), jnp.float8_e4m3fn), of((*lead, 1), jnp.float32))
     if form == "mxfp4":
-        return Mxfp4Keys(of((*lead, 64), jnp.uint8), of((*lead, 4), jnp.uint8))
+        return Mxfp4(of((*lead, 64), jnp.uint8), of((*lead, 4), jnp.uint8))
     return of((*lead, 128), jnp.bfloat16)
 
 

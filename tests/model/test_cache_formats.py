@@ -14,7 +14,8 @@ from dsv4_jax.model.cache import new_cache
 from dsv4_jax.numerics import cache_formats, qat
 from dsv4_jax.numerics.cache_formats import CACHE_FORMATS
 from dsv4_jax.numerics.policy import Policy
-from pallas_kernels.decode_attention import Fp8Entries, Fp8Rows
+from pallas_kernels.formats.entries import Fp8Entries
+from pallas_kernels.formats.entry_rows import Fp8Rows
 from tests.model.telling_weights import telling_parameters
 from tests.models import all_kinds
 

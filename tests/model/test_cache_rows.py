@@ -13,7 +13,7 @@ from dsv4_jax.model.cache import Cache, new_cache
 from dsv4_jax.model.cache_rows import at_length, put, reset, snapshot, take
 from dsv4_jax.model.cache_stores import stores, with_stores
 from dsv4_jax.numerics.cache_formats import CACHE_FORMATS
-from pallas_kernels.decode_attention import Fp8Rows
+from pallas_kernels.formats.entry_rows import Fp8Rows
 from tests.model.equivalence import SMALL, append, random_rows
 from tests.model.telling_weights import telling_model
 
@@ -28,7 +28,7 @@ KINDS = [*((name, True) for name in CACHE_FORMATS), ("fp8+mxfp4", False), ("fp8+
 def made(batch: int, format: str, as_bits: object, **sizes: int) -> Cache:
     words = as_bits == "words"
     config, length = (ROWS_OF_WORDS, 14_400) if words else (SMALL, 40)
-    sizes = {"max_length": length, "max_rewind": 3} | sizes
+    sizes = {"capacity": length, "max_rewind": 3} | sizes
     return new_cache(
         config, batch, **sizes, dtype=jnp.dtype("float32"), format=format, as_bits=as_bits is True
     )
@@ -46,8 +46,9 @@ def drawn(cache: Cache, seed: int) -> Cache:
 
 
 def rows_of(cache: Cache) -> list[list[bytes]]:
-    """Row -> the bytes of its part of every array."""
-    parts = [(0, cache.length), (0, cache.written)] + [(1, leaf) for leaf in jax.tree.leaves(cache.layers)]
+    """Row -> the bytes of its part of every array, `length`, `written` and `max_length` first."""
+    vectors = [cache.length, cache.written, cache.max_length]
+    parts = [(0, leaf) for leaf in vectors] + [(1, leaf) for leaf in jax.tree.leaves(cache.layers)]
     moved = [np.moveaxis(np.asarray(leaf), axis, 0) for axis, leaf in parts]
     return [[leaf[row].tobytes() for leaf in moved] for row in range(len(cache.length))]
 
@@ -58,8 +59,8 @@ def test_every_array_has_the_batch_on_its_axis(format, as_bits):
     assert {f.name for f in dataclasses.fields(Cache)} == {
         *cache_rows.VECTORS,
         *cache_rows.STACKS,
-        "max_length",
         "max_rewind",
+        "known",
     }
     for names, axis in ((cache_rows.VECTORS, 0), (cache_rows.STACKS, 1)):
         for name in names:
@@ -80,7 +81,8 @@ def test_rows_move_bit_for_bit(format, as_bits):
     assert rows_of(after) == [theirs[1], before[1], theirs[0], before[3]]
     assert rows_of(other) == theirs and rows_of(saved) == [before[1]]
     after = reset(after, [3])
-    assert rows_of(after)[3] == rows_of(made(1, format, as_bits))[0]
+    fresh = rows_of(made(1, format, as_bits))[0]
+    assert rows_of(after)[3] == [*fresh[:2], before[3][2], *fresh[3:]], "all but what the row may hold"
     assert rows_of(put(after, [3], saved)) == [theirs[1], before[1], theirs[0], before[1]]
 
 
@@ -117,7 +119,8 @@ def test_under_a_jit_with_traced_rows():
         return reset(put(cache, rows, take(cache, rows[::-1])), rows[:1] * 0 + 1)
 
     after = rows_of(swapped(cache, jnp.array([0, 2])))
-    assert after == [before[2], rows_of(made(1, "plain", True))[0], before[0]]
+    fresh = rows_of(made(1, "plain", True))[0]
+    assert after == [before[2], [*fresh[:2], before[1][2], *fresh[3:]], before[0]]
     with pytest.raises(ValueError, match="must be integers"):
         jax.eval_shape(take, cache, jnp.zeros(2))
 
@@ -142,7 +145,7 @@ def test_what_does_not_fit_is_refused():
         put(cache, [1], pair)
     for other, message in [
         (made(2, "fp8+fp8", True), r"format or capacity: layers\[0\]\[0\].window.*and \d+ more"),
-        (made(2, "plain", True, max_length=80), r"compressor.entries is float32\[1, B, 16, 32\] and"),
+        (made(2, "plain", True, capacity=80), r"compressor.entries is float32\[1, B, 16, 32\] and"),
         (made(2, "plain", True, max_rewind=4), "max_rewind=3 and 4"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -156,7 +159,7 @@ def test_what_does_not_fit_is_refused():
 def test_a_length_for_measurements_and_the_stores():
     cache = made(2, "plain", True)
     assert at_length(cache, [3, 40]).written.tolist() == [3, 40]
-    with pytest.raises(ValueError, match=r"length \[41\] must be in 0..40"):
+    with pytest.raises(ValueError, match=r"row 0: length 41 must be in 0..40; row 1: length 41"):
         at_length(cache, 41)
     with pytest.raises(ValueError, match=r"length of shape \(3,\)"):
         at_length(cache, [1, 2, 3])

@@ -10,14 +10,15 @@ import pytest
 
 from dsv4_jax.config import tiny
 from dsv4_jax.inference import steps
-from dsv4_jax.model import index_scores
-from dsv4_jax.model.cache import new_cache, write_entries
+from dsv4_jax.model.cache import new_cache
 from dsv4_jax.model.entries import Entries
 from dsv4_jax.model.initial import Network
-from dsv4_jax.numerics import cache_formats, formats
+from dsv4_jax.numerics import cache_formats
 from dsv4_jax.numerics.cache_formats import CACHE_FORMATS
+from dsv4_jax.numerics.cache_storage import write_entries
 from dsv4_jax.numerics.policy import Policy
-from pallas_kernels.decode_attention import fp8_rows
+from pallas_kernels.formats import bits, e2m1, e4m3, e8m0, entry_rows
+from pallas_kernels.indexer import xla as indexer_xla
 from tests.model.test_compile import abstract_decode
 
 QUANTISED = CACHE_FORMATS[1:]
@@ -30,25 +31,25 @@ def draw(*shape, seed=1):
 def test_every_byte_is_its_e4m3_number():
     codes = np.arange(256, dtype=np.uint8)
     want = codes.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
-    got = np.asarray(jax.jit(formats.e4m3_value)(codes))
+    got = np.asarray(jax.jit(e4m3.value)(codes))
     np.testing.assert_array_equal(got, want)  # NaN equals NaN
     np.testing.assert_array_equal(np.signbit(got[128:255]), np.ones(127, bool))  # also of -0
 
 
 def test_halves_are_even_and_odd_numbers():
     packed = np.arange(256, dtype=np.uint8)
-    both = formats.e2m1_value(formats.unpack_nibbles(packed))
-    for got, want in zip(formats.e2m1_halves(packed), (both[0::2], both[1::2]), strict=True):
-        np.testing.assert_array_equal(got, want)
+    both = e2m1.value(e2m1.unpack(packed))
+    for got, want in zip(e2m1.halves(packed), (both[0::2], both[1::2]), strict=True):
+        np.testing.assert_array_equal(got.astype(jnp.float32) * e2m1.OF_PLACED, want)
 
 
 @pytest.mark.parametrize("cache_format", QUANTISED)
 def test_bits_read_as_the_numbers(cache_format):
     stored = cache_formats.store_entries(draw(2, 3, 512), cache_format, 64)
     assert (stored.values.dtype, stored.rotary.dtype) == (jnp.float8_e4m3fn, jnp.bfloat16)
-    as_bits = cache_formats.bits(stored)
+    as_bits = bits.bits(stored)
     assert (as_bits.values.dtype, as_bits.rotary.dtype) == (jnp.uint8, jnp.uint16)
-    scale = np.repeat(np.asarray(formats.scale_value(stored.scales)), 64, axis=-1)[..., :448]
+    scale = np.repeat(np.asarray(e8m0.value(stored.scales)), 64, axis=-1)[..., :448]
     for kept in (stored, as_bits):
         read = np.asarray(cache_formats.read(kept, jnp.float32))
         np.testing.assert_array_equal(read[..., :448], stored.values.astype(jnp.float32) * scale)
@@ -57,7 +58,7 @@ def test_bits_read_as_the_numbers(cache_format):
 
 @pytest.mark.parametrize("cache_format", CACHE_FORMATS)
 def test_chosen_entries_are_those_of_the_prefix(cache_format):
-    stack = cache_formats.bits(cache_formats.store_entries(draw(3, 2, 40, 96), cache_format, 16))
+    stack = bits.bits(cache_formats.store_entries(draw(3, 2, 40, 96), cache_format, 16))
     entries = Entries(stack, jnp.int32(1))
     index = jnp.asarray([[0, 31, 7, 7], [30, 1, 0, 31]], jnp.int32)
     whole = np.asarray(entries.prefix(32, jnp.float32))
@@ -68,7 +69,7 @@ def test_chosen_entries_are_those_of_the_prefix(cache_format):
 
 def test_the_prefix_of_rows_is_that_of_entries():
     stored = cache_formats.store_entries(draw(2, 40, 80), "fp8+fp8", 16)
-    rows = fp8_rows.empty(3, 2, 40, fp8_rows.Layout(80, 16))
+    rows = entry_rows.empty(3, 2, 40, entry_rows.Layout(80, 16))
     every = jnp.zeros(2, jnp.int32), jnp.full(2, 40)
     rows = write_entries(rows, jnp.int32(1), stored, *every)
     got = Entries(rows, jnp.int32(1)).prefix(31, jnp.float32)
@@ -86,8 +87,8 @@ def test_scores_in_pieces(cache_format, size, monkeypatch):
     """A piece at a time, the last one moved back, gives the scores of all decoded keys at once."""
     q, weights = draw(2, 3, 5, 32), draw(2, 3, 5, seed=2)
     keys = Entries(cache_formats.store_keys(draw(2, 2, 200, 32, seed=3), cache_format), jnp.int32(1))
-    monkeypatch.setattr(index_scores, "KEYS_AT_ONCE", 64)
-    got = jax.jit(lambda q, weights, keys: index_scores.index_scores(q, weights, keys, size))(
+    monkeypatch.setattr(indexer_xla, "KEYS_AT_ONCE", 64)
+    got = jax.jit(lambda q, weights, keys: indexer_xla.index_scores_xla(q, weights, keys, size))(
         q, weights, keys
     )
     read = np.asarray(keys.prefix(size, jnp.float32), np.float64)
@@ -97,13 +98,13 @@ def test_scores_in_pieces(cache_format, size, monkeypatch):
 
 def test_bfloat16_numbers_as_bits():
     x = jnp.asarray([0.0, -0.0, 1e-40, 3.14, -2e38, jnp.inf, -jnp.inf], jnp.bfloat16)
-    kept = cache_formats.bits(x)
+    kept = bits.bits(x)
     assert kept.dtype == jnp.uint16
     for dtype in (jnp.bfloat16, jnp.float32):
         read = cache_formats.read(kept, dtype)
         assert read.dtype == dtype
         np.testing.assert_array_equal(read.astype(jnp.float32), x.astype(jnp.float32))
-    rounded = cache_formats.as_stored(jnp.float32(1 + 2**-8 + 2**-10), jnp.uint16)  # to nearest
+    rounded = bits.as_stored(jnp.float32(1 + 2**-8 + 2**-10), jnp.uint16)  # to nearest
     assert float(cache_formats.read(rounded, jnp.float32)) == 1 + 2**-7
 
 

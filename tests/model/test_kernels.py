@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 
 from dsv4_jax.language_model import LanguageModel
-from dsv4_jax.model import cache as model_cache
 from dsv4_jax.model.initial import Network, initial_parameters
 from dsv4_jax.model.operations import Operations, operations
+from dsv4_jax.numerics import cache_storage
 from dsv4_jax.numerics.policy import Policy
 from dsv4_jax.training.data import Batch
 from dsv4_jax.training.optimizer import AdamW
 from dsv4_jax.training.step import forward_losses, initial_state, train_step
 from pallas_kernels import hybrid_attention
-from pallas_kernels.decode_attention import Fp8Rows
+from pallas_kernels.formats.entry_rows import Fp8Rows
 from pallas_kernels.hybrid_attention import tuning as attention_tuning
 from pallas_kernels.hyper_connection.tuning import HyperConnectionBlocks
 from tests.kernels.checks import assert_close
@@ -79,7 +79,7 @@ SEGMENTS = np.stack([np.repeat([1, 2, 3], [21, 1, 22]), np.repeat([1, 2, 0], [9,
 
 def test_no_other_choice_is_taken():
     assert not any(each.kernels for each in operations(XLA).each())
-    assert {each.name for each in operations(KERNELS).each() if not each.kernels} == {"mixing"}
+    assert {each.name for each in operations(KERNELS).each() if not each.kernels} == {"mixing", "view"}
     with pytest.raises(Exception, match="kernels='cuda' must be one of xla, pallas, pallas-interpret"):
         Policy.of("float32", kernels="cuda")
 
@@ -154,7 +154,7 @@ EVERY_KIND = CONFIG.attention_kinds
 )
 def test_appending_in_pieces(monkeypatch, cache, kinds, in_rows):
     """In every format of a cache the kernels read what XLA attends to without one."""
-    monkeypatch.setattr(model_cache, "rows_pay", lambda **_: in_rows)
+    monkeypatch.setattr(cache_storage, "rows_pay", lambda **_: in_rows)
     config = dataclasses.replace(
         CONFIG, attention_kinds=kinds, router_kinds=CONFIG.router_kinds[: len(kinds)]
     )

@@ -12,8 +12,8 @@ from dsv4_jax.language_model import LanguageModel
 from dsv4_jax.model import linear
 from dsv4_jax.model.operations import operations
 from dsv4_jax.numerics.policy import Policy
-from dsv4_jax.numerics.weights import is_quantized, plain
 from pallas_kernels.block_matmul import block_matmul
+from pallas_kernels.formats.weights import is_quantized, plain
 from pallas_kernels.hyper_connection.tuning import HyperConnectionBlocks
 from tests.checkpoint import synthetic
 from tests.checkpoint.test_save import file_contents, stored_contents

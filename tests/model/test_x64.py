@@ -6,7 +6,6 @@ import pytest
 
 from dsv4_jax.inference import steps
 from dsv4_jax.language_model import LanguageModel
-from dsv4_jax.model import index_scores
 from dsv4_jax.model import span as spans
 from dsv4_jax.model.cache import new_cache
 from dsv4_jax.model.entries import Entries
@@ -15,6 +14,7 @@ from dsv4_jax.numerics.policy import Policy
 from dsv4_jax.training.data import Batch
 from dsv4_jax.training.optimizer import AdamW
 from dsv4_jax.training.step import initial_state, train_step
+from pallas_kernels.indexer import xla as indexer_xla
 from tests.model.equivalence import SMALL
 from tests.model.telling_weights import telling_parameters
 from tests.model.test_kernels import CONFIG as KERNEL_CONFIG
@@ -58,8 +58,9 @@ def programs(network: Network):
 
     def generated(parameters):
         rows = policy.row_dtype, policy.cache_format, policy.kernels == "xla"
-        cache = new_cache(config, 1, 64, policy.cache_dtype, 8, *rows)
-        logits, cache = steps.extend(network, parameters, cache, IDS, counts)
+        slot = {"stream_dtype": policy.compute_dtype}
+        cache = new_cache(config, 1, 64, policy.cache_dtype, 8, *rows, **slot)
+        logits, _, cache = steps.extend_further(network, parameters, cache, IDS, counts)
         draw = (
             jax.random.key(0)[None],
             np.full(1, 0.7, np.float32),
@@ -70,7 +71,7 @@ def programs(network: Network):
         return steps.decode(network, parameters, cache, logits[:, -1], *draw)
 
     def trained(parameters):
-        batch = Batch(IDS, np.ones_like(IDS), np.arange(IDS.size, dtype=np.int32)[None])
+        batch = Batch(IDS, np.ones_like(IDS))
         return train_step(network, AdamW(), initial_state(parameters, AdamW()), batch, np.float32(1e-3))
 
     return forward, generated, trained
@@ -96,10 +97,10 @@ def test_no_value_of_a_program_is_64_bits_wide(dtype, numerics, cache, kernels):
 
 def test_scores_in_pieces_hold_no_64_bit_value(monkeypatch):
     """A loop over pieces counts in int32; contexts as short as those above are scored at once."""
-    monkeypatch.setattr(index_scores, "MAX_SCORE_ELEMENTS", 1)  # 64 keys at once
+    monkeypatch.setattr(indexer_xla, "MAX_SCORE_ELEMENTS", 1)  # 64 keys at once
 
     def scores(q, weights, stack, repeat):
-        return index_scores.index_scores(q, weights, Entries(stack, repeat), 100)
+        return indexer_xla.index_scores_xla(q, weights, Entries(stack, repeat), 100)
 
     shapes = ((1, 2, 2, 8), (1, 2, 2), (1, 1, 100, 8))
     operands = [jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes]
