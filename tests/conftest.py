@@ -1,5 +1,6 @@
 """Compiling is most of the time of a test run: one cache for all workers, and quick settings."""
 
+import collections
 import gc
 import os
 
@@ -8,6 +9,38 @@ import pytest
 # libtpu is there to compile for described chips; asking it for real ones costs seconds and prints errors.
 # Subprocesses of tests inherit this; set the variable yourself to run the suite on another platform.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+SECONDS = "files/seconds"
+"""In pytest's cache: how long each file took in the last whole run."""
+_seconds: dict[str, float] = collections.defaultdict(float)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items):
+    """Files that take long come first, so that no worker is left alone with one at the end.
+
+    A file of which nothing is known, as in a fresh tree, is taken for one of a second a test.
+    """
+    known = config.cache.get(SECONDS, {}) if hasattr(config, "cache") else {}
+    tests = collections.Counter(file_of(item) for item in items)
+    items.sort(key=lambda item: -known.get(file_of(item), tests[file_of(item)]))
+
+
+def file_of(test):
+    return test.nodeid.split("::")[0]
+
+
+def pytest_runtest_logreport(report):
+    _seconds[file_of(report)] += report.duration
+
+
+def pytest_sessionfinish(session, exitstatus):
+    """Only the whole default run is remembered: a part of a file says little about the file."""
+    config = session.config
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not config.option.keyword
+    if whole and exitstatus in (0, 1) and not hasattr(config, "workerinput") and hasattr(config, "cache"):
+        config.cache.set(SECONDS, {file: round(seconds, 1) for file, seconds in _seconds.items()})
 
 
 def pytest_collection_finish():
