@@ -61,7 +61,9 @@ def program(config: ModelConfig, topology: str, batch: int, context: int) -> Any
     mesh = Mesh(np.array(devices), (AXIS,))
     policy = Policy.of("bfloat16", kernels="pallas", cache="fp8+mxfp4")
     chosen = operations(policy)
-    chosen = dataclasses.replace(chosen, experts=spread(chosen.experts))
+    chosen = dataclasses.replace(
+        chosen, experts=spread(chosen.experts, config.n_routed_experts // len(devices))
+    )
     network = Network(config, policy, chosen)
     stored = (jnp.bfloat16, 8, policy.row_dtype, policy.cache_format, False)
     cache = jax.eval_shape(lambda: new_cache(config, batch, context, *stored))
