@@ -38,18 +38,16 @@ CLOCK_HZ = {"v6e": 1.75e9, "tpu7x": 2.2e9, "v5e": 1.5e9, "v5p": 1.75e9}
 """Inferred from published peak rates: no vendor publishes them."""
 
 
-def spread(experts: Operation) -> Operation:
-    """The experts' operation for tokens and experts that are both split over the axis."""
+def spread(experts: Operation, own: int) -> Operation:
+    """The experts' operation where tokens and experts are split over the axis, `own` experts a chip."""
 
-    def function(x, gate_up, down, ids, weights, *, valid, repeat, **more):
-        own = gate_up.shape[0 if repeat is None else 1]
+    def function(x, gate_up, down, ids, weights, *, valid, **more):
         x, ids, weights, valid = (
             jax.lax.all_gather(a, AXIS, axis=0, tiled=True) for a in (x, ids, weights, valid)
         )
+        # Foreign experts fall out of range, below or above: their pairs contribute nothing and take no rows.
         mine = ids - jax.lax.axis_index(AXIS).astype(jnp.int32) * own
-        # Foreign experts fall out of range, below or above, and take no rows.
-        mine = jnp.where((mine >= 0) & (mine < own), mine, own)
-        y = experts(x, gate_up, down, mine, weights, valid=valid, repeat=repeat, **more)
+        y = experts(x, gate_up, down, mine, weights, valid=valid, **more)
         return jax.lax.psum_scatter(y, AXIS, scatter_dimension=0, tiled=True)
 
     return dataclasses.replace(experts, function=function, settings=())
@@ -76,7 +74,9 @@ def program(config: ModelConfig, topology: str, batch: int, context: int) -> Any
         return PartitionSpec(AXIS) if names[0] == "head" else PartitionSpec()
 
     def cache_spec(leaf):
-        return PartitionSpec(AXIS) if leaf.ndim == 1 else PartitionSpec(None, AXIS)
+        return (
+            (PartitionSpec(), PartitionSpec(AXIS))[leaf.ndim] if leaf.ndim < 2 else PartitionSpec(None, AXIS)
+        )
 
     specs = (
         jax.tree_util.tree_map_with_path(weight_spec, weights),
@@ -146,7 +146,7 @@ def main(
     memory = compiled.memory_analysis()
     gib = {
         name: getattr(memory, f"{name}_size_in_bytes") / 2**30
-        for name in ("argument", "output", "alias", "temp", "peak_memory".removesuffix("_memory"))
+        for name in ("argument", "output", "alias", "temp")
         if hasattr(memory, f"{name}_size_in_bytes")
     }
     total = sum(cost.cycles for cost in found)

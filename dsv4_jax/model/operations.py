@@ -11,10 +11,9 @@ from typing import Any
 
 import jax
 
-from dsv4_jax.model import linear
 from dsv4_jax.numerics import cache_storage
 from dsv4_jax.numerics.policy import Policy
-from pallas_kernels import core_attention, entry_write, hyper_connection
+from pallas_kernels import block_matmul, core_attention, entry_write, hyper_connection
 from pallas_kernels.compressor import compressor
 from pallas_kernels.core_attention import Queries as Queries
 from pallas_kernels.grouped_matmul import expert_ffn
@@ -58,8 +57,8 @@ class Operation:
 class Operations:
     """The functions of one model: a hashable part of what its compiled programs are keyed by."""
 
-    linear: Operation  # x, weight: `linear.project`
-    grouped_linear: Operation  # x, weight: `linear.project_groups`
+    linear: Operation  # x, weight: `block_matmul.linear`
+    grouped_linear: Operation  # x, weight: `block_matmul.grouped_linear`
     compress: Operation  # rows, gates, bias, norm, cos, sin: `compressor.compressor`
     store: Operation  # stack, repeat, new entries, first, count: `cache_storage.write_entries`
     attend: Operation  # queries, line, entries, index keys, sink: `core_attention.attend`
@@ -92,8 +91,8 @@ def operations(policy: Policy, hyper_connection_blocks: HyperConnectionBlocks | 
     columns = (("columns", entry_write.write_entries),)
     if policy.kernels == "xla":
         return Operations(
-            linear=Operation("linear", linear.project),
-            grouped_linear=Operation("grouped_linear", linear.project_groups),
+            linear=Operation("linear", block_matmul.linear, (("impl", "xla"),)),
+            grouped_linear=Operation("grouped_linear", block_matmul.grouped_linear, (("impl", "xla"),)),
             compress=Operation("compress", compressor, (("impl", "xla"),)),
             store=Operation("store", cache_storage.write_entries, (*columns, ("impl", "reference"))),
             attend=Operation("attend", core_attention.attend, (("impl", "xla"),)),
@@ -114,8 +113,10 @@ def operations(policy: Policy, hyper_connection_blocks: HyperConnectionBlocks | 
     streams = ("hyper_connection",)
     fp8 = {"kernels": ("block_matmul",), "when": "with FP8 weights"}
     return Operations(
-        linear=Operation("linear", linear.project_stored, how, **fp8),
-        grouped_linear=Operation("grouped_linear", linear.project_groups_stored, how, **fp8),
+        linear=Operation("linear", block_matmul.linear, (("impl", "pallas"), *how), **fp8),
+        grouped_linear=Operation(
+            "grouped_linear", block_matmul.grouped_linear, (("impl", "pallas"), *how), **fp8
+        ),
         compress=Operation("compress", compressor, (("impl", "pallas"), *how), ("compressor",)),
         store=Operation(
             "store",

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv4_jax.model.entries import Entries
 from pallas_kernels.core_attention import Queries, attend, attend_cached, view
 from tests.kernels.checks import assert_close
+from tests.kernels.held_arrays import HeldArray
 
 BATCH, LENGTH, HEADS, WIDTH, WINDOW, SLOTS = 2, 5, 3, 16, 4, 16
 SIZE = 150  # three prefixes: 64, 128, 150
@@ -37,8 +37,8 @@ def operands(longest: int, dtype: str = "float32"):
     line = draw(BATCH, WINDOW - 1 + LENGTH, WIDTH)
     slot = (start[:, None] - (WINDOW - 1) + np.arange(line.shape[1])) % SLOTS
     ring = draw(3, BATCH, SLOTS, WIDTH).at[1, np.arange(BATCH)[:, None], slot].set(line)
-    stacks = [Entries(x, jnp.int32(1)) for x in (ring, draw(3, BATCH, SIZE, WIDTH))]
-    keys = Entries(draw(3, BATCH, SIZE, INDEX_WIDTH), jnp.int32(1))
+    stacks = [HeldArray(x, jnp.int32(1)) for x in (ring, draw(3, BATCH, SIZE, WIDTH))]
+    keys = HeldArray(draw(3, BATCH, SIZE, INDEX_WIDTH), jnp.int32(1))
     return queries, line, *stacks, keys, draw(HEADS).astype(jnp.float32)
 
 
@@ -72,7 +72,7 @@ def test_gradients_match_the_reference(kind, top_k):
 
     def loss(q, line, stack, sink, impl):
         queries, _, ring, entries, keys, _ = given
-        whole = (queries._replace(q=q), line, ring, Entries(stack, entries.repeat), keys, sink)
+        whole = (queries._replace(q=q), line, ring, HeldArray(stack, entries.repeat), keys, sink)
         out = run(*whole, kind=kind, top_k=top_k, impl=impl)
         return (out * jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape)).sum()
 

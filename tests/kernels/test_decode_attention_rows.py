@@ -48,7 +48,7 @@ def test_rows_hold_the_bytes_of_entries(width, rotary):
         got = prefix(jax.tree.map(jnp.asarray, rows), jnp.int32(1), 9, dtype)
         assert got.dtype == dtype
         np.testing.assert_array_equal(got.astype(jnp.float32), want[1, :, :9])
-    assert stored.shape_of(rows) == (2, 3, 11, width)
+    assert rows.shape == (2, 3, 11, width)
     np.testing.assert_array_equal(stored.decoded(rows), want)
     words = entry_rows.words_of(Fp8Entries(*map(jnp.asarray, entries)))
     for part, whole in zip(entry_rows.entries_of(words, rows.layout), entries, strict=True):

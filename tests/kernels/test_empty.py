@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dsv4_jax.model.entries import Entries
 from pallas_kernels import (
     block_matmul,
     compressor,
@@ -22,6 +21,7 @@ from pallas_kernels import (
 )
 from pallas_kernels.formats.blocks import Fp8Blocks
 from pallas_kernels.formats.columns import Columns
+from tests.kernels.held_arrays import HeldArray
 
 SIZES = dict(B=2, T=3, S=8, K=4, H=2, D=128, P=2, V=16, E=3)
 """An axis of every kind; each case sets one of them to 0, so that no kernel runs."""
@@ -68,13 +68,13 @@ def _queries(B, T, H, D):
 
 
 def _attend(impl, *, B, T, S, H, D, **_):
-    held = [Entries(f32(1, B, S, D), jnp.int32(0))] * 2
+    held = [HeldArray(f32(1, B, S, D), jnp.int32(0))] * 2
     how = {"window": 8, "top_k": 4, "impl": impl}
     return core_attention.attend(_queries(B, T, H, D), f32(B, 7 + T, D), *held, f32(H), **how)
 
 
 def _attend_cached(impl, *, B, T, S, H, D, **_):
-    held = [Entries(f32(1, B, size, D), jnp.int32(0)) for size in (16, S, S)]
+    held = [HeldArray(f32(1, B, size, D), jnp.int32(0)) for size in (16, S, S)]
     how = {"window": 8, "top_k": 4, "impl": impl}
     return core_attention.attend_cached(_queries(B, T, H, D), *held, f32(H), **how)
 

@@ -9,10 +9,9 @@ import dsv4_jax
 from dsv4_jax.checkpoint import storage
 from dsv4_jax.config import tiny
 from dsv4_jax.language_model import LanguageModel
-from dsv4_jax.model import linear
 from dsv4_jax.model.operations import operations
 from dsv4_jax.numerics.policy import Policy
-from pallas_kernels.block_matmul import block_matmul
+from pallas_kernels.block_matmul import block_matmul, products
 from pallas_kernels.formats.weights import is_quantized, plain
 from pallas_kernels.hyper_connection.tuning import HyperConnectionBlocks
 from tests.checkpoint import synthetic
@@ -81,7 +80,7 @@ def test_kernels_multiply_with_fp8_weights_as_they_are(tmp_path, monkeypatch):
     synthetic.write_checkpoint(tmp_path, config, storage.BASE)
     calls = []
     monkeypatch.setattr(
-        linear, "block_matmul", lambda *a, **k: calls.append(a[1].shape) or block_matmul(*a, **k)
+        products, "block_matmul", lambda *a, **k: calls.append(a[1].shape) or block_matmul(*a, **k)
     )
     # A block of another family is straight-line code: a small one compiles five times faster.
     model = dsv4_jax.load(tmp_path, dtype="float32", kernels="pallas-interpret")
