@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.core_attention import Queries, attend, attend_cached, view
+from tests.kernels.checks import assert_close
 from tests.kernels.held_arrays import HeldArray
 
 BATCH, LENGTH, HEADS, WIDTH, WINDOW, SLOTS = 2, 5, 3, 16, 4, 16
@@ -50,8 +51,7 @@ def run(queries, line, ring, entries, keys, sink, *, kind, top_k=MASKED, impl, c
     return call(queries, near, entries, keys, sink, window=WINDOW, top_k=top_k, impl=impl)
 
 
-def close(got, want, bound=1e-5):
-    np.testing.assert_allclose(got, want, rtol=0, atol=bound * np.abs(np.asarray(want)).max())
+FLOAT32 = 1e-5  # the same terms in another order, relative to the largest value
 
 
 @pytest.mark.parametrize("cached", [False, True])
@@ -63,7 +63,7 @@ def test_xla_matches_reference(kind, top_k, cached):
     for longest in (0, 64, 65, SIZE):
         given = operands(longest)
         how = {"kind": kind, "top_k": top_k, "cached": cached}
-        close(run(*given, impl="xla", **how), run(*given, impl="reference", **how))
+        assert_close(run(*given, impl="xla", **how), run(*given, impl="reference", **how), FLOAT32)
 
 
 @pytest.mark.parametrize(("kind", "top_k"), [("csa", MASKED), ("csa", GATHERED)])
@@ -79,7 +79,7 @@ def test_gradients_match_the_reference(kind, top_k):
     floats = (given[0].q, given[1], given[3].stack, given[-1])
     got, want = (jax.grad(loss, range(4))(*floats, impl) for impl in ("xla", "reference"))
     for mine, theirs in zip(got, want, strict=True):
-        close(mine, theirs)
+        assert_close(mine, theirs, FLOAT32)
 
 
 def test_a_ring_is_viewed_as_its_line():
