@@ -218,7 +218,7 @@ def loss_and_gradients(network: Network, parameters, batch: Batch):
 
 @pytest.mark.slow
 def test_gradients_of_every_parameter(models):
-    batch = Batch(tokens_of(4), SEGMENTS, np.zeros_like(SEGMENTS))
+    batch = Batch(tokens_of(4), SEGMENTS)
     parameters = models[0].parameters
     want, want_grads = loss_and_gradients(NETWORKS[XLA], parameters, batch)
     got, got_grads = loss_and_gradients(NETWORKS[KERNELS], parameters, batch)
@@ -245,7 +245,7 @@ def test_twenty_training_steps():
         state = initial_state(initial_parameters(CONFIG, policy, 3), optimizer)
         seen = []
         for step in range(20):
-            batch = Batch(tokens_of(100 + step % 2), SEGMENTS, np.zeros_like(SEGMENTS))
+            batch = Batch(tokens_of(100 + step % 2), SEGMENTS)
             state, report = train_step(network, optimizer, state, batch, np.float32(1e-3))
             seen.append(float(report.loss))
         losses[policy.kernels] = np.array(seen)

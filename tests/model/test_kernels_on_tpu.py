@@ -48,7 +48,7 @@ def gradients(parameters, tokens):
     segments = np.ones((1, LENGTH), np.int32)
 
     def loss(parameters):
-        return forward_losses(NETWORK.holding(parameters), Batch(tokens, segments, segments))[0].total()
+        return forward_losses(NETWORK.holding(parameters), Batch(tokens, segments))[0].total()
 
     return jax.grad(loss, allow_int=True)(parameters)
 

@@ -71,7 +71,7 @@ def programs(network: Network):
         return steps.decode(network, parameters, cache, logits[:, -1], *draw)
 
     def trained(parameters):
-        batch = Batch(IDS, np.ones_like(IDS), np.arange(IDS.size, dtype=np.int32)[None])
+        batch = Batch(IDS, np.ones_like(IDS))
         return train_step(network, AdamW(), initial_state(parameters, AdamW()), batch, np.float32(1e-3))
 
     return forward, generated, trained

@@ -147,7 +147,7 @@ def test_gradients_pass_straight_through(monkeypatch):
     config = one_layer(MODELS["flash"])
     parameters = telling_parameters(config)
     tokens = np.concatenate([tokens_of(config)] * 2)
-    batch = Batch(tokens, np.ones_like(tokens), np.zeros_like(tokens))
+    batch = Batch(tokens, np.ones_like(tokens))
     network = Network(config, Policy.of("float32", "qat"))
 
     def grads():

@@ -35,7 +35,7 @@ def make_batch(padding_token=0):
     tokens = rng.integers(2, 61, (2, 37)).astype(np.int32)
     segments = np.stack([np.repeat([1, 2, 3], [21, 1, 15]), np.repeat([1, 2, 0], [20, 10, 7])])
     tokens[segments == 0] = padding_token
-    return Batch(tokens, segments.astype(np.int32), np.zeros_like(tokens))
+    return Batch(tokens, segments.astype(np.int32))
 
 
 def fresh_state() -> TrainState:
