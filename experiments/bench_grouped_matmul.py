@@ -143,8 +143,6 @@ def jax_candidates(o: Options, num_tokens: int, dtype: str, stack) -> dict[str, 
     nearby = [ExpertBlocks(1, streamed=True)] if mean <= 6 else []
     nearby += [ExpertBlocks(r) for r in (1, 4, 8, 16, 32, 64, 128, 256) if mean / 8 <= r <= 12 * mean]
     plans |= {describe(b): {"blocks": b} for b in nearby if b != default}
-    if dtype == "bfloat16":
-        plans["default, bfloat16 products"] = {"native_bfloat16": True}
     weights = {}
     if dtype == "bfloat16":
         for form in ("fp8", "mxfp4"):

@@ -25,7 +25,6 @@ def expert_ffn(
     repeat: Int32[Array, ""] | None = None,
     valid: Bool[Array, "T"] | None = None,
     impl: Literal["xla", "pallas", "reference"] = "xla",
-    native_bfloat16: bool = False,
     round_hidden: Callable[[jax.Array], jax.Array] | None = None,
     blocks: tuning.ExpertBlocks | tuning_tpu.ItemBlocks | None = None,
     interpret: Any = False,
@@ -52,8 +51,6 @@ def expert_ffn(
         valid: bool[T]; False marks padding: such tokens give 0, get no gradient and cost nothing,
             whatever numbers (NaN too) stand in `x`. None means all True.
         impl: "xla" for any backend, "pallas" for TPUs, or "reference". There is no silent fallback.
-        native_bfloat16: "xla", for bfloat16 inputs: multiply in bfloat16 (exact products, float32 sums either
-            way). Right for CPUs with AVX512-BF16 or AMX; without such units it is slower.
         round_hidden: for quantisation-aware numerics: the routing weight then multiplies the hidden
             activation (in float32, before it is rounded to the dtype of `x`), and this function, over the
             last axis, is applied to the result in front of W2. It brings its own gradient.
@@ -115,7 +112,7 @@ def expert_ffn(
     hidden = xla.Hidden(float(swiglu_limit), round_hidden)
     if impl == "pallas":
         return _on_kernels(tpu.Options(num_experts, hidden, blocks, interpret), *operands)
-    return _expert_ffn(_Static(num_experts, hidden, native_bfloat16, blocks), *operands)
+    return _expert_ffn(_Static(num_experts, hidden, blocks), *operands)
 
 
 BLOCKS_OF = {"xla": tuning.ExpertBlocks, "pallas": tuning_tpu.ItemBlocks, "reference": object}
@@ -125,7 +122,6 @@ BLOCKS_OF = {"xla": tuning.ExpertBlocks, "pallas": tuning_tpu.ItemBlocks, "refer
 class _Static(NamedTuple):
     num_experts: int
     hidden: xla.Hidden
-    native_bfloat16: bool
     blocks: tuning.ExpertBlocks | None
 
 
@@ -196,7 +192,6 @@ def _expert_ffn(static, *operands):
         num_experts=static.num_experts,
         hidden_of=static.hidden,
         blocks=blocks,
-        dtype=_dot_dtype(o.x, static.native_bfloat16),
     )
 
 
@@ -214,7 +209,6 @@ def _pull(static, operands, dy):
         num_experts=static.num_experts,
         hidden_of=static.hidden,
         blocks=blocks,
-        dtype=_dot_dtype(o.x, static.native_bfloat16),
     )
     return dx, Stack(d_gate_up), Stack(d_down), None, d_weights, None, None
 
@@ -237,11 +231,6 @@ def _pull_on_kernels(options, operands, dy):
 
 
 _on_kernels.defvjp(_save_on_kernels, _pull_on_kernels)
-
-
-def _dot_dtype(x: jax.Array, native_bfloat16: bool) -> jax.typing.DTypeLike:
-    """What the products are computed in; bfloat16 products are exact in float32, so only speed differs."""
-    return x.dtype if native_bfloat16 else jnp.float32
 
 
 SPLITS = {

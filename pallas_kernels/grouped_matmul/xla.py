@@ -48,9 +48,8 @@ def expert_ffn_forward(
     num_experts,
     hidden_of,
     blocks,
-    dtype,
 ) -> jax.Array:
-    """f32[T, D]; the contract is in `op.expert_ffn`; hidden_of: `Hidden`; dtype: of the products."""
+    """f32[T, D]; the contract is in `op.expert_ffn`; hidden_of: `Hidden`. Products are float32."""
     pairs = sort_pairs(expert_ids, valid, num_experts=num_experts, rows=blocks.rows)
     top_k, weights = expert_ids.shape[1], weights.reshape(-1)
     dot = _dot_for(x.dtype)
@@ -65,14 +64,14 @@ def expert_ffn_forward(
         return y.at[token].add(out, mode="promise_in_bounds")
 
     def expert_rows(expert, start, end, y):
-        w13, w2 = _matrices(gate_up, down, first_expert + expert, x.dtype, dtype)
+        w13, w2 = _matrices(gate_up, down, first_expert + expert, x.dtype)
 
         def block(number, y):
             numbers, own = _block(pairs, start, end, number, blocks.rows)
             tokens = quotient(numbers, top_k)
-            rows = x.at[tokens].get(mode="promise_in_bounds").astype(dtype)
+            rows = x.at[tokens].get(mode="promise_in_bounds").astype(jnp.float32)
             hidden = hidden_of.before(dot(w13, rows, 1, 1), weights[numbers], x.dtype)
-            out = dot(w2, hidden.astype(dtype), 1, 0)
+            out = dot(w2, hidden.astype(jnp.float32), 1, 0)
             # Without the barrier XLA folds the transposition into the product, and packs the weights.
             out = lax.optimization_barrier(out).T * hidden_of.after(weights[numbers])[:, None]
             return y.at[tokens].add(jnp.where(own, out, 0), mode="promise_in_bounds")
@@ -98,7 +97,6 @@ def expert_ffn_backward(
     num_experts,
     hidden_of,
     blocks,
-    dtype,
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None, jax.Array]:
     """Gradients of x, gate_up, down and weights; None for quantised matrices.
 
@@ -111,7 +109,7 @@ def expert_ffn_backward(
     def expert_rows(expert, start, end, sums):
         dx, d_gate_up, d_down, d_weights = sums
         index = first_expert + expert
-        w13, w2 = _matrices(gate_up, down, index, x.dtype, dtype)
+        w13, w2 = _matrices(gate_up, down, index, x.dtype)
 
         def block(number, sums):
             dx, d_w13, d_w2, d_weights = sums
@@ -119,7 +117,7 @@ def expert_ffn_backward(
             tokens = quotient(numbers, top_k)
 
             def own_rows(a):  # zero rows add nothing to any gradient
-                return jnp.where(own, a.at[tokens].get(mode="promise_in_bounds"), 0).astype(dtype)
+                return jnp.where(own, a.at[tokens].get(mode="promise_in_bounds"), 0).astype(jnp.float32)
 
             x_rows, dy_rows = own_rows(x), own_rows(dy)
             weight = flat_weights[numbers]
@@ -135,10 +133,10 @@ def expert_ffn_backward(
             if hidden_of.round_weighted is None:
                 d_weight = (d_hidden * hidden).sum(axis=0)
             d_weights = d_weights.at[numbers].add(d_weight)
-            d_both = d_both.astype(dtype)
+            d_both = d_both.astype(jnp.float32)
             # dW2 += (weight * dy)^T h^T,  dW13 += d_both x,  dx += d_both^T W13
             if d_w2 is not None:
-                d_w2 += dot(dy_rows, (hidden * after).astype(dtype), 0, 1)
+                d_w2 += dot(dy_rows, (hidden * after).astype(jnp.float32), 0, 1)
             if d_w13 is not None:
                 d_w13 += dot(d_both, x_rows, 1, 0)
             dx = dx.at[tokens].add(dot(d_both, w13, 0, 0), mode="promise_in_bounds")
@@ -209,11 +207,11 @@ def _gated(both, limit):
     return jax.nn.silu(gate) * up
 
 
-def _matrices(gate_up: Stack, down: Stack, index, compute, dtype):
-    """One expert's [2F, D] and [D, F], decoded, rounded to the compute dtype, in the products' dtype."""
+def _matrices(gate_up: Stack, down: Stack, index, compute):
+    """One expert's [2F, D] and [D, F], decoded, rounded to the compute dtype, as float32."""
     # The barrier ties the stacks to the loop: otherwise a backend that computes in float32 converts
     # whole bfloat16 stacks before the loop instead of one expert inside it.
     gate_up, down, index = lax.optimization_barrier((gate_up, down, index))
     w13, w2 = gate_up.one(index), down.one(index)
     w13 = w13.reshape(-1, w13.shape[-1])
-    return w13.astype(compute).astype(dtype), w2.astype(compute).astype(dtype)
+    return w13.astype(compute).astype(jnp.float32), w2.astype(compute).astype(jnp.float32)

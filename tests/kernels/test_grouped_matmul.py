@@ -53,12 +53,12 @@ def layered(layers, *stacks):
     return jax.tree.map(lambda a: a.reshape(layers, -1, *a.shape[1:]), stacks)
 
 
-@functools.partial(jax.jit, static_argnames=("impl", "native_bfloat16", "blocks"))
+@functools.partial(jax.jit, static_argnames=("impl", "blocks"))
 def run(*operands, **options):
     return expert_ffn(*operands, swiglu_limit=LIMIT, **options)
 
 
-@functools.partial(jax.jit, static_argnames=("impl", "native_bfloat16", "blocks"))
+@functools.partial(jax.jit, static_argnames=("impl", "blocks"))
 def run_and_pull(x, gate_up, down, ids, weights, dy, **options):
     """(y, gradients of x, gate_up, down, weights)."""
     call = lambda *floats: run(*floats[:3], ids, floats[3], **options)  # noqa: E731
@@ -97,12 +97,11 @@ def test_streamed(dtype):
     assert_close(run(*operands, blocks=STREAMED), reference(*operands), TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("native", [False, True])
-def test_bfloat16(native):
+def test_bfloat16():
     operands = Case(33, 3, 8, dtype="bfloat16").operands()
     dy = jnp.asarray(np.random.default_rng(1).standard_normal(operands[0].shape), jnp.float32)
     want = run_and_pull(*operands, dy, impl="reference")
-    got = run_and_pull(*operands, dy, blocks=ExpertBlocks(8), native_bfloat16=native)
+    got = run_and_pull(*operands, dy, blocks=ExpertBlocks(8))
     assert got[0].dtype == jnp.float32
     for ours, theirs in zip(got, want, strict=True):
         assert ours.dtype == theirs.dtype
