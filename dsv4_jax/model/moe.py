@@ -56,7 +56,7 @@ class MixtureOfExperts(nnx.Module):
         kind: RouterKind,
         declared: Declared,
     ) -> None:
-        self.gate = Router(config, kind, declared.under("gate"))
+        self.gate = Router(config, operations, kind, declared.under("gate"))
         self.experts = Experts(declared.under("experts"))
         self.shared = SharedExpert(config, policy, operations, declared.under("shared"))
         self.limit = config.swiglu_limit

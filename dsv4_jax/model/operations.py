@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from dsv4_jax.model import tables
 from dsv4_jax.numerics import cache_storage
 from dsv4_jax.numerics.policy import Policy
 from pallas_kernels import block_matmul, core_attention, entry_write, hyper_connection
@@ -69,6 +70,7 @@ class Operations:
     advance: Operation  # streams, update, maps, fn, base, scale, norm: `hyper_connection.post_pre`
     collapse: Operation  # streams, fn, base, scale: `hyper_connection.collapse`
     mixing: Operation  # maps of `enter` or `advance`: their comb, [N, N, B, T]
+    look_up: Operation  # table, token ids: `tables.by_rows`
     experts: Operation  # tokens, gate_up, down, ids, weights: `grouped_matmul.expert_ffn`
     cross_entropy: Operation  # hidden, head, ids, weights: `linear_cross_entropy.weighted_cross_entropy`
     weights_in_place: bool  # quantised weights are read inside their stacks; if not, a layer is sliced out
@@ -103,6 +105,7 @@ def operations(policy: Policy, hyper_connection_blocks: HyperConnectionBlocks | 
             advance=Operation("advance", hyper_connection_xla.post_pre_xla),
             collapse=Operation("collapse", hyper_connection_xla.collapse_xla),
             mixing=Operation("mixing", hyper_connection_xla.mixing_xla),
+            look_up=Operation("look_up", tables.by_rows),
             experts=Operation("experts", expert_ffn, (("impl", "xla"),)),
             cross_entropy=Operation("cross_entropy", weighted_cross_entropy, (("impl", "xla"),)),
             weights_in_place=False,
@@ -140,6 +143,7 @@ def operations(policy: Policy, hyper_connection_blocks: HyperConnectionBlocks | 
         advance=Operation("advance", hyper_connection.post_pre, sized, streams),
         collapse=Operation("collapse", hyper_connection.collapse, sized, streams),
         mixing=Operation("mixing", hyper_connection.mixing),
+        look_up=Operation("look_up", tables.by_columns),
         experts=Operation("experts", expert_ffn, (("impl", "pallas"), *how), ("grouped_matmul",)),
         cross_entropy=Operation(
             "cross_entropy", weighted_cross_entropy, (("impl", "pallas"), *how), ("linear_cross_entropy",)

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Float32, Int32
 from dsv4_jax.config import ModelConfig, RouterKind
 from dsv4_jax.model.declared import Declared
 from dsv4_jax.model.linear import project_float32
+from dsv4_jax.model.operations import Operations
 
 FLOOR = 1e-20
 """Keeps the score sum and the slope of the square root finite when every softplus underflows."""
@@ -46,18 +47,21 @@ def _(primals, tangents):
 class Router(nnx.Module):
     """Scores every expert and picks Ke of them; `kind` says how they are picked."""
 
-    def __init__(self, config: ModelConfig, kind: RouterKind, declared: Declared) -> None:
+    def __init__(
+        self, config: ModelConfig, operations: Operations, kind: RouterKind, declared: Declared
+    ) -> None:
         self.weight = declared("weight")
         self.bias = declared("bias") if kind == "learned" else None
         self.tid2eid = declared("tid2eid") if kind == "hash" else None
         self.top_k = config.num_experts_per_tok
         self.scaling = config.routed_scaling_factor
+        self.operations = operations
 
     def __call__(self, x: Float[Array, "tokens D"], ids: Int32[Array, "tokens"]) -> Routing:
         """Routes each token; ties in the biased score go to the lowest expert."""
         scores = sqrt_softplus(project_float32(x, self.weight[...]))
         if self.tid2eid is not None:
-            experts = self.tid2eid[...].at[ids].get(mode="clip")
+            experts = self.operations.look_up(self.tid2eid[...], ids)
         else:
             biased = jax.lax.stop_gradient(scores + self.bias[...])
             experts = jax.lax.top_k(biased, self.top_k)[1]
