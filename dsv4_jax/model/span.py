@@ -2,7 +2,7 @@
 
 Computed once a call and shared by all layers. Three situations, one description: tokens appended to a
 cache (`appended`), whole sequences without a cache (`from_start`), and packed rows (`packed`), where
-several segments share a row and nothing crosses a segment (spec 6.8; report, section 4.2).
+several segments share a row and nothing crosses a segment (report, section 4.2).
 """
 
 import dataclasses

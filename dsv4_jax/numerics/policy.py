@@ -27,7 +27,7 @@ class Policy:
     """Dtypes, numerics mode and recomputation of one model instance. Never changes its parameters' meaning.
 
     The float32 islands (norm statistics, RoPE, softmax, routing, mHC, head) are float32 in every policy;
-    see the model specification's numerics section of the report (2.4, 3.3).
+    see the report, sections 2.4 and 3.3.
     """
 
     param_dtype: np.dtype  # matrices; norms, sinks, mHC and biases are always float32
