@@ -30,7 +30,7 @@ from dsv4_jax.model.initial import Network
 from dsv4_jax.model.linear import project_float32
 from dsv4_jax.model.operations import Operation, operations
 from dsv4_jax.numerics.policy import Policy
-from experiments.step_operations import costs
+from experiments.step_operations import Cost, costs
 from experiments.study_record import stamp, table, write
 
 AXIS = "chips"
@@ -108,6 +108,22 @@ def program(config: ModelConfig, topology: str, batch: int, context: int) -> Any
     return compiled, {"lower_s": lowering, "compile_s": time.monotonic() - started}
 
 
+def by_operation(found: list[Cost]) -> dict[str, tuple[int, int]]:
+    """Operation of the model (`model/operations.py`) -> cycles and runs of what XLA makes for it.
+
+    Copies that belong to none are the compiler's, for layouts; the rest is norms, rotations, residual streams,
+    rounding and writes of rings.
+    """
+    named = {each.name for each in operations(Policy.of("bfloat16", kernels="pallas")).each()}
+    sums: dict[str, tuple[int, int]] = {}
+    for cost in found:
+        rest = "copies" if cost.instruction.opcode == "copy" else "rest of the model"
+        name = next((part for part in cost.instruction.scope.split("/") if part in named), rest)
+        cycles, runs = sums.get(name, (0, 0))
+        sums[name] = (cycles + cost.cycles, runs + cost.runs)
+    return dict(sorted(sums.items(), key=lambda item: -item[1][0]))
+
+
 def main(
     topology: str = "v6e:4x4",
     layers: int = 43,
@@ -151,7 +167,7 @@ def main(
         for name in ("argument", "output", "alias", "temp")
         if hasattr(memory, f"{name}_size_in_bytes")
     }
-    total = sum(cost.cycles for cost in found)
+    total, summed = sum(cost.cycles for cost in found), by_operation(found)
     record = stamp("decode_step") | {
         "topology": topology,
         "layers": layers,
@@ -161,6 +177,7 @@ def main(
         "gib_a_chip": gib,
         "xla_ms": total / clock * 1e3,
         "kernel_calls": written.count('custom_call_target="tpu_custom_call"'),
+        "ms_by_operation": {name: cycles / clock * 1e3 for name, (cycles, _) in summed.items()},
         "operations": [
             {
                 "ms": cost.cycles / clock * 1e3,
@@ -184,6 +201,8 @@ def main(
     ]
     shown = f"XLA's own operations: {record['xla_ms']:.2f} ms a step by the compiler's estimate "
     shown += f"({topology}, {layers} layers, {batch} sequences, {context} tokens of capacity)\n\n"
+    parts = [(f"{cycles / clock * 1e3:.2f}", runs, name) for name, (cycles, runs) in summed.items()]
+    shown += table(("ms a step", "runs", "operation"), parts) + "\nThe dearest of them:\n\n"
     shown += table(("ms a step", "runs", "opcode", "result", "where"), rows)
     write(out, record, f"# The decode step\n\n{shown}")
     print(shown)
