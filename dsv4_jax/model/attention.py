@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32
 
 from dsv4_jax.config import AttentionKind, ModelConfig
-from dsv4_jax.model.cache import LayerCache, write_ring
+from dsv4_jax.model.cache import LayerCache
 from dsv4_jax.model.compressor import Compressor
 from dsv4_jax.model.declared import Declared
 from dsv4_jax.model.entries import Entries
@@ -155,8 +155,8 @@ class Attention(nnx.Module):
         """
         new = cache_formats.store_entries(kv, self.policy.cache_format, self.num_rotary)
         if in_ring:
-            ring = write_ring(ring, repeat, new, span.start, span.num_valid)
+            ring = self.operations.keep(ring, repeat, new, span.start, span.num_valid)
             return ring, Entries(ring, repeat)
         past = span.start[:, None] - (self.window - 1) + jnp.arange(self.window - 1, dtype=jnp.int32)
         line = jnp.concatenate([Entries(ring, repeat).at_positions(past, kv.dtype), kv], axis=1)
-        return write_ring(ring, repeat, new, span.start, span.num_valid), line
+        return self.operations.keep(ring, repeat, new, span.start, span.num_valid), line

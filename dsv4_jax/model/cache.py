@@ -323,8 +323,13 @@ def write_ring(
     new: Stored,
     start: Int32[Array, "B"],
     num_valid: Int32[Array, "B"],
+    *,
+    choose_narrow: bool = False,
 ) -> Stored:
-    """Writes the valid rows of `new` [B, T, ...] at positions start + t; of more than M the last M stay."""
+    """Writes the valid rows of `new` [B, T, ...] at positions start + t; of more than M the last M stay.
+
+    `choose_narrow`: as `cache_storage.write_slots`.
+    """
     batch, num_new = jax.tree.leaves(new)[0].shape[:2]
     slots = num_slots(ring)
     # The last min(T, M) valid rows of each row: no slot is then written twice.
@@ -335,4 +340,4 @@ def write_ring(
     if kept < num_new:
         rows = jnp.arange(batch, dtype=jnp.int32)[:, None]
         new = jax.tree.map(lambda leaf: leaf.at[rows, token].get(mode="clip"), new)
-    return write_slots(ring, repeat, slot, new)
+    return write_slots(ring, repeat, slot, new, choose_narrow=choose_narrow)

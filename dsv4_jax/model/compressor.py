@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32
 
 from dsv4_jax.config import AttentionKind, ModelConfig
-from dsv4_jax.model.cache import CompressorCache, write_ring
+from dsv4_jax.model.cache import CompressorCache
 from dsv4_jax.model.declared import Declared
 from dsv4_jax.model.linear import project_float32
 from dsv4_jax.model.operations import Operations
@@ -74,7 +74,7 @@ class Compressor(nnx.Module):
         if cache is None:
             return self._emit(kv, gate, blocks)[None], None
         rings = [
-            write_ring(ring, repeat, rows, span.start, span.num_valid)
+            self.operations.keep(ring, repeat, rows, span.start, span.num_valid)
             for ring, rows in ((cache.kv, kv), (cache.gate, gate))
         ]
         row_dtype = self.policy.row_dtype

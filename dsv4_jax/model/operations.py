@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from dsv4_jax.model import tables
+from dsv4_jax.model import cache, tables
 from dsv4_jax.numerics import cache_storage
 from dsv4_jax.numerics.policy import Policy
 from pallas_kernels import block_matmul, core_attention, entry_write, hyper_connection
@@ -61,6 +61,7 @@ class Operations:
     linear: Operation  # x, weight: `block_matmul.linear`
     grouped_linear: Operation  # x, weight: `block_matmul.grouped_linear`
     compress: Operation  # rows, gates, bias, norm, cos, sin: `compressor.compressor`
+    keep: Operation  # ring, repeat, new rows, start, number of them: `cache.write_ring`
     store: Operation  # stack, repeat, new entries, first, count: `cache_storage.write_entries`
     attend: Operation  # queries, line, entries, index keys, sink: `core_attention.attend`
     attend_cached: Operation  # queries, ring, entries, index keys, sink: `core_attention.attend_cached`
@@ -96,6 +97,7 @@ def operations(policy: Policy, hyper_connection_blocks: HyperConnectionBlocks | 
             linear=Operation("linear", block_matmul.linear, (("impl", "xla"),)),
             grouped_linear=Operation("grouped_linear", block_matmul.grouped_linear, (("impl", "xla"),)),
             compress=Operation("compress", compressor, (("impl", "xla"),)),
+            keep=Operation("keep", cache.write_ring),
             store=Operation("store", cache_storage.write_entries, (*columns, ("impl", "reference"))),
             attend=Operation("attend", core_attention.attend, (("impl", "xla"),)),
             attend_cached=Operation("attend_cached", core_attention.attend_cached, (("impl", "xla"),)),
@@ -121,6 +123,7 @@ def operations(policy: Policy, hyper_connection_blocks: HyperConnectionBlocks | 
             "grouped_linear", block_matmul.grouped_linear, (("impl", "pallas"), *how), **fp8
         ),
         compress=Operation("compress", compressor, (("impl", "pallas"), *how), ("compressor",)),
+        keep=Operation("keep", cache.write_ring, (("choose_narrow", True),)),
         store=Operation(
             "store",
             cache_storage.write_entries,

@@ -26,9 +26,12 @@ from pallas_kernels.arithmetic import int32s
 from pallas_kernels.decode_attention.tuning import rows_pay
 from pallas_kernels.formats import entry_rows
 from pallas_kernels.formats.bits import as_stored, bits
-from pallas_kernels.formats.columns import Columns, columns_of
+from pallas_kernels.formats.columns import LANES, Columns, columns_of
 from pallas_kernels.formats.entry_rows import Fp8Rows, Layout
 from pallas_kernels.formats.index_keys import Fp8Keys
+
+MOST_CHOSEN = 8
+"""New rows up to which `write_slots` chooses: each is one more pass over the slots."""
 
 
 def empty(
@@ -107,12 +110,37 @@ def read_slots(stored: Stored, repeat: Int32[Array, ""], slot: Int32[Array, "B P
     return jax.tree.map(lambda leaf: leaf.at[repeat, rows, slot].get(mode="promise_in_bounds"), stored)
 
 
-def write_slots(stored: Stored, repeat: Int32[Array, ""], slot: Int32[Array, "B P"], new: Stored) -> Stored:
-    """New rows [B, P, ...] in these slots; those whose slot does not exist are dropped."""
+def write_slots(
+    stored: Stored,
+    repeat: Int32[Array, ""],
+    slot: Int32[Array, "B P"],
+    new: Stored,
+    *,
+    choose_narrow: bool = False,
+) -> Stored:
+    """New rows [B, P, ...] in these slots; those whose slot does not exist are dropped.
+
+    Args:
+        stored, repeat, new: arrays [R, B, slots, ...], which layer, and what is written.
+        slot: no slot of a row twice.
+        choose_narrow: a few rows of an array shorter than a TPU's lanes are written by choosing between old
+            and new in every slot. A TPU scatters into such an array in another layout than it is kept in, and
+            would turn the whole stack there and back; of a ring this touches one layer's slots instead.
+    """
     rows = jnp.arange(slot.shape[0], dtype=jnp.int32)[:, None]
 
     def write(leaf: jax.Array, new: jax.Array) -> jax.Array:
-        return leaf.at[repeat, rows, slot].set(as_stored(new, leaf.dtype), mode="drop")
+        new = as_stored(new, leaf.dtype)
+        if not choose_narrow or leaf.shape[-1] >= LANES or slot.shape[1] > MOST_CHOSEN:
+            return leaf.at[repeat, rows, slot].set(new, mode="drop")
+        chosen = leaf[repeat]
+        every = jnp.arange(leaf.shape[2], dtype=jnp.int32)
+        for number in range(slot.shape[1]):
+            here = every == slot[:, number, None]
+            chosen = jnp.where(
+                here.reshape(*here.shape, *[1] * (leaf.ndim - 3)), new[:, number, None], chosen
+            )
+        return leaf.at[repeat].set(chosen)
 
     return jax.tree.map(write, stored, new)
 

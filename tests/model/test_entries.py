@@ -10,10 +10,10 @@ import pytest
 
 from dsv4_jax.config import tiny
 from dsv4_jax.inference import steps
-from dsv4_jax.model.cache import new_cache
+from dsv4_jax.model.cache import new_cache, write_ring
 from dsv4_jax.model.entries import Entries
 from dsv4_jax.model.initial import Network
-from dsv4_jax.numerics import cache_formats
+from dsv4_jax.numerics import cache_formats, cache_storage
 from dsv4_jax.numerics.cache_formats import CACHE_FORMATS
 from dsv4_jax.numerics.cache_storage import write_entries
 from dsv4_jax.numerics.policy import Policy
@@ -154,3 +154,19 @@ def test_no_stack_of_bits_becomes_numbers(long_decode):
     assert re.search(rf"\bu8\[1,1,{num_entries},80\]|\bu16\[1,1,{num_entries},96\]", text)
     shapes = re.findall(rf"\b((?:bf|f)\w+)\[1,1,{num_entries},(\d+)\]", text)
     assert {(dtype, width) for dtype, width in shapes if width != "1"} == set()  # width 1: float32 scales
+
+
+@pytest.mark.parametrize("cache_format", CACHE_FORMATS)
+@pytest.mark.parametrize("num_new", [1, 3, cache_storage.MOST_CHOSEN + 1])
+def test_choosing_writes_what_scattering_writes(num_new, cache_format):
+    """Rings of every format, rows that wrap around, and some that are dropped."""
+    stack = cache_formats.store_entries(draw(2, 3, 12, 80), cache_format, 16)
+    new = cache_formats.store_entries(draw(3, num_new, 80, seed=1), cache_format, 16)
+    start, count = jnp.array([0, 10, 23], jnp.int32), jnp.array([num_new, 1, 0], jnp.int32)
+    for as_bits in (False, True):
+        ring = bits.bits(stack) if as_bits else stack
+        written = [
+            write_ring(ring, jnp.int32(1), new, start, count, choose_narrow=choose)
+            for choose in (True, False)
+        ]
+        jax.tree.map(np.testing.assert_array_equal, *[bits.bits(one) for one in written])
