@@ -111,8 +111,8 @@ def program(config: ModelConfig, topology: str, batch: int, context: int) -> Any
 def by_operation(found: list[Cost]) -> dict[str, tuple[int, int]]:
     """Operation of the model (`model/operations.py`) -> cycles and runs of what XLA makes for it.
 
-    Copies that belong to none are the compiler's, for layouts; the rest is norms, rotations, residual streams,
-    rounding and writes of rings.
+    Copies that belong to none are the compiler's, for layouts; the rest is norms, rotations, residual streams
+    and rounding.
     """
     named = {each.name for each in operations(Policy.of("bfloat16", kernels="pallas")).each()}
     sums: dict[str, tuple[int, int]] = {}

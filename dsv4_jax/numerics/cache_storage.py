@@ -136,10 +136,8 @@ def write_slots(
         chosen = leaf[repeat]
         every = jnp.arange(leaf.shape[2], dtype=jnp.int32)
         for number in range(slot.shape[1]):
-            here = every == slot[:, number, None]
-            chosen = jnp.where(
-                here.reshape(*here.shape, *[1] * (leaf.ndim - 3)), new[:, number, None], chosen
-            )
+            here = jnp.expand_dims(every == slot[:, number, None], tuple(range(2, leaf.ndim - 1)))
+            chosen = jnp.where(here, new[:, number, None], chosen)
         return leaf.at[repeat].set(chosen)
 
     return jax.tree.map(write, stored, new)
