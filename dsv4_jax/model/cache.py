@@ -24,6 +24,7 @@ from dsv4_jax.model.geometry import compressor_geometry, stream_slots, window_ge
 from dsv4_jax.numerics import cache_formats, cache_storage
 from dsv4_jax.numerics.cache_formats import CacheFormat, Stored
 from dsv4_jax.numerics.cache_storage import num_slots, write_slots
+from pallas_kernels.arithmetic import remainder
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["kv", "gate", "entries"], meta_fields=[])
@@ -336,7 +337,7 @@ def write_ring(
     kept = min(num_new, slots)
     first = jnp.maximum(num_valid - kept, 0)
     token = first[:, None] + jnp.arange(kept, dtype=jnp.int32)
-    slot = jnp.where(token < num_valid[:, None], (start[:, None] + token) % slots, slots)
+    slot = jnp.where(token < num_valid[:, None], remainder(start[:, None] + token, slots), slots)
     if kept < num_new:
         rows = jnp.arange(batch, dtype=jnp.int32)[:, None]
         new = jax.tree.map(lambda leaf: leaf.at[rows, token].get(mode="clip"), new)

@@ -199,7 +199,9 @@ def write(
     slot = jnp.where(offset < count[:, None], first[:, None] + offset, size)
     words = rows.words.at[repeat, sequence, slot].set(new[..., : layout.row], mode="drop")
     # Rows of `rest` are read, changed in part, and written whole: a TPU has no fast write of some lanes.
-    row = first[:, None] // together + jnp.arange(cdiv(num_new + together - 1, together), dtype=jnp.int32)
+    row = quotient(first, together)[:, None] + jnp.arange(
+        cdiv(num_new + together - 1, together), dtype=jnp.int32
+    )
     old = rows.rest.at[repeat, sequence, row].get(mode="clip")
     place = (
         row[..., None] * together + jnp.arange(together, dtype=jnp.int32) - first[:, None, None]
