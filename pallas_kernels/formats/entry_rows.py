@@ -24,7 +24,7 @@ import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int32, UInt32
 
-from pallas_kernels.arithmetic import cdiv, int32s, round_up
+from pallas_kernels.arithmetic import cdiv, int32s, quotient, round_up
 from pallas_kernels.formats import e4m3, e8m0
 from pallas_kernels.formats.entries import Fp8Entries, scale_bytes
 from pallas_kernels.formats.sizes import ENTRY_GROUP
@@ -199,9 +199,8 @@ def write(
     slot = jnp.where(offset < count[:, None], first[:, None] + offset, size)
     words = rows.words.at[repeat, sequence, slot].set(new[..., : layout.row], mode="drop")
     # Rows of `rest` are read, changed in part, and written whole: a TPU has no fast write of some lanes.
-    row = quotient(first, together)[:, None] + jnp.arange(
-        cdiv(num_new + together - 1, together), dtype=jnp.int32
-    )
+    touched = cdiv(num_new + together - 1, together)
+    row = quotient(first, together)[:, None] + jnp.arange(touched, dtype=jnp.int32)
     old = rows.rest.at[repeat, sequence, row].get(mode="clip")
     place = (
         row[..., None] * together + jnp.arange(together, dtype=jnp.int32) - first[:, None, None]
