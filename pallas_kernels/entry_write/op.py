@@ -5,18 +5,19 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int32
+from jaxtyping import Array, Int32, PyTree, Shaped
 
 from pallas_kernels.entry_write import kernel_tpu
 from pallas_kernels.entry_write.reference import write_entries_reference
 from pallas_kernels.formats.columns import Columns
 from pallas_kernels.sizes import not_empty
+from pallas_kernels.splits import Splits
 
 
 def write_entries(
     stack: Columns,
     repeat: Int32[Array, ""],
-    new: Any,
+    new: PyTree[Shaped[Array, "B P C"]],
     first: Int32[Array, "B"],
     count: Int32[Array, "B"],
     *,
@@ -48,7 +49,7 @@ def write_entries(
         ((P + 126) div 128 + 1 blocks of 128 entries of turned arrays, (P + 30) div 32 + 1 of 32 of rows),
         whatever S is, and as much of `new`, laid out in blocks. XLA's scatter copies a whole stack of narrow
         numbers there and back, since it wants tiles of another shape than loops and kernels do.
-    Sharding: B may be split freely. R, S, C and P must be whole.
+    Sharding: `SPLITS`; of turned arrays S is the last dim.
     Raises:
         ValueError: for shapes or dtypes that do not fit, or an unknown impl; all problems at once.
         TypeError: when differentiated.
@@ -115,3 +116,12 @@ def _without_gradient(run, *operands):
 @_without_gradient.defjvp
 def _refuse(run, primals, tangents):
     raise TypeError("write_entries has no gradient: whole sequences have no cache")
+
+
+SPLITS = {
+    "write_entries": Splits(
+        arguments={"stack": "R B S C", "repeat": "", "new": "B P C", "first": "B", "count": "B"},
+        results=("R B S C",),
+        free="B",
+    )
+}

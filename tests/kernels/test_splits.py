@@ -24,7 +24,7 @@ OPS = {
     for name, function in inspect.getmembers(family, inspect.isfunction)
     if "    Sharding:" in (function.__doc__ or "")
 }
-OPAQUE = ("Array", "HeldRows", "Queries", "Fp8Blocks", "Mxfp4")
+OPAQUE = ("Array", "HeldRows", "Queries", "Fp8Blocks", "Mxfp4", "Columns")
 """What the annotation of an array, or of something that holds arrays, has in it."""
 
 
