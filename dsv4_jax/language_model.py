@@ -36,7 +36,9 @@ from dsv4_jax.model.initial import Network, initial_parameters
 from dsv4_jax.model.operations import operations
 from dsv4_jax.numerics.policy import Policy
 from dsv4_jax.parameters import Parameters
+from dsv4_jax.placing import MeshLike, RulesLike, placement_of
 from pallas_kernels.formats.weights import is_quantized
+from sharding.activations import Placement
 
 LOGGER = logging.getLogger(__name__)
 
@@ -56,6 +58,7 @@ class LanguageModel:
         tokenizer: for text in, text out; None allows token ids only.
         stored: tensor name -> dtype on disk, as loaded; lets `save` write it back unchanged.
         side_files: small files by name, as loaded, for `save`; `tokenizer` decides about tokenizer.json.
+        placement: the mesh that the parameters are spread over, and how the model uses it; None: one device.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class LanguageModel:
         tokenizer: Tokenizer | None = None,
         stored: Mapping[str, str] | None = None,
         side_files: Mapping[str, bytes] | None = None,
+        placement: Placement | None = None,
     ) -> None:
         self.config = config
         self.policy = policy
@@ -73,7 +77,9 @@ class LanguageModel:
         self.tokenizer = tokenizer
         self.stored = dict(stored or {})
         self.side_files = dict(side_files or {})
-        self.network = Network(config, policy)
+        self.placement = placement
+        on_mesh = None if placement is None else operations(policy, placement=placement)
+        self.network = Network(config, policy, on_mesh)
 
     @classmethod
     def random(
@@ -82,12 +88,14 @@ class LanguageModel:
         policy: Policy,
         seed: int = 0,
         *,
-        mesh: jax.sharding.Mesh | None = None,
-        rules: Mapping[str, str | tuple[str, ...]] | None = None,
+        mesh: MeshLike | None = None,
+        rules: RulesLike | None = None,
     ) -> "LanguageModel":
         """A model with freshly drawn parameters; `model.initial.initial_parameters` tells the arguments and
         the errors. `mesh` and `rules` place it as in `load`, and change no number."""
-        return cls(config, policy, initial_parameters(config, policy, seed, mesh, rules))
+        placement = placement_of(mesh, rules)
+        where = (None, None) if placement is None else (placement.mesh, placement.table.parameters)
+        return cls(config, policy, initial_parameters(config, policy, seed, *where), placement=placement)
 
     @property
     def num_params(self) -> int:
@@ -202,6 +210,7 @@ class LanguageModel:
         batch, max_length, max_rewind = map(int, sizes)
         allocated, p = allocated_length(self.config, max_length), self.policy
         how = (p.cache_dtype, max_rewind, p.row_dtype, p.cache_format, operations(p).cache_of_bits)
+        how = (*how, self.placement)
         more = {"max_length": np.int32(max_length), "stream_dtype": p.compute_dtype if mtp else None}
         empty = steps.empty_cache(self.config, batch, allocated, *how, **more)
         return empty.knowing(Counts.empty(batch, max_length))

@@ -2,15 +2,13 @@
 
 import dataclasses
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
-
-import jax
 
 from dsv4_jax.checkpoint.load import load_checkpoint
 from dsv4_jax.language_model import LanguageModel
 from dsv4_jax.numerics.policy import Policy
+from dsv4_jax.placing import MeshLike, RulesLike, placement_of
 
 LOGGER = logging.getLogger(__name__)
 
@@ -27,8 +25,8 @@ def load(
     text_only: bool = False,
     tokenizer: Literal["read", "ignore"] = "read",
     allow_links: str | Path | None = None,
-    mesh: jax.sharding.Mesh | None = None,
-    rules: Mapping[str, str | tuple[str, ...]] | None = None,
+    mesh: MeshLike | None = None,
+    rules: RulesLike | None = None,
 ) -> LanguageModel:
     """Loads any supported checkpoint folder: official or transformers layout, plain or quantised.
 
@@ -44,17 +42,20 @@ def load(
         text_only: load the text model of a vision variant.
         tokenizer: "ignore" opens no tokenizer.json; the model takes token ids only and saves no tokenizer.
         allow_links: a folder that links may lead into, besides the folder itself and its hub cache.
-        mesh: devices to place the parameters on; None: the default device.
-        rules: letter of a dim (`dsv4_jax.parameters`) -> axes of the mesh that it is split over, such as
-            {"E": "expert"}; dims without a rule are whole on every device.
+        mesh: devices to spread the model over, as "expert=8,tensor=2" or a `jax.sharding.Mesh` with axes of
+            `sharding.mesh`; None: the default device. It changes where numbers are, and the order of sums.
+        rules: which dims are split over which axes: the name of a table of `sharding.rules` ("decode" by
+            default, "prefill", "train"), or rules for the parameters' letters such as {"E": "expert"}.
 
     Raises:
-        ProblemsError: rules that do not fit the mesh or the parameters, all of them at once.
+        ProblemsError: a mesh that cannot be, or rules that do not fit it or the parameters, all problems at
+            once.
         CheckpointError, ConfigError: with every problem found; nothing is left half loaded.
     """
     policy = Policy.of(dtype, numerics, kernels=kernels, cache=cache)
     accepted = {"draft_head": draft_head, "text_only": text_only, "allow_links": allow_links}
-    where = {"mesh": mesh, "rules": rules}
+    placement = placement_of(mesh, rules)
+    where = {} if placement is None else {"mesh": placement.mesh, "rules": placement.table.parameters}
     loaded = load_checkpoint(Path(path), policy, weights=weights, tokenizer=tokenizer, **accepted, **where)
     for warning in loaded.warnings:
         LOGGER.warning("%s: %s", path, warning)
@@ -62,4 +63,4 @@ def load(
         # On their grid already: rounding them again in every step would change nothing.
         policy = dataclasses.replace(policy, switches=policy.switches - {"expert_fp4"})
     held = (loaded.tokenizer, loaded.stored, loaded.side_files)
-    return LanguageModel(loaded.config, policy, loaded.parameters, *held)
+    return LanguageModel(loaded.config, policy, loaded.parameters, *held, placement=placement)

@@ -3,19 +3,20 @@
 import itertools
 from collections.abc import Mapping
 
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.errors import ProblemsError
 from dsv4_jax.parameters import LETTERS, Parameter, Path, parameters
-from sharding.placement import Axis, Rules, rule_problems, sharding_of
+from sharding.placement import Axis, rule_problems, sharding_of
+from sharding.rules import Rules
 
 NO_BLOCKS: Mapping[Path, tuple[int, int]] = {}
 
 
 def parameter_shardings(
     config: ModelConfig,
-    mesh: Mesh | None,
+    mesh: Mesh | AbstractMesh | None,
     rules: Rules | None,
     source: str,
     blocks: Mapping[Path, tuple[int, int]] = NO_BLOCKS,

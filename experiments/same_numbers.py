@@ -61,7 +61,7 @@ def caching(lm: dsv4_jax.LanguageModel) -> Iterator[tuple[str, str]]:
     """Through the cache: greedy tokens, and logits of a prompt in two pieces and one token more."""
     ids = tokens(lm.config.vocab_size)
     yield "greedy", digest(lm.generate(ids[:, :40], 6))
-    cache = lm.new_cache(2, 160)
+    cache = lm.new_cache(2, 256)
     pieces = []
     for first, last in ((0, 131), (131, 149), (149, 150)):
         logits, cache = lm.extend(cache, ids[:, first:last], np.full(2, last - first, np.int32))

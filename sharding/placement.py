@@ -2,20 +2,19 @@
 
 A rule gives a dim, by its letter, to a mesh axis or to several: {"E": "expert", "V": ("data", "tensor")}.
 In one array a mesh axis splits one dim, the first that asks for it; dims without a rule are whole on every
-device. Splits are even.
+device. Splits are even. `sharding.rules` tells the rest of the language, and has the tables of this project.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-Rules = Mapping[str, str | tuple[str, ...]]
-"""Letter of a dim -> the mesh axis, or axes, that it is split over."""
+from sharding.rules import OPTIONAL, Rules, rule_for
 
 ALIGNMENT = 64
 """Bytes; JAX on a CPU takes over host buffers so aligned instead of copying them."""
@@ -41,59 +40,75 @@ class Axis:
         return math.prod(self.sizes)
 
 
-def rule_problems(mesh: Mesh, rules: Rules, letters: frozenset[str]) -> list[str]:
+def rule_problems(mesh: Mesh | AbstractMesh, rules: Rules, letters: frozenset[str]) -> list[str]:
     """What is wrong with rules whatever they are used for.
 
     Args:
         mesh: the devices.
-        rules: letter -> axes of the mesh.
+        rules: letter, or path:letter, -> axes of the mesh.
         letters: of all dims that there are.
     """
-    problems = [f"rule for {letter!r}: no dim has this letter" for letter in rules if letter not in letters]
+    problems = [
+        f"rule for {key!r}: no dim has this letter" for key in rules if key.split(":")[-1] not in letters
+    ]
     return problems + [
-        f"rule for {letter!r}: the mesh has no axis {axis!r}, only {list(mesh.axis_names)}"
-        for letter, axes in rules.items()
+        f"rule for {key!r}: the mesh has no axis {name!r}, only {list(mesh.axis_names)}"
+        for key, axes in rules.items()
         for axis in _names(axes)
-        if axis not in mesh.axis_names
+        if (name := axis.removesuffix(OPTIONAL)) not in mesh.axis_names
     ]
 
 
-def sharding_of(name: str, axes: Sequence[Axis], mesh: Mesh, rules: Rules) -> tuple[NamedSharding, list[str]]:
+def sharding_of(
+    name: str, axes: Sequence[Axis], mesh: Mesh | AbstractMesh, rules: Rules
+) -> tuple[NamedSharding, list[str]]:
     """The sharding of one array, and why it cannot be had.
 
     Args:
-        name: of the array, for the problems.
+        name: path of the array, for rules of its own and for the problems.
         axes: of the array.
         mesh: the devices.
-        rules: letter -> axes of the mesh; axes that the mesh does not have are skipped.
+        rules: letter, or path:letter, -> axes of the mesh; axes that the mesh does not have are skipped.
     """
     used: set[str] = set()
     entries: list[tuple[str, ...] | None] = []
     problems: list[str] = []
     for axis in axes:
         taken: tuple[str, ...] = ()
-        for position, (letter, size) in enumerate(zip(axis.letters, axis.sizes, strict=True)):
-            wanted = tuple(a for a in _names(rules.get(letter, ())) if a in mesh.axis_names and a not in used)
-            parts = math.prod(mesh.shape[a] for a in wanted)
-            if parts == 1:
-                continue
-            used.update(wanted)
-            if size % parts:
-                problems.append(f"{name}: {letter} = {size} cannot be split {parts} ways ({_words(wanted)})")
-            elif position:
-                folded = " ".join(axis.letters)
-                problems.append(
-                    f"{name}: {letter} cannot be split ({_words(wanted)}): its stored matrix folds"
-                    f" ({folded}), and only the first of them can be cut"
-                )
-            elif axis.size // parts % axis.block:
-                problems.append(
-                    f"{name}: {parts} parts ({_words(wanted)}) of {axis.size} elements would cut"
-                    f" a quantisation block of {axis.block}"
-                )
-            taken = wanted
+        for position, letter in enumerate(axis.letters):
+            for wanted in _names(rule_for(rules, name, letter)):
+                mesh_axis = wanted.removesuffix(OPTIONAL)
+                if mesh_axis in used or mesh.shape.get(mesh_axis, 1) == 1:
+                    continue
+                problem = _cut_problem(axis, position, (*taken, mesh_axis), mesh)
+                if problem and wanted.endswith(OPTIONAL):
+                    continue
+                problems += [f"{name}: {problem}"] * bool(problem)
+                taken = (*taken, mesh_axis)
+                used.add(mesh_axis)
         entries.append(taken or None)
     return NamedSharding(mesh, PartitionSpec(*entries)), problems
+
+
+def _cut_problem(axis: Axis, position: int, over: tuple[str, ...], mesh: Mesh | AbstractMesh) -> str | None:
+    """Why an axis of an array cannot be cut over these axes of the mesh, by the dim at `position` of it."""
+    letter, size = axis.letters[position], axis.sizes[position]
+    parts = math.prod(mesh.shape[a] for a in over)
+    if size % parts:
+        can = [n for n in range(1, size + 1) if size % n == 0]
+        near = ", ".join(map(str, sorted(sorted(can, key=lambda n: abs(math.log(n / parts)))[:3])))
+        return f"{letter} = {size} cannot be split {parts} ways ({_words(over)}); {near} can"
+    if position:
+        return (
+            f"{letter} cannot be split ({_words(over)}): its stored matrix folds"
+            f" ({' '.join(axis.letters)}), and only the first of them can be cut"
+        )
+    if axis.size // parts % axis.block:
+        return (
+            f"{parts} parts ({_words(over)}) of {axis.size} elements would cut"
+            f" a quantisation block of {axis.block}"
+        )
+    return None
 
 
 def placed(

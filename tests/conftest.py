@@ -11,6 +11,13 @@ import pytest
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
+def pytest_configure():
+    """Eight devices in every process, for tests of meshes; a computation without one runs on the first."""
+    import jax
+
+    jax.config.update("jax_num_cpu_devices", 8)
+
+
 SECONDS = "files/seconds"
 """In pytest's cache: how long each file took in the last whole run."""
 _seconds: dict[str, float] = collections.defaultdict(float)

@@ -27,7 +27,8 @@ from dsv4_jax.config import ModelConfig
 from dsv4_jax.errors import CheckpointError
 from dsv4_jax.parameter_shardings import parameter_shardings
 from pallas_kernels.formats.weights import QuantizedWeight
-from sharding.placement import Rules, placed
+from sharding.placement import placed
+from sharding.rules import Rules
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -40,6 +40,12 @@ AllowLinks = Annotated[
     pathlib.Path | None,
     tyro.conf.arg(metavar="DIR", help="accept links of CHECKPOINT that lead into this directory"),
 ]
+Mesh = Annotated[
+    str | None,
+    tyro.conf.arg(
+        metavar="AXIS=SIZE,...", help="devices to spread the model over, such as expert=8,tensor=2"
+    ),
+]
 Json = Annotated[bool, tyro.conf.arg(name="json", help="print one JSON object")]
 
 
@@ -54,6 +60,7 @@ def generate(
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
     numerics: Literal["reference", "qat"] = "reference",
     cache: Literal["plain", "fp8+fp8", "fp8+mxfp4"] = "plain",
+    mesh: Mesh = None,
     allow_links: AllowLinks = None,
     as_json: Json = False,
     compilation_cache: CompilationCache = True,
@@ -63,6 +70,7 @@ def generate(
     examples:
       dsv4 generate quickstart "import os" --temperature 0
       dsv4 generate DIRECTORY --ids 0 17 42 --max-new-tokens 8 --json
+      dsv4 generate DIRECTORY "import os" --mesh expert=4,tensor=2
 
     Args:
         prompt: text to continue; needs a tokenizer.json in the checkpoint.
@@ -92,6 +100,7 @@ def generate(
         cache=cache,
         tokenizer="read" if isinstance(given, str) else "ignore",
         allow_links=allow_links,
+        mesh=mesh,
     )
     if as_json:
         print(json.dumps(completion.complete(model, given, sampling)))
@@ -104,6 +113,9 @@ def generate(
 def inspect(
     checkpoint: Checkpoint,
     context: int | None = None,
+    mesh: Mesh = None,
+    rules: Literal["decode", "prefill", "train"] = "decode",
+    rows: int | None = None,
     allow_links: AllowLinks = None,
     as_json: Json = False,
 ) -> None:
@@ -118,9 +130,13 @@ def inspect(
       dsv4 inspect config.json
       dsv4 inspect DIRECTORY --json
       dsv4 inspect config.json --context 1048576
+      dsv4 inspect flash --mesh expert=16,tensor=2 --context 65536 --rows 64
 
     Args:
         context: also what so many tokens of context cost, beside DeepSeek-V3.2 and a GQA cache.
+        mesh: what each device would hold of such a mesh; nobody needs to have it.
+        rules: how the mesh is used (`sharding.rules`).
+        rows: sequences of so much context over the whole mesh; one a device if not given.
     """
     _require(devices.settings_problem)  # no device: everything is computed from shapes
     from dsv4_jax.command_line import hub, terminal
@@ -141,16 +157,25 @@ def inspect(
         cost = None if context is None else context_cost.context_cost(result.config, context)
     except ValueError as refused:
         raise ProblemsError("cannot inspect", [str(refused)]) from refused
+    held = None
+    if mesh is not None:
+        from dsv4_jax.inspection import spread
+
+        held = spread.spread(result.config, mesh, rules, batch=rows, context=context)
     if as_json:
         plain = report.as_plain(result)
         if cost is not None:
             plain["context"] = report.context_as_plain(cost)
+        if held is not None:
+            plain["mesh"] = report.mesh_as_plain(held)
         print(json.dumps(plain))
         return
     tables = terminal.Tables()
     report.print_tables(result, tables)
     if cost is not None:
         report.print_context(cost, tables)
+    if held is not None:
+        report.print_mesh(held, tables)
 
 
 def verify(checkpoint: Checkpoint, allow_links: AllowLinks = None, as_json: Json = False) -> None:

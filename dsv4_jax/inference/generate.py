@@ -40,7 +40,7 @@ def prefill(
         f32[B, V], the logits after each row's last prompt token, and the cache.
     """
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    logits = jnp.zeros((len(prompts), network.config.vocab_size), jnp.float32)
+    logits = network.put(np.zeros((len(prompts), network.config.vocab_size), np.float32), "B V")
     start = 0
     for size in chunks(int(lengths.max())):
         tokens = np.zeros((len(prompts), size), np.int32)
@@ -48,7 +48,7 @@ def prefill(
             piece = prompt[start : start + size]
             tokens[row, : len(piece)] = piece
         num_valid = np.clip(lengths - start, 0, size).astype(np.int32)
-        piece = jnp.asarray(tokens), jnp.asarray(num_valid)
+        piece = network.put(tokens, "B"), network.put(num_valid, "B")
         logits, cache = steps.prefill(network, parameters, cache, *piece, logits)
         start += size
     return logits, cache
@@ -82,8 +82,9 @@ def stream(
         return
     logits, cache = prefill(network, parameters, cache, prompts)
     stops = padded_stops(stop_token_ids)
-    stopped = jnp.full((len(prompts),), RUNNING, jnp.int32)
-    drawing = (requests, *(jnp.asarray(np.full(len(prompts), value)) for value in (heat, nucleus)))
+    stopped = network.put(np.full((len(prompts),), RUNNING, np.int32), "B")
+    drawing = (requests, *(np.full(len(prompts), value) for value in (heat, nucleus)))
+    drawing = tuple(network.put(each, "B") for each in drawing)
     for step in range(max_new_tokens):
         token, logits, stopped, cache = steps.decode(
             network, parameters, cache, logits, *drawing, stopped, stops

@@ -11,13 +11,31 @@ import jax.numpy as jnp
 
 from dsv4_jax.inference.sampling import keys_at, sample
 from dsv4_jax.model import span as spans
-from dsv4_jax.model.cache import new_cache
+from dsv4_jax.model.cache import new_cache, pinned_cache
 
 RUNNING = -1
 """In place of a stop token: this row goes on. No token has this id."""
 
-empty_cache = jax.jit(new_cache, static_argnums=(0, 1, 2, 3, 4, 5, 6, 7), static_argnames="stream_dtype")
-"""As `model.cache.new_cache`; `max_length`, which decides no shape, may be any number without compiling."""
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5, 6, 7, 8), static_argnames="stream_dtype")
+def empty_cache(
+    config,
+    batch,
+    capacity,
+    dtype,
+    max_rewind,
+    row_dtype,
+    format,
+    as_bits,
+    placement,
+    max_length,
+    stream_dtype,
+):
+    """As `model.cache.new_cache`, on the mesh of a placement or, for None, on one device. `max_length`, which
+    decides no shape, may be any number without compiling."""
+    how = (dtype, max_rewind, row_dtype, format, as_bits)
+    empty = new_cache(config, batch, capacity, *how, max_length=max_length, stream_dtype=stream_dtype)
+    return empty if placement is None else pinned_cache(empty, placement.pinned)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -112,7 +130,8 @@ def prefill(network, parameters, cache, tokens, num_valid, last):
     at = jnp.maximum(num_valid - 1, 0)[:, None, None, None]
     streams = jnp.take_along_axis(after.streams, at, axis=1)
     logits = model.logits(model.hidden(streams))[:, 0]
-    return jnp.where(num_valid[:, None] > 0, logits, last), after.cache
+    logits = jnp.where(num_valid[:, None] > 0, logits, last)
+    return model.operations.pinned(logits, "B V"), after.cache
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=(2, 3))
@@ -129,4 +148,6 @@ def decode(network, parameters, cache, logits, requests, temperature, top_p, sto
     stopped = jnp.where(jnp.isin(token, stops), token, RUNNING)
     ids = jnp.maximum(token, 0)[:, None]
     after = model(spans.appended(ids, cache.length, jnp.ones_like(token)), cache)
-    return token, model.logits(model.hidden(after.streams))[:, 0], stopped, after.cache
+    pinned = model.operations.pinned
+    logits = pinned(model.logits(model.hidden(after.streams))[:, 0], "B V")
+    return pinned(token, "B"), logits, pinned(stopped, "B"), after.cache

@@ -1,12 +1,16 @@
 """An `Inspection` as tables for people and as plain values for programs."""
 
 import dataclasses
+import math
 
 from rich.console import Console
 from rich.table import Table
 
 from dsv4_jax.inspection.context_cost import ContextCost
 from dsv4_jax.inspection.costs import Inspection
+from dsv4_jax.inspection.spread import Spread
+from sharding import report as mesh_report
+from sharding.mesh import spelled
 
 MIB = 2**20
 
@@ -210,3 +214,41 @@ def _storage_table(inspection: Inspection) -> Table:
         resident = inspection.memory_bytes.get(name)
         table.add_row(name, f"{value:,}", "" if resident is None else f"{resident:,}")
     return table
+
+
+def mesh_as_plain(spread: Spread) -> dict[str, object]:
+    """What `dsv4 inspect --mesh` found, as JSON-ready values."""
+    rows = (*spread.parameters, *spread.cache)
+    return {
+        "mesh": dict(spread.placement.mesh.shape),
+        "rules": spread.placement.table.name,
+        "batch": spread.batch,
+        "context": spread.context,
+        "bytes_a_device": mesh_report.total(rows),
+        "parts": {
+            part: {"bytes": once, "bytes_a_device": own, "copied_bytes_a_device": beyond}
+            for part, (once, own, beyond) in spread.by_part().items()
+        },
+        "arrays": mesh_report.lines(rows),
+    }
+
+
+def print_mesh(spread: Spread, console: Console) -> None:
+    """Prints the table of `dsv4 inspect --mesh`."""
+    mesh = spread.placement.mesh
+    title = (
+        f"On {math.prod(mesh.shape.values())} devices, {spelled(mesh)}, rules {spread.placement.table.name!r}"
+    )
+    if spread.batch:
+        title += f"; {spread.batch} rows of {spread.context} tokens"
+    table = Table(title=title)
+    table.add_column("part")
+    for name in ("GiB, once", "GiB a device", "of these copied"):
+        table.add_column(name, justify="right")
+    sums = [0, 0, 0]
+    for part, amounts in spread.by_part().items():
+        table.add_row(part, *(f"{amount / 2**30:.3f}" for amount in amounts))
+        sums = [a + b for a, b in zip(sums, amounts, strict=True)]
+    table.add_section()
+    table.add_row("all", *(f"{amount / 2**30:.3f}" for amount in sums))
+    console.print(table)

@@ -57,6 +57,7 @@ class Block(nnx.Module):
         self.hc_ffn = HyperConnection(config, operations, declared.under("hc_ffn"))
         self.ffn_norm = declared("ffn_norm")
         self.ffn = MixtureOfExperts(config, policy, operations, router, declared.under("ffn"))
+        self.operations = operations
         self.kind = attention
         self.router = router
 
@@ -69,6 +70,7 @@ class Block(nnx.Module):
         collect: frozenset[str],
     ) -> tuple[Float[Array, "B T N D"], LayerCache | None, LayerReport, dict[str, jax.Array]]:
         """Two sublayers; also the report of the routing, and what `collect` names (`transformer.TAPS`)."""
+        streams = self.operations.pinned(streams, "B T N D")
         x, maps = self.hc_attn.enter(streams, self.attn_norm[...])
         where = (around.span, around.rotation(self.kind), around.blocks(self.kind), around.window_in_ring)
         y, cache, taps = self.attn(x, *where, cache, repeat, collect)

@@ -318,6 +318,18 @@ def new_cache(
     )
 
 
+def pinned_cache(cache: Cache, pinned: Callable[[jax.Array, str], jax.Array]) -> Cache:
+    """The same cache, its rows split over a mesh.
+
+    Args:
+        cache: of a batch.
+        pinned: takes an array and the letters of its first dims (`Operations.pinned`).
+    """
+    rows = {name: pinned(getattr(cache, name), "B") for name in ("length", "written", "max_length")}
+    layers, mtp = jax.tree.map(lambda leaf: pinned(leaf, "R B"), (cache.layers, cache.mtp))
+    return dataclasses.replace(cache, **rows, layers=layers, mtp=mtp)
+
+
 def write_ring(
     ring: Stored,
     repeat: Int32[Array, ""],

@@ -5,6 +5,8 @@ import zlib
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -17,7 +19,8 @@ from dsv4_jax.model.transformer import Transformer
 from dsv4_jax.numerics.policy import Policy
 from dsv4_jax.parameter_shardings import parameter_shardings
 from dsv4_jax.parameters import INITIAL_VALUE, Parameter, Parameters, parameters
-from sharding.placement import Rules, aligned, placed
+from sharding.placement import aligned, placed
+from sharding.rules import Rules
 
 
 @functools.lru_cache(maxsize=32)
@@ -34,6 +37,11 @@ class Network(NamedTuple):
     config: ModelConfig
     policy: Policy
     operations: Operations | None = None  # None: what the policy says
+
+    def put(self, x: jax.typing.ArrayLike, dims: str) -> jax.Array:
+        """An array of the host on the model's devices, split by the rules for its dims (`Placement.put`)."""
+        placement = None if self.operations is None else self.operations.placement
+        return jnp.asarray(x) if placement is None else placement.put(x, dims)
 
     def shapes(self) -> Parameters:
         """The parameters as `jax.ShapeDtypeStruct`; nothing is allocated."""

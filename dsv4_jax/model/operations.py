@@ -21,6 +21,7 @@ from pallas_kernels.grouped_matmul import expert_ffn
 from pallas_kernels.hyper_connection import xla as hyper_connection_xla
 from pallas_kernels.hyper_connection.tuning import HyperConnectionBlocks
 from pallas_kernels.linear_cross_entropy import weighted_cross_entropy
+from sharding.activations import Placement
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +77,11 @@ class Operations:
     cross_entropy: Operation  # hidden, head, ids, weights: `linear_cross_entropy.weighted_cross_entropy`
     weights_in_place: bool  # quantised weights are read inside their stacks; if not, a layer is sliced out
     cache_of_bits: bool  # caches keep FP8 and bfloat16 numbers as integers (`numerics.cache_formats`)
+    placement: Placement | None = None  # the mesh that the model is spread over, and how; None: one device
+
+    def pinned(self, x: jax.Array, dims: str, first: str = "") -> jax.Array:
+        """An activation, split over the mesh by the rules for its dims (`Placement.spec`); itself without."""
+        return x if self.placement is None else self.placement.pinned(x, dims, first)
 
     def each(self) -> tuple[Operation, ...]:
         """All of them, in the order of the fields."""
@@ -84,13 +90,23 @@ class Operations:
 
 
 @functools.lru_cache(maxsize=64)
-def operations(policy: Policy, hyper_connection_blocks: HyperConnectionBlocks | None = None) -> Operations:
+def operations(
+    policy: Policy,
+    hyper_connection_blocks: HyperConnectionBlocks | None = None,
+    placement: Placement | None = None,
+) -> Operations:
     """Binds what `policy.kernels` chose. There is no fallback from one choice to another.
 
     Args:
         policy: of the model.
         hyper_connection_blocks: tile sizes of those kernels, for tests; None lets the family choose.
+        placement: the mesh that the model is spread over; None: one device.
     """
+    bound = _bound(policy, hyper_connection_blocks)
+    return bound if placement is None else spread(bound, placement)
+
+
+def _bound(policy: Policy, hyper_connection_blocks: HyperConnectionBlocks | None) -> Operations:
     columns = (("columns", entry_write.write_entries),)
     if policy.kernels == "xla":
         return Operations(
@@ -154,3 +170,8 @@ def operations(policy: Policy, hyper_connection_blocks: HyperConnectionBlocks | 
         weights_in_place=True,
         cache_of_bits=False,
     )
+
+
+def spread(chosen: Operations, placement: Placement) -> Operations:
+    """The same operations on a mesh. The compiler partitions those of XLA along the pinned activations."""
+    return dataclasses.replace(chosen, placement=placement)

@@ -17,7 +17,7 @@ from dsv4_jax.config import AttentionKind, LayerStack, ModelConfig, layer_stacks
 from dsv4_jax.model import rope
 from dsv4_jax.model import span as spans
 from dsv4_jax.model.block import Block, Surroundings
-from dsv4_jax.model.cache import Cache, LayerCache, MtpCache, write_ring
+from dsv4_jax.model.cache import Cache, LayerCache, MtpCache, pinned_cache, write_ring
 from dsv4_jax.model.declared import Declared
 from dsv4_jax.model.entries import Entries
 from dsv4_jax.model.geometry import compressor_geometry, window_geometry
@@ -125,7 +125,7 @@ class Transformer(nnx.Module):
         around = self.surroundings(span, cache)
         e = self.embedding(span.ids)
         shape = (*e.shape[:2], self.config.hc_mult, e.shape[2])
-        streams = jnp.broadcast_to(e[:, :, None], shape)
+        streams = self.operations.pinned(jnp.broadcast_to(e[:, :, None], shape), "B T N D")
         layer_caches: list[tuple[LayerCache, ...]] = []
         reports: list[tuple[LayerReport, ...]] = []
         taps: list[dict[str, jax.Array]] = []
@@ -154,6 +154,7 @@ class Transformer(nnx.Module):
             cache = dataclasses.replace(
                 cache, length=length, written=written, layers=tuple(layer_caches), mtp=mtp
             )
+            cache = pinned_cache(cache, self.operations.pinned)
         return Forward(streams, cache, ModelReport(tuple(reports)), taps, further)
 
     def layer(self, index: int, streams: Float[Array, "B T N D"], span: Span) -> Float[Array, "B T N D"]:

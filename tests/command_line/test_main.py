@@ -52,8 +52,9 @@ def model(monkeypatch):
     fake = FakeModel()
     fake.loaded = []
 
-    def load(path, dtype, numerics, cache, tokenizer, allow_links):
+    def load(path, dtype, numerics, cache, tokenizer, allow_links, mesh):
         fake.loaded.append((path, dtype, numerics, cache))
+        fake.mesh = mesh
         fake.how = {"tokenizer": tokenizer, "allow_links": allow_links}
         return fake
 
