@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from sharding.rules import OPTIONAL, Rules, rule_for
+from sharding.rules import OPTIONAL, Rules, axis_names, rule_for
 
 ALIGNMENT = 64
 """Bytes; JAX on a CPU takes over host buffers so aligned instead of copying them."""
@@ -54,7 +54,7 @@ def rule_problems(mesh: Mesh | AbstractMesh, rules: Rules, letters: frozenset[st
     return problems + [
         f"rule for {key!r}: the mesh has no axis {name!r}, only {list(mesh.axis_names)}"
         for key, axes in rules.items()
-        for axis in _names(axes)
+        for axis in axis_names(axes)
         if (name := axis.removesuffix(OPTIONAL)) not in mesh.axis_names
     ]
 
@@ -76,7 +76,7 @@ def sharding_of(
     for axis in axes:
         taken: tuple[str, ...] = ()
         for position, letter in enumerate(axis.letters):
-            for wanted in _names(rule_for(rules, name, letter)):
+            for wanted in axis_names(rule_for(rules, name, letter)):
                 mesh_axis = wanted.removesuffix(OPTIONAL)
                 if mesh_axis in used or mesh.shape.get(mesh_axis, 1) == 1:
                     continue
@@ -156,10 +156,6 @@ def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     raw = np.empty(num_bytes + ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % ALIGNMENT
     return raw[start : start + num_bytes].view(dtype).reshape(shape)
-
-
-def _names(axes: str | tuple[str, ...]) -> tuple[str, ...]:
-    return (axes,) if isinstance(axes, str) else tuple(axes)
 
 
 def _words(axes: tuple[str, ...]) -> str:

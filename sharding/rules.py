@@ -35,7 +35,7 @@ def rule_for(rules: Rules, path: str, letter: str) -> str | tuple[str, ...]:
     return rules.get(letter, ())
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class RuleTable:
     """How one use of a model lays out its arrays.
 
@@ -49,6 +49,23 @@ class RuleTable:
     name: str
     parameters: Rules
     activations: Rules
+
+    def __hash__(self) -> int:
+        """Equal tables are one key of a compiled program."""
+        return hash((self.name, frozenset(self.parameters.items()), frozenset(self.activations.items())))
+
+
+def without_axis(rules: Rules, axis: str) -> Rules:
+    """The same rules where nothing is split over one axis of the mesh."""
+    return {
+        key: tuple(each for each in axis_names(axes) if each.removesuffix(OPTIONAL) != axis)
+        for key, axes in rules.items()
+    }
+
+
+def axis_names(axes: str | tuple[str, ...]) -> tuple[str, ...]:
+    """The mesh axes of a rule."""
+    return (axes,) if isinstance(axes, str) else tuple(axes)
 
 
 ROUTER_WHOLE = {"ffn/gate/weight:E": (), "ffn/gate/bias:E": (), "ffn/gate/tid2eid:V": ()}

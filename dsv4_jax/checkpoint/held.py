@@ -20,13 +20,19 @@ from dsv4_jax.checkpoint.names import TensorSpec
 from dsv4_jax.checkpoint.safetensors import DTYPES
 from dsv4_jax.checkpoint.storage import Format
 from dsv4_jax.errors import CheckpointError, ProblemsError
-from pallas_kernels.formats.blocks import Blocks, Mxfp4, fp4_as_fp8, quantize_fp8_blocks, quantize_mxfp4
-from pallas_kernels.formats.sizes import FP4_GROUP, FP8_BLOCK
+from pallas_kernels.formats.blocks import (
+    Blocks,
+    Fp8Blocks,
+    Mxfp4,
+    fp4_as_fp8,
+    quantize_fp8_blocks,
+    quantize_mxfp4,
+)
 from pallas_kernels.formats.weights import QuantizedWeight
 
 Leaf = jax.Array | np.ndarray | QuantizedWeight
 
-BLOCK: Mapping[Format, tuple[int, int]] = {"fp8": (FP8_BLOCK, FP8_BLOCK), "fp4": (1, FP4_GROUP)}
+BLOCK: Mapping[Format, tuple[int, int]] = {"fp8": Fp8Blocks.block, "fp4": Mxfp4.block}
 """Rows and columns that share a scale."""
 
 

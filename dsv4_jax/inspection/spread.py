@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import jax
 
-from dsv4_jax.checkpoint.held import BLOCK
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.errors import ProblemsError
 from dsv4_jax.inspection.native_shapes import native_shapes
@@ -51,7 +50,7 @@ def parameter_rows(config: ModelConfig, placement: Placement, weights: Weights) 
     for path in table:
         leaf = functools.reduce(lambda tree, key: tree[key], path, shapes)
         if weights == "native" and is_quantized(leaf):
-            blocks[path] = BLOCK[leaf.blocks.format]
+            blocks[path] = leaf.blocks.block
     mesh, rules = placement.mesh, placement.table.parameters
     shardings = parameter_shardings(config, mesh, rules, "this model", blocks)
     for path, parameter in table.items():

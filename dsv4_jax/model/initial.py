@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from dsv4_jax.boxes import Box, at, inside, overlap, pieces, shape_of
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.config.quantities import checked_seed
+from dsv4_jax.model.gathering import gathered
 from dsv4_jax.model.operations import Operations
 from dsv4_jax.model.transformer import Transformer
 from dsv4_jax.numerics.policy import Policy
@@ -49,7 +50,12 @@ class Network(NamedTuple):
 
     def holding(self, parameters: Parameters) -> Transformer:
         """The model with these parameters, arrays or tracers."""
-        return nnx.merge(_abstract(*self)[0], parameters)
+        placement = None if self.operations is None else self.operations.placement
+        whole = {
+            key: tree if key in ("stacks", "embed") else gathered(tree, (key,), self.config, placement)
+            for key, tree in parameters.items()
+        }
+        return nnx.merge(_abstract(*self)[0], whole)
 
 
 def initial_parameters(

@@ -6,6 +6,8 @@ difference. Layers are grouped into runs of a repeating unit (`config.layer_stac
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +22,7 @@ from dsv4_jax.model.block import Block, Surroundings
 from dsv4_jax.model.cache import Cache, LayerCache, MtpCache, pinned_cache, write_ring
 from dsv4_jax.model.declared import Declared
 from dsv4_jax.model.entries import Entries
+from dsv4_jax.model.gathering import gathered
 from dsv4_jax.model.geometry import compressor_geometry, window_geometry
 from dsv4_jax.model.hyper_connection import StreamCollapse
 from dsv4_jax.model.layer_report import LayerReport, ModelReport
@@ -140,6 +143,12 @@ class Transformer(nnx.Module):
                 collect,
                 remat=self.policy.remat == "unit",
                 in_place=self.operations.weights_in_place,
+                gather=functools.partial(
+                    gathered,
+                    root=("stacks", index),
+                    config=self.config,
+                    placement=self.operations.placement,
+                ),
             )
             layer_caches.append(after)
             reports.append(report)
@@ -279,6 +288,7 @@ def run_stack(
     *,
     remat: bool,
     in_place: bool,
+    gather: Callable[[dict[str, Any]], dict[str, Any]],
 ) -> tuple[
     Float[Array, "B T N D"],
     tuple[LayerCache, ...] | None,
@@ -288,13 +298,14 @@ def run_stack(
     """Runs a unit of layers `repeats` times. Taps come back in layer order, reports as the unit is stacked.
 
     With `in_place` a cached step reads quantised weights where they lie in their stacks, as kernels can.
+    `gather` brings together what a mesh has split of one repeat's weights (`gathering.gathered`).
     """
     graph, state = nnx.split(stack)
     states = nnx.to_pure_dict(state)
 
     def unit(streams, caches, parameters, repeat):
         after, reports, taps = [], [], []
-        for index, block in enumerate(nnx.merge(graph, parameters).blocks):
+        for index, block in enumerate(nnx.merge(graph, gather(parameters)).blocks):
             cache = None if caches is None else caches[index]
             streams, cache, report, seen = block(streams, around, cache, repeat, collect)
             after.append(cache)

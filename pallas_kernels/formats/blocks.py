@@ -40,6 +40,7 @@ class Fp8Blocks:
     elements: Float[Array, "*stack O I"]  # float8_e4m3fn
     scale: UInt8[Array, "*stack O_blocks I_blocks"]  # E8M0
     format: ClassVar[Format] = "fp8"
+    block: ClassVar[tuple[int, int]] = (FP8_BLOCK, FP8_BLOCK)  # rows and columns that share a scale
 
     @property
     def data(self) -> Float[Array, "*stack O I"]:
@@ -87,6 +88,7 @@ class Mxfp4:
     packed: UInt8[Array, "*rows C/2"]
     scale: UInt8[Array, "*rows ceil(C/32)"]  # E8M0
     format: ClassVar[Format] = "mxfp4"
+    block: ClassVar[tuple[int, int]] = (1, FP4_GROUP)
 
     @property
     def data(self) -> UInt8[Array, "*rows C/2"]:
