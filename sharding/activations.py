@@ -61,8 +61,8 @@ class Placement:
         return PartitionSpec(*(chosen[letter] or None for letter in letters))
 
     def put(self, x: jax.typing.ArrayLike, dims: str) -> jax.Array:
-        """An array of the host on the devices, split as `spec` says. Those like it that come out of a step are
-        split so too, and the step is compiled once."""
+        """An array of the host on the devices, split as `spec` says. Those like it that come out of a step
+        are split so too, and the step is compiled once."""
         return jax.device_put(x, NamedSharding(self.mesh, self.spec(dims, jnp.shape(x))))
 
     def pinned(self, x: jax.Array, dims: str, first: str = "") -> jax.Array:
