@@ -12,8 +12,6 @@ import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from sharding.mesh import AXES
-
 Rules = Mapping[str, str | tuple[str, ...]]
 """Letter of a dim, or path:letter, -> the mesh axis, or axes, that it is split over."""
 
@@ -123,7 +121,13 @@ DECODE = RuleTable(
             **ROUTER_WHOLE,
         }
     ),
-    MappingProxyType({"B": AXES, "G": ("expert", "tensor"), "V": ("expert", "tensor")}),
+    MappingProxyType(
+        {
+            "B": ("data", "fsdp", "expert", "context", "tensor"),
+            "G": ("expert", "tensor"),
+            "V": ("expert", "tensor"),
+        }
+    ),
 )
 """One token a row at a time: rows and their caches over every device, heads over the same devices."""
 

@@ -17,11 +17,15 @@ from dsv4_jax.numerics.policy import Policy
 from pallas_kernels import block_matmul, core_attention, entry_write, hyper_connection
 from pallas_kernels.compressor import compressor
 from pallas_kernels.core_attention import Queries as Queries
+from pallas_kernels.formats.weights import Weight
 from pallas_kernels.grouped_matmul import expert_ffn
 from pallas_kernels.hyper_connection import xla as hyper_connection_xla
 from pallas_kernels.hyper_connection.tuning import HyperConnectionBlocks
 from pallas_kernels.linear_cross_entropy import weighted_cross_entropy
 from sharding.activations import Placement
+from sharding.expert_parallel import over_mesh
+from sharding.linear import LinearOverMesh
+from sharding.rules import OPTIONAL, axis_names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +63,8 @@ class Operation:
 class Operations:
     """The functions of one model: a hashable part of what its compiled programs are keyed by."""
 
-    linear: Operation  # x, weight: `block_matmul.linear`
-    grouped_linear: Operation  # x, weight: `block_matmul.grouped_linear`
+    linear: Operation  # x, weight, which dims a mesh may split: `block_matmul.linear`
+    grouped_linear: Operation  # likewise: `block_matmul.grouped_linear`
     compress: Operation  # rows, gates, bias, norm, cos, sin: `compressor.compressor`
     keep: Operation  # ring, repeat, new rows, start, number of them: `cache.write_ring`
     store: Operation  # stack, repeat, new entries, first, count: `cache_storage.write_entries`
@@ -89,6 +93,19 @@ class Operations:
         return tuple(value for value in values if isinstance(value, Operation))
 
 
+def whole_linear(x: jax.Array, weight: Weight, *, out: Any = None, over: Any = None, **settings: Any):
+    """`block_matmul.linear`. On one device nothing is split along the letters that `sharding.linear` asks
+    for."""
+    del out, over
+    return block_matmul.linear(x, weight, **settings)
+
+
+def whole_grouped_linear(x: jax.Array, weight: Weight, *, out: Any = None, **settings: Any):
+    """`block_matmul.grouped_linear`, likewise."""
+    del out
+    return block_matmul.grouped_linear(x, weight, **settings)
+
+
 @functools.lru_cache(maxsize=64)
 def operations(
     policy: Policy,
@@ -110,8 +127,8 @@ def _bound(policy: Policy, hyper_connection_blocks: HyperConnectionBlocks | None
     columns = (("columns", entry_write.write_entries),)
     if policy.kernels == "xla":
         return Operations(
-            linear=Operation("linear", block_matmul.linear, (("impl", "xla"),)),
-            grouped_linear=Operation("grouped_linear", block_matmul.grouped_linear, (("impl", "xla"),)),
+            linear=Operation("linear", whole_linear, (("impl", "xla"),)),
+            grouped_linear=Operation("grouped_linear", whole_grouped_linear, (("impl", "xla"),)),
             compress=Operation("compress", compressor, (("impl", "xla"),)),
             keep=Operation("keep", cache.write_ring),
             store=Operation("store", cache_storage.write_entries, (*columns, ("impl", "reference"))),
@@ -134,10 +151,8 @@ def _bound(policy: Policy, hyper_connection_blocks: HyperConnectionBlocks | None
     streams = ("hyper_connection",)
     fp8 = {"kernels": ("block_matmul",), "when": "with FP8 weights"}
     return Operations(
-        linear=Operation("linear", block_matmul.linear, (("impl", "pallas"), *how), **fp8),
-        grouped_linear=Operation(
-            "grouped_linear", block_matmul.grouped_linear, (("impl", "pallas"), *how), **fp8
-        ),
+        linear=Operation("linear", whole_linear, (("impl", "pallas"), *how), **fp8),
+        grouped_linear=Operation("grouped_linear", whole_grouped_linear, (("impl", "pallas"), *how), **fp8),
         compress=Operation("compress", compressor, (("impl", "pallas"), *how), ("compressor",)),
         keep=Operation("keep", cache.write_ring, (("choose_narrow", True),)),
         store=Operation(
@@ -174,4 +189,26 @@ def _bound(policy: Policy, hyper_connection_blocks: HyperConnectionBlocks | None
 
 def spread(chosen: Operations, placement: Placement) -> Operations:
     """The same operations on a mesh. The compiler partitions those of XLA along the pinned activations."""
-    return dataclasses.replace(chosen, placement=placement)
+    rules, taken = placement.table.parameters, set()
+    weight_axes = {}
+    for letter in (
+        "E",
+        "F",
+        "D",
+    ):  # the order of the experts' dims: an axis splits the first that asks for it
+        names = (each.removesuffix(OPTIONAL) for each in axis_names(rules.get(letter, ())))
+        weight_axes[letter] = tuple(axis for axis in names if axis not in taken)
+        taken.update(weight_axes[letter])
+    experts = over_mesh(chosen.experts, placement.mesh, weight_axes=weight_axes)
+
+    def linear(each: Operation, grouped: bool) -> Operation:
+        over = LinearOverMesh(each, placement, grouped, by_device=bool(each.kernels))
+        return dataclasses.replace(each, function=over, settings=())
+
+    return dataclasses.replace(
+        chosen,
+        linear=linear(chosen.linear, False),
+        grouped_linear=linear(chosen.grouped_linear, True),
+        experts=dataclasses.replace(chosen.experts, function=experts, settings=()),
+        placement=placement,
+    )
