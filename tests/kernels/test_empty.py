@@ -41,10 +41,6 @@ def _block_matmul(impl, *, B, T, D, V, **_):
     return block_matmul.block_matmul(f32(T, D), weight, impl=impl)
 
 
-def _block_cast(impl, *, T, D, **_):
-    return block_matmul.block_cast(f32(T, D), impl=impl)
-
-
 def _compressor(impl, *, B, P, D, **_):
     kv = f32(B, 4 * P, 1, D)
     angles = f32(B, P, 32)
@@ -149,7 +145,6 @@ OPERATIONS = {
     _block_matmul: (("reference", "pallas"), "T", "DV", ["TV"]),
     _attend: (("xla", "reference"), "BTS", "", ["BTHD"]),
     _attend_cached: (("xla", "reference"), "BTS", "", ["BTHD"]),
-    _block_cast: (("reference", "pallas"), "T", "D", ["TD", ("T", 1)]),
     _compressor: (("reference", "pallas", "xla"), "BP", "D", ["BPD"]),
     _decode_attention: (("reference", "pallas"), "BT", "HD", ["BTHD", "BTH"]),
     _expert_ffn: (("reference", "pallas", "xla"), "TK", "DE", ["TD"]),
