@@ -174,9 +174,9 @@ def decode_attention_cases(c: ModelConfig) -> list[Case]:
         rows = batch * chosen * width * 2
         blocks = None
         if sparse_core:
-            blocks = tuning.sparse_core_blocks(
-                heads=heads, width=width, slots=slots[fp8], num_chosen=chosen, itemsize=2
-            )
+            from pallas_kernels.decode_attention import sparse_core as ahead
+
+            blocks = ahead.blocks(heads=heads, width=width, slots=slots[fp8], num_chosen=chosen, itemsize=2)
             # The SparseCore reads rows with their neighbours, and writes rows; its cycles are not known.
             kernel = Kernel(prefetch=(first_repeat,), copied_bytes=3 * rows)
             name = "decode_attention_fetched"

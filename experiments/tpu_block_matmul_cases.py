@@ -1,7 +1,7 @@
-"""Cases of `tpu_cycles.py`: FP8 dense layers and the cast of their inputs."""
+"""Cases of `tpu_cycles.py`: FP8 dense layers."""
 
 from dsv4_jax.config import ModelConfig
-from experiments.tpu_case import Case, Kernel, Program, array, gradients, once
+from experiments.tpu_case import Case, Kernel, Program, array, gradients
 from pallas_kernels.arithmetic import cdiv
 
 
@@ -50,18 +50,7 @@ def block_matmul_cases(c: ModelConfig) -> list[Case]:
         name = f"block_matmul {layer} {tokens}" + (" backward" if backward else "")
         return Case(name, lambda: build(*sizes), lambda: cost(*sizes))
 
-    def build_cast(tokens: int) -> Program:
-        from pallas_kernels.block_matmul import block_cast
-
-        return Program(block_cast, {"x": array(tokens, c.hidden_size)}, {"block_cast": Kernel(when=once)})
-
-    d = c.hidden_size
-    casts = [
-        Case(f"block_cast {t}", lambda t=t: build_cast(t), lambda t=t: (4 * t * d, t * d * (3 + 1 / 128)))
-        for t in (64, 2048)
-    ]
     return [
         *(case(layer, tokens) for layer in layers for tokens in (64, 2048)),
         *(case(layer, 2048, True) for layer in layers),
-        *casts,
     ]

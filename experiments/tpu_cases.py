@@ -36,6 +36,7 @@ def hyper_connection_cases(c: ModelConfig) -> list[Case]:
 
     def build(name: str, tokens: int, backward: bool) -> Program:
         from pallas_kernels import hyper_connection
+        from pallas_kernels.hyper_connection import stream_maps
 
         every = dict(
             streams=array(tokens, n, d), update=array(tokens, d), maps=f32(tokens, rows),
@@ -45,7 +46,13 @@ def hyper_connection_cases(c: ModelConfig) -> list[Case]:
             every |= dict(fn=f32(n, n, d), base=f32(n), scale=f32(1))
         shapes = {key: every[key] for key in arguments[name]}
         wanted = {"post": (), "collapse": ("hc_eps", "norm_eps")}.get(name, settings)
-        op = functools.partial(getattr(hyper_connection, name), **{key: settings[key] for key in wanted})
+        settled = functools.partial(getattr(hyper_connection, name), **{key: settings[key] for key in wanted})
+
+        def op(**arrays):
+            if "maps" in arrays:
+                arrays["maps"] = stream_maps.of_columns(arrays["maps"], n)
+            return settled(**arrays)
+
         if backward:
             op, shapes = gradients(op, shapes, tuple(shapes))
         kernel = f"hyper_connection_{name}" + ("_backward" if backward else "")

@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 class Splits(NamedTuple):
     """The dims of an operation's arrays, and those of them that devices may share.
 
-    Dims are letters of the legend, one word each. `*n` stands for any number of leading dims; `G*I` is one
+    Dims are letters of the legend, one word each. `*n` stands for any number of dims, once; `G*I` is one
     dim of G groups of I; `O/128` has one number for 128 of O; `W-1+T` is never split. A letter that is
     neither in `free` nor in `summed` must be whole on every device.
     """
 
     arguments: Mapping[str, Any]  # name -> its dims; for a tuple of arrays, such a tuple of dims
-    results: tuple[str, ...]  # dims of what it returns, one after the other
+    results: tuple[Any, ...]  # dims of what it returns, one after the other; for a tuple of arrays, a tuple
     free: str  # letters that may be split, with nothing to communicate in the forward pass
     summed: str = ""  # letters that may be split, if the results are then summed over the devices
     multiples: Mapping[str, int] = {}  # letter -> a part must be a multiple of so many

@@ -31,17 +31,17 @@ def partition_specs(
             are not in the table, or have another rank than there; all problems at once.
     """
     problems = _letter_problems(splits, axes)
-    leading: dict[str, int] = {}  # dims that each `*n` stands for
+    several: dict[str, int] = {}  # dims that each `*n` stands for
 
     def spec(name: str, words: str, operand: Any) -> PartitionSpec:
         ranks = {jnp.ndim(leaf) for leaf in jax.tree.leaves(operand)}
-        first, *rest = words.split() or [""]
+        starred = [word for word in words.split() if word.startswith("*")]
         for rank in ranks:
-            if first.startswith("*") and rank >= len(rest):
-                leading[first] = rank - len(rest)
+            if starred and rank >= len(words.split()) - 1:
+                several[starred[0]] = rank - len(words.split()) + 1
             elif rank != len(words.split()):
                 problems.append(f"{name} has {rank} dims, but is [{words}]")
-        return _spec(words, axes, leading)
+        return _spec(words, axes, several)
 
     in_specs = []
     for name, operand in operands.items():
@@ -54,7 +54,7 @@ def partition_specs(
             in_specs.append(type(dims)(*(spec(name, *both) for both in zip(dims, operand, strict=True))))
     if problems:
         raise ValueError("; ".join(problems))
-    out_specs = tuple(_spec(words, axes, leading) for words in splits.results)
+    out_specs = jax.tree.map(lambda words: _spec(words, axes, several), splits.results)
     return tuple(in_specs), out_specs[0] if len(out_specs) == 1 else out_specs
 
 
@@ -75,13 +75,13 @@ def _letter_problems(splits: Splits, axes: Mapping[str, Axes]) -> list[str]:
     return problems
 
 
-def _spec(words: str, axes: Mapping[str, Axes], leading: Mapping[str, int]) -> PartitionSpec:
+def _spec(words: str, axes: Mapping[str, Axes], several: Mapping[str, int]) -> PartitionSpec:
     """The axes of each dim; whole ones at the end are left out."""
     entries: list[Axes | None] = []
     for word in words.split():
         shared = [axes[letter] for letter in sorted(letters(word)) if letter in axes]
-        entries += [shared[0] if shared else None] + [None] * (leading.get(word, 1) - 1)
-        if leading.get(word) == 0:
+        entries += [shared[0] if shared else None] + [None] * (several.get(word, 1) - 1)
+        if several.get(word) == 0:
             entries.pop()
     while entries and entries[-1] is None:
         entries.pop()

@@ -74,7 +74,7 @@ class Block(nnx.Module):
         x, maps = self.hc_attn.enter(streams, self.attn_norm[...])
         where = (around.span, around.rotation(self.kind), around.blocks(self.kind), around.window_in_ring)
         y, cache, taps = self.attn(x, *where, cache, repeat, collect)
-        taps |= {"attention_mixing": self.hc_attn.mixing(maps)}
+        taps |= {"attention_mixing": maps.comb}
 
         streams, x, maps = self.hc_ffn.advance(streams, y, maps, self.ffn_norm[...])
         y, routing = self.ffn(x, around.span, repeat)
@@ -82,7 +82,7 @@ class Block(nnx.Module):
         report = LayerReport.of(routing, around.counted, self.router == "learned")
         shape = x.shape[:2]
         taps |= {
-            "expert_mixing": self.hc_ffn.mixing(maps),
+            "expert_mixing": maps.comb,
             "experts": routing.experts.reshape(*shape, -1),
             "router_scores": routing.scores.reshape(*shape, -1),
             "streams": streams,

@@ -4,24 +4,19 @@ Report, section 2.2; mHC paper arXiv 2512.24880. Everything here is float32; str
 compute dtype.
 """
 
-from typing import Any
-
 from flax import nnx
 from jaxtyping import Array, Float, Float32
 
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.model.declared import Declared
-from dsv4_jax.model.operations import Operations
-
-Maps = Any
-"""A sublayer's per-token weights, as the operations that make and take them keep them."""
+from dsv4_jax.model.operations import Operations, StreamMaps
 
 
 class HyperConnection(nnx.Module):
     """The maps of one sublayer: fn f32[2N + N^2, N, D] rows (pre, post, comb row-major), base, scale.
 
     A sublayer is `enter`, its own work, `leave`; between two sublayers `advance` of the second does both, and
-    kernels then read the streams once. The maps are for `leave`, `advance` and `mixing` only.
+    kernels then read the streams once. The maps are for `leave` and `advance`, and to be looked at.
     """
 
     def __init__(self, config: ModelConfig, operations: Operations, declared: Declared) -> None:
@@ -35,12 +30,12 @@ class HyperConnection(nnx.Module):
 
     def enter(
         self, streams: Float[Array, "B T N D"], norm: Float32[Array, "D"]
-    ) -> tuple[Float[Array, "B T D"], Maps]:
+    ) -> tuple[Float[Array, "B T D"], StreamMaps]:
         """The sublayer's input: the streams combined, then its RMSNorm with this weight."""
         return self.operations.enter(streams, *self._weights(norm), **self._settings())
 
     def leave(
-        self, streams: Float[Array, "B T N D"], update: Float[Array, "B T D"], maps: Maps
+        self, streams: Float[Array, "B T N D"], update: Float[Array, "B T D"], maps: StreamMaps
     ) -> Float[Array, "B T N D"]:
         """The streams after the sublayer gave `update`."""
         return self.operations.leave(streams, update, maps)
@@ -49,15 +44,11 @@ class HyperConnection(nnx.Module):
         self,
         streams: Float[Array, "B T N D"],
         update: Float[Array, "B T D"],
-        maps: Maps,
+        maps: StreamMaps,
         norm: Float32[Array, "D"],
-    ) -> tuple[Float[Array, "B T N D"], Float[Array, "B T D"], Maps]:
+    ) -> tuple[Float[Array, "B T N D"], Float[Array, "B T D"], StreamMaps]:
         """`leave` of the sublayer before, whose update and maps these are, then `enter` of this one."""
         return self.operations.advance(streams, update, maps, *self._weights(norm), **self._settings())
-
-    def mixing(self, maps: Maps) -> Float32[Array, "N N B T"]:
-        """comb of these maps, input stream first."""
-        return self.operations.mixing(maps)
 
     def _weights(self, norm):
         return self.fn[...], self.base[...], self.scale[...], norm

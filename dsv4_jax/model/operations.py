@@ -19,6 +19,7 @@ from pallas_kernels.compressor import compressor
 from pallas_kernels.core_attention import Queries as Queries
 from pallas_kernels.formats.weights import Weight
 from pallas_kernels.grouped_matmul import expert_ffn
+from pallas_kernels.hyper_connection import StreamMaps as StreamMaps
 from pallas_kernels.hyper_connection import xla as hyper_connection_xla
 from pallas_kernels.hyper_connection.tuning import HyperConnectionBlocks
 from pallas_kernels.linear_cross_entropy import weighted_cross_entropy
@@ -75,7 +76,6 @@ class Operations:
     leave: Operation  # streams, update, maps: `hyper_connection.post`
     advance: Operation  # streams, update, maps, fn, base, scale, norm: `hyper_connection.post_pre`
     collapse: Operation  # streams, fn, base, scale: `hyper_connection.collapse`
-    mixing: Operation  # maps of `enter` or `advance`: their comb, [N, N, B, T]
     look_up: Operation  # table, token ids: `tables.by_rows`
     experts: Operation  # tokens, gate_up, down, ids, weights: `grouped_matmul.expert_ffn`
     cross_entropy: Operation  # hidden, head, ids, weights: `linear_cross_entropy.weighted_cross_entropy`
@@ -139,7 +139,6 @@ def _bound(policy: Policy, hyper_connection_blocks: HyperConnectionBlocks | None
             leave=Operation("leave", hyper_connection_xla.expand),
             advance=Operation("advance", hyper_connection_xla.post_pre_xla),
             collapse=Operation("collapse", hyper_connection_xla.collapse_xla),
-            mixing=Operation("mixing", hyper_connection_xla.mixing_xla),
             look_up=Operation("look_up", tables.by_rows),
             experts=Operation("experts", expert_ffn, (("impl", "xla"),)),
             cross_entropy=Operation("cross_entropy", weighted_cross_entropy, (("impl", "xla"),)),
@@ -176,7 +175,6 @@ def _bound(policy: Policy, hyper_connection_blocks: HyperConnectionBlocks | None
         leave=Operation("leave", hyper_connection.post, sized, streams),
         advance=Operation("advance", hyper_connection.post_pre, sized, streams),
         collapse=Operation("collapse", hyper_connection.collapse, sized, streams),
-        mixing=Operation("mixing", hyper_connection.mixing),
         look_up=Operation("look_up", tables.by_columns),
         experts=Operation("experts", expert_ffn, (("impl", "pallas"), *how), ("grouped_matmul",)),
         cross_entropy=Operation(

@@ -150,17 +150,16 @@ def write_entries(
     first: Int32[Array, "B"],
     count: Int32[Array, "B"],
     *,
-    columns: Callable[..., Columns] | None = None,
+    columns: Callable[..., Columns],
     **how: Any,
 ) -> Stored:
     """Writes the first `count` of the new entries [B, P, ...] at first, first + 1, ...; drops the rest.
 
     Args:
         entries, repeat, new, first, count: as `pallas_kernels.entry_write.write_entries`.
-        columns, how: that operation and its settings, needed where entries are columns.
+        columns, how: that operation and its settings, for entries that are columns.
     """
     if isinstance(entries, Columns):
-        assert columns is not None
         return columns(entries, repeat, new, first, count, **how)
     if isinstance(entries, Fp8Rows):
         return entry_rows.write(entries, repeat, entry_rows.words_of(new), first, count)

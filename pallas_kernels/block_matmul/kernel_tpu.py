@@ -1,4 +1,4 @@
-"""Mosaic TPU kernels of the family: a matmul that decodes its FP8 weight, and the cast of activations to FP8.
+"""Mosaic TPU kernels of the family: matmuls that decode their FP8 weight.
 
 Layout: the weight lies as in checkpoints, outputs on the sublanes and inputs on the lanes; it is one matrix
 of a stack, which the grid indexes, because a slice would be a copy. Its scales are spread to one float32 row
@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Float32, Int32, UInt8
 
 from pallas_kernels.arithmetic import cdiv, quotient, remainder
 from pallas_kernels.block_matmul.tuning import VMEM_LIMIT, MatmulBlocks
-from pallas_kernels.formats import e4m3, e8m0
+from pallas_kernels.formats import e8m0
 from pallas_kernels.formats.sizes import FP8_BLOCK
 from pallas_kernels.precision import product_precision
 
@@ -211,47 +211,3 @@ def block_matmul_forward(
         interpret=interpret,
         repeat=repeat,
     )
-
-
-def _cast_body(x_ref, values_ref, codes_ref) -> None:
-    groups = [pl.ds(group * FP8_BLOCK, FP8_BLOCK) for group in range(codes_ref.shape[1])]
-    lane = lax.broadcasted_iota(jnp.int32, codes_ref.shape, 1)
-    largest = jnp.full(codes_ref.shape, e4m3.SMALLEST_MAX, jnp.float32)
-    for group, columns in enumerate(groups):
-        own = jnp.abs(x_ref[:, columns].astype(jnp.float32)).max(axis=1, keepdims=True)
-        largest = jnp.where(lane == group, jnp.maximum(own, e4m3.SMALLEST_MAX), largest)
-    codes = e4m3.scale_code(largest)  # for all groups of a row at once
-    codes_ref[...] = codes
-    # Dividing by 2^(code - 127) is multiplying by 2^(127 - code), of exponent field 254 - code.
-    inverse = e8m0.normal_value(254 - codes)
-    for group, columns in enumerate(groups):
-        scaled = x_ref[:, columns].astype(jnp.float32) * inverse[:, group : group + 1]
-        values_ref[:, columns] = e4m3.rounded(scaled)
-
-
-def block_cast_forward(
-    x: Float[Array, "T C"], *, rows: int, interpret
-) -> tuple[Float[Array, "T C"], UInt8[Array, "T groups"]]:
-    """(values, codes)."""
-    num_rows, channels = x.shape
-    groups = channels // FP8_BLOCK
-    values, codes = pl.pallas_call(
-        _cast_body,
-        grid=(cdiv(num_rows, rows),),
-        in_specs=[pl.BlockSpec((rows, channels), lambda t: (t, 0))],
-        out_specs=[
-            pl.BlockSpec((rows, channels), lambda t: (t, 0)),
-            pl.BlockSpec((rows, groups), lambda t: (t, 0)),
-        ],
-        out_shape=[
-            jax.ShapeDtypeStruct((num_rows, channels), jnp.float8_e4m3fn),
-            jax.ShapeDtypeStruct((num_rows, groups), jnp.int32),
-        ],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=VMEM_LIMIT),
-        cost_estimate=pl.CostEstimate(
-            flops=4 * x.size, transcendentals=0, bytes_accessed=x.nbytes + x.size + 4 * num_rows * groups
-        ),
-        interpret=interpret,
-        name="block_cast",
-    )(x)
-    return values, codes.astype(jnp.uint8)

@@ -83,52 +83,6 @@ def block_matmul(
     return y.reshape(len(x), groups, -1)[:, :, :rows].reshape(len(x), -1)
 
 
-def block_cast(
-    x: Float[Array, "T C"],
-    *,
-    impl: Implementation = "pallas",
-    rows: int | None = None,
-    interpret: Any = False,
-) -> tuple[Float[Array, "T C"], UInt8[Array, "T groups"]]:
-    """Activations rounded to FP8 with one scale for every 128 channels.
-
-    Equation (DeepSeek-V4 report, section 3.4: FP8 activations with 1 x 128 scales):
-        s_tg = 2^ceil(log2(max(max_c |x_tc|, 1e-4) / 448)),   q_tc = E4M3(clip(x_tc / s_tg, -448, 448))
-
-    Args:
-        x: [T, C] bf16 or f32, finite; C a multiple of 128 (D, Q and F of V4 are).
-        impl: "reference" runs plain XLA. There is no silent fallback.
-        rows: of a tile; None lets `tuning.choose_rows` pick.
-        interpret: passed to `pl.pallas_call`; tests set it, callers leave it alone.
-
-    Returns:
-        float8_e4m3fn [T, C] and u8[T, C / 128] E8M0 codes. T may be 0.
-
-    Numerics: bit-exact against the reference: a scale is found from the bits of a float32, the quotient by a
-        power of two is exact, and the cast rounds to nearest even.
-    Gradients: none; callers that train pass the gradient straight through (`numerics.qat`).
-    Cost: HBM bytes T C (b + 1) + T C / 128, b bytes a number of x. VMEM about 2 rows C (b + 1 + 4).
-    Sharding: `SPLITS`.
-    Raises:
-        ValueError: for shapes or dtypes that do not fit; all problems at once.
-    """
-    rules = {
-        f"impl={impl!r} must be 'pallas' or 'reference'": impl in ("pallas", "reference"),
-        f"x {x.shape} must be [T, C] with C a multiple of {FP8_BLOCK}, not 0": x.ndim == 2
-        and x.shape[-1] > 0
-        and x.shape[-1] % FP8_BLOCK == 0,
-        f"x {x.dtype} must be bfloat16 or float32": x.dtype in (jnp.bfloat16, jnp.float32),
-    }
-    if problems := [rule for rule, holds in rules.items() if not holds]:
-        raise ValueError("block_cast: " + "; ".join(problems))
-    if len(x) == 0:
-        return jnp.zeros(x.shape, jnp.float8_e4m3fn), jnp.zeros((0, x.shape[1] // FP8_BLOCK), jnp.uint8)
-    if impl == "reference":
-        return reference.block_cast_reference(x)
-    rows = tuning.choose_rows(*x.shape, x.dtype.itemsize) if rows is None else rows
-    return kernel_tpu.block_cast_forward(x, rows=rows, interpret=interpret)
-
-
 def _padded(
     x: Float[Array, "T GI"], weight: Float[Array, "GO I"], scale: UInt8[Array, "m n"], groups: int
 ) -> tuple[Float[Array, "T GI"], Float[Array, "GO I"], UInt8[Array, "m n"]]:
@@ -213,5 +167,4 @@ SPLITS = {
         summed="I",
         multiples={"O": 128, "I": 128},
     ),
-    "block_cast": Splits({"x": "T C"}, ("T C", "T C/128"), free="T C", multiples={"C": 128}),
 }

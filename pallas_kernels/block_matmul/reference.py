@@ -1,9 +1,8 @@
-"""What `block_matmul` and `block_cast` mean. Nothing in this file is fast."""
+"""What `block_matmul` means. Nothing in this file is fast."""
 
 import jax
 
-from pallas_kernels.formats.blocks import Fp8Blocks, quantize_fp8_groups
-from pallas_kernels.formats.sizes import ACTIVATION_GROUP
+from pallas_kernels.formats.blocks import Fp8Blocks
 from pallas_kernels.precision import einsum_float32
 
 
@@ -12,9 +11,3 @@ def block_matmul_reference(x: jax.Array, weight: Fp8Blocks, groups: int = 1) -> 
     matrices = weight.dequantize(x.dtype).reshape(groups, -1, weight.shape[1])
     y = einsum_float32("tgi,goi->tgo", x.reshape(len(x), groups, -1), matrices)
     return y.reshape(len(x), -1).astype(x.dtype)
-
-
-def block_cast_reference(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The definition; the contract is in `op.block_cast`."""
-    groups = quantize_fp8_groups(x, ACTIVATION_GROUP)
-    return groups.elements, groups.scale

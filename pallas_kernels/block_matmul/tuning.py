@@ -1,4 +1,4 @@
-"""Tile sizes of `block_matmul` and `block_cast`: legality, a VMEM formula, then a choice. Not measured.
+"""Tile sizes of `block_matmul`: legality, a VMEM formula, then a choice. Not measured.
 
 With few rows the weight is read once and its bytes decide; a summed block as long as the weight allows keeps
 the rows in VMEM while the weight streams past. With many rows the weight is decoded anew for every block of
@@ -71,9 +71,3 @@ def choose_blocks(
 def _divisors(size: int, most: int) -> list[int]:
     """Multiples of 128 that divide `size`, the largest first."""
     return [n for n in range(min(size, most) // LANES * LANES, 0, -LANES) if size % n == 0]
-
-
-def choose_rows(num_rows: int, channels: int, x_bytes: int) -> int:
-    """Rows of a `block_cast` tile: a multiple of 32 (FP8 tiling), at most what 8 MiB of buffers hold."""
-    per_row = 2 * channels * (x_bytes + 1 + 4)
-    return max(32, min(round_up(num_rows, 32), 8 * 2**20 // per_row // 32 * 32, 512))

@@ -9,9 +9,7 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels.arithmetic import round_up
 from pallas_kernels.decode_attention import (
-    kernel_sparse_core,
     kernel_tpu,
-    kernel_tpu_fetched,
     kernel_tpu_gather,
     reference,
     stored,
@@ -70,8 +68,8 @@ def decode_attention(
         window: W >= 1 (128 in V4).
         impl: "reference" runs dense plain XLA. There is no silent fallback.
         blocks: tile sizes, and the path for `index`; None lets `tuning.choose_blocks` pick. Speed only. Those
-            of `tuning.sparse_core_blocks`, for chips that have one, let the SparseCore fetch the chosen
-            entries first: compiled, never run on a chip, and never picked by itself.
+            of `sparse_core.blocks`, for chips that have one, let the SparseCore fetch the chosen entries
+            first: compiled, never run on a chip, and nothing here picks or even imports them.
         interpret: passed to `pl.pallas_call`; tests set it, callers leave it alone.
 
     Returns:
@@ -164,7 +162,7 @@ def _problems(o: _Operands, window: int, impl: str, blocks: tuning.DecodeBlocks 
         if in_rows:
             rules["entries in rows need index"] = o.index is not None
             rules["entries in rows can only be gathered"] = blocks is None or blocks.gather
-            rules["the SparseCore does not fetch entries in rows"] = blocks is None or not blocks.sparse_core
+            rules["entries in rows are not fetched ahead"] = blocks is None or blocks.ahead is None
         if blocks is not None and blocks.gather:
             pairs = 1 if in_rows else kernel_tpu_gather.rows_a_copy(o.q.dtype)
             rules["blocks.gather needs index"] = o.index is not None
@@ -261,16 +259,13 @@ def _run_kernel(q, ring, position, sink, repeat, entries, hi, index, *, window, 
     if blocks.gather:
         view = visibility.views(position, None, window, slots).reshape(batch * length, 1, -1)
         whole = round_up(num_chosen, tuning.LIST_ROWS)
-        chunk = whole if blocks.sparse_core else min(whole, blocks.entries)
+        chunk = whole if blocks.ahead else min(whole, blocks.entries)
         padded = round_up(num_chosen, chunk) - num_chosen
         index = jnp.pad(index, ((0, 0), (0, 0), (0, padded)), constant_values=-1)
-        if blocks.sparse_core:
-            keys, run = _fetch(entries, repeat[0], index, interpret), kernel_tpu_fetched.attend_fetched
-        else:
-            keys, run = entries, kernel_tpu_gather.gather
         lists = index.reshape(batch * length, -1, chunk)
         q_rows = q.reshape(batch * length, heads, width)
-        o, lse = run(g, q_rows, view, ring, sink, repeat, keys, lists, interpret=interpret)
+        run = blocks.ahead or kernel_tpu_gather.gather
+        o, lse = run(g, q_rows, view, ring, sink, repeat, entries, lists, interpret=interpret)
         return o.reshape(q.shape), lse.reshape(batch, length, heads)
     chosen = None
     if index is not None:
@@ -283,17 +278,6 @@ def _run_kernel(q, ring, position, sink, repeat, entries, hi, index, *, window, 
         g, rows, view, ring, sink, repeat, entries, extent, chosen, interpret=interpret
     )
     return o.reshape(q.shape), lse
-
-
-def _fetch(entries, repeat, index, interpret):
-    """The entries that the lists i32[B, T, K] name, one list after the other; entry 0 for -1."""
-    repeats, batch, size, width = entries.shape
-    first = (repeat * batch + jnp.arange(batch, dtype=jnp.int32)) * size
-    row = (first[:, None, None] + jnp.maximum(index, 0)).reshape(-1)
-    table = entries.reshape(repeats * batch * size, width)
-    if entries.dtype == jnp.float32:
-        return kernel_sparse_core.gather_rows(table, row, interpret=interpret)
-    return kernel_sparse_core.gather_halves(table, row, interpret=interpret)
 
 
 SPLITS = {

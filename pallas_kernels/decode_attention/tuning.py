@@ -4,6 +4,9 @@ Cycle counts here are a compiler's schedule (libtpu, v6e and tpu7x agree within 
 """
 
 import dataclasses
+from collections.abc import Callable
+
+import jax
 
 from pallas_kernels.arithmetic import cdiv, round_up
 
@@ -20,12 +23,13 @@ VMEM_LIMIT = 56 * 2**20
 class DecodeBlocks:
     """Tile sizes and path. Changes speed only, never the mathematics."""
 
-    sequences: int  # of one grid step; with `sparse_core` queries
+    sequences: int  # of one grid step; with `ahead` queries
     entries: (
         int  # compressed entries of one grid step, of each sequence; with `gather` of one chunk of a list
     )
     gather: bool = False  # chosen entries are fetched one by one; else all are read and masked
-    sparse_core: bool = False  # fetched by the SparseCore, ahead of the attention; chosen only by hand
+    # With `gather`: what fetches whole lists and then attends, `sparse_core.attend`. Only by hand.
+    ahead: Callable[..., tuple[jax.Array, jax.Array]] | None = None
 
     def __post_init__(self) -> None:
         problems = []
@@ -33,8 +37,8 @@ class DecodeBlocks:
             problems.append(f"sequences={self.sequences} must be at least 1")
         if self.entries <= 0 or self.entries % LANES:
             problems.append(f"entries={self.entries} must be a positive multiple of {LANES}")
-        if self.sparse_core and not self.gather:
-            problems.append("sparse_core needs gather")
+        if self.ahead and not self.gather:
+            problems.append("ahead needs gather")
         if problems:
             raise ValueError("; ".join(problems))
 
@@ -99,47 +103,6 @@ class Geometry:
         # Values, scales and rotated channels in float32, then the rows.
         in_flight += slots * (3 * 4 * self.width + row) if self.quantized_ring else 0
         return self.sequences * (operands + kept + in_flight)
-
-
-def fetched_vmem_bytes(
-    *, queries: int, heads: int, width: int, slots: int, num_chosen: int, itemsize: int, quantized_ring: bool
-) -> int:
-    """VMEM of one step of attention over fetched entries with so many queries, in bytes."""
-    row, slots = width * itemsize, round_up(slots, SUBLANES)
-    tile = heads * row  # q or o
-    small = 4 * 8 * (LANES + round_up(heads, LANES) + round_up(num_chosen, LANES))  # view, lse, index
-    ring = round_up(slots, LANES) * (width + 2 * LANES) if quantized_ring else slots * row
-    # As in `Geometry.vmem_bytes`.
-    in_flight = heads * ((slots + num_chosen) * (8 + itemsize) + 4 * width)
-    in_flight += slots * (3 * 4 * width + row) if quantized_ring else 0
-    return queries * (2 * (2 * tile + small + ring + num_chosen * row) + in_flight)
-
-
-def sparse_core_blocks(
-    *, heads: int, width: int, slots: int, num_chosen: int, itemsize: int, quantized_ring: bool = False
-) -> DecodeBlocks:
-    """Blocks for entries fetched by the SparseCore: queries by ROWS_A_STEP, as many as fit in VMEM.
-
-    Nothing chooses this path by itself: no SparseCore kernel here has run on a chip, and its time is unknown.
-    What is known are the bytes of HBM. A fetched row is read, in bfloat16 with its neighbour, written and
-    read again: 3 K Dh numbers of 4 bytes a query, or 4 K Dh of 2.
-
-    Args:
-        heads: H; width: Dh; slots: M; num_chosen: K; itemsize: bytes of a number of q;
-        quantized_ring: whether the ring is stored in fp8.
-
-    Raises:
-        ValueError: if not even one query fits.
-    """
-    sizes = dict(heads=heads, width=width, slots=slots, num_chosen=round_up(num_chosen, LIST_ROWS))
-    queries = max(1, ROWS_A_STEP // heads)
-    while fetched_vmem_bytes(queries=queries, **sizes, itemsize=itemsize, quantized_ring=quantized_ring) > (
-        VMEM_LIMIT
-    ):
-        if queries == 1:
-            raise ValueError(f"no query fits in {VMEM_LIMIT} bytes: {heads=} {width=} {slots=} {num_chosen=}")
-        queries //= 2
-    return DecodeBlocks(queries, LANES, gather=True, sparse_core=True)
 
 
 ROWS_A_STEP = 512

@@ -18,9 +18,6 @@ MAX = 448.0
 SMALLEST_MAX = 1e-4
 """The largest magnitude of a group counts as no smaller when its scale is chosen: at least 2^-22."""
 
-MANTISSA_OF_MAX = 0x600000
-"""The bits of MAX in float32 that follow the leading one."""
-
 OF_HALF = 2.0**8
 """What the float16 number with the bits of an E4M3 number must be multiplied with."""
 
@@ -61,15 +58,6 @@ def value_in_word(code: Int32[Array, "*n"]) -> Float[Array, "*n"]:
     )
     signed = jax.lax.bitcast_convert_type(size, jnp.int32) | ((code & 0x80) << 24)
     return jax.lax.bitcast_convert_type(signed, jnp.float32)
-
-
-def scale_code(largest: Float32[Array, "*shape"]) -> Int32[Array, "*shape"]:
-    """Inside a kernel: the E8M0 byte of 2^ceil(log2(largest / MAX)), without the division.
-
-    MAX is 1.75 * 2^8. For `largest` of at least 2^-117, of which scales are normal numbers.
-    """
-    bits = lax.bitcast_convert_type(largest, jnp.int32)
-    return (bits >> 23) - 8 + ((bits & 0x7FFFFF) > MANTISSA_OF_MAX).astype(jnp.int32)
 
 
 def rounded(x: Float32[Array, "*shape"]) -> Float[Array, "*shape"]:

@@ -6,7 +6,6 @@ Token axes may be empty; nothing is what the reference, too, makes of no tokens.
 """
 
 import functools
-import math
 from typing import Any, Literal
 
 import jax
@@ -16,6 +15,7 @@ from jaxtyping import Array, Float, Float32
 from pallas_kernels.hyper_connection import kernel_tpu, kernel_tpu_backward, reference, tuning
 from pallas_kernels.hyper_connection.kernel_tpu import Variant
 from pallas_kernels.hyper_connection.maps import scale_index
+from pallas_kernels.hyper_connection.stream_maps import StreamMaps, columns, of_columns
 from pallas_kernels.sizes import not_empty
 from pallas_kernels.splits import Splits
 
@@ -35,7 +35,7 @@ def pre(
     impl: Impl = "pallas",
     blocks: tuning.HyperConnectionBlocks | None = None,
     interpret: Any = False,
-) -> tuple[Float[Array, "*tokens D"], Float32[Array, "*tokens rows"]]:
+) -> tuple[Float[Array, "*tokens D"], StreamMaps]:
     """The normalised input of a sublayer and its per-token maps, from the residual streams.
 
     Equation (DeepSeek-V4 report, section 2.2, with the eps terms of the released model):
@@ -60,8 +60,7 @@ def pre(
         interpret: passed to `pl.pallas_call`; tests set it, callers leave it alone.
 
     Returns:
-        x [..., D] in the dtype of `streams`, and f32[..., rows] maps for `post`, in the order of `fn`;
-        comb[j, k] weighs input stream j in output stream k.
+        x [..., D] in the dtype of `streams`, and the maps for `post`.
 
     Numerics: float32 throughout; the weighted sum is rounded to the dtype of the streams before its RMSNorm,
         as in the model. With bfloat16 streams the projection is exact up to the order of its float32 sum
@@ -86,13 +85,13 @@ def pre(
         return reference.pre_reference(streams, *weights.values(), **settings)
     variant = Variant(post=False, pre=True, norm=True, **settings)
     out = _run(variant, dict(streams=streams, **weights), blocks, interpret)
-    return out["sublayer"], out["next_maps"]
+    return out["sublayer"], of_columns(out["next_maps"], streams.shape[-2])
 
 
 def post(
     streams: Float[Array, "*tokens N D"],
     update: Float[Array, "*tokens D"],
-    maps: Float32[Array, "*tokens rows"],
+    maps: StreamMaps,
     *,
     impl: Impl = "pallas",
     blocks: tuning.HyperConnectionBlocks | None = None,
@@ -106,7 +105,7 @@ def post(
     Args:
         streams: [..., N, D] X, the streams that `pre` saw.
         update: [..., D] y, the sublayer's output, in the dtype of the streams.
-        maps: f32[..., rows] from `pre`; of its columns post and comb are read.
+        maps: from `pre`; post and comb are read.
         impl: "pallas" (TPU) or "reference". There is no silent fallback.
         blocks: tile sizes; None lets `tuning.choose_blocks` pick.
         interpret: passed to `pl.pallas_call`; tests set it, callers leave it alone.
@@ -115,7 +114,7 @@ def post(
         [..., N, D] X' in the dtype of `streams`.
 
     Numerics: float32 sum, one rounding; within 1e-6 (float32) or one rounding (bfloat16) of the reference.
-    Gradients: w.r.t. all arrays; saves the operands only. The columns of pre get zero.
+    Gradients: w.r.t. all arrays; saves the operands only. The gradient of pre is zero.
     Cost: per token N D (2 N + 2) FLOP and (2 N + 1) D s bytes of HBM (s the item size; 18 D in V4); backward
         N D (6 N + 6) FLOP and (3 N + 2) D s bytes. VMEM: `tuning.HyperConnectionBlocks.vmem_bytes`.
     Sharding: `SPLITS`.
@@ -133,7 +132,7 @@ def post(
 def post_pre(
     streams: Float[Array, "*tokens N D"],
     update: Float[Array, "*tokens D"],
-    maps: Float32[Array, "*tokens rows"],
+    maps: StreamMaps,
     fn: Float32[Array, "rows N D"],
     base: Float32[Array, " rows"],
     scale: Float32[Array, "3"],
@@ -145,7 +144,7 @@ def post_pre(
     impl: Impl = "pallas",
     blocks: tuning.HyperConnectionBlocks | None = None,
     interpret: Any = False,
-) -> tuple[Float[Array, "*tokens N D"], Float[Array, "*tokens D"], Float32[Array, "*tokens rows"]]:
+) -> tuple[Float[Array, "*tokens N D"], Float[Array, "*tokens D"], StreamMaps]:
     """`post` of one sublayer and `pre` of the next, with one sweep over the streams.
 
     Equation (DeepSeek-V4 report, section 2.2):
@@ -167,7 +166,7 @@ def post_pre(
         interpret: as in `pre`.
 
     Returns:
-        X' [..., N, D] and x [..., D] in the dtype of `streams`, maps' f32[..., rows].
+        X' [..., N, D] and x [..., D] in the dtype of `streams`, and maps'.
 
     Numerics: as `post`, then `pre` of the rounded X'.
     Gradients: as `pre` and `post`. X' is recomputed, not read: the backward pass reads X, y and the gradients
@@ -187,7 +186,7 @@ def post_pre(
     if impl == "reference" or streams.size == 0:
         return reference.post_pre_reference(**operands, **settings)
     out = _run(Variant(post=True, pre=True, norm=True, **settings), operands, blocks, interpret)
-    return out["next_streams"], out["sublayer"], out["next_maps"]
+    return out["next_streams"], out["sublayer"], of_columns(out["next_maps"], streams.shape[-2])
 
 
 def collapse(
@@ -238,12 +237,6 @@ def collapse(
     return _run(variant, operands, blocks, interpret)["sublayer"]
 
 
-def mixing(maps: Float32[Array, "B T rows"]) -> Float32[Array, "N N B T"]:
-    """comb of the maps of `pre` or `post_pre`, input stream first; rows = 2 N + N^2."""
-    n = math.isqrt(maps.shape[-1] + 1) - 1
-    return jnp.moveaxis(maps[..., 2 * n :], -1, 0).reshape(n, n, *maps.shape[:2])
-
-
 def _check(name: str, operands: dict, *, impl: str, num_iters: int = 1) -> None:
     """Raises with every rule the arguments break."""
     streams = operands["streams"]
@@ -251,7 +244,9 @@ def _check(name: str, operands: dict, *, impl: str, num_iters: int = 1) -> None:
     rows = n if name == "collapse" else 2 * n + n * n
     shapes = {
         "update": (*tokens, hidden),
-        "maps": (*tokens, rows),
+        "maps.pre": (n, *tokens),
+        "maps.post": (n, *tokens),
+        "maps.comb": (n, n, *tokens),
         "fn": (rows, n, hidden),
         "base": (rows,),
         "scale": (1,) if name == "collapse" else (3,),
@@ -259,9 +254,10 @@ def _check(name: str, operands: dict, *, impl: str, num_iters: int = 1) -> None:
     }
     dtypes = dict.fromkeys(shapes, jnp.dtype("float32")) | {"update": streams.dtype}
     problems = []
-    for key, operand in operands.items():
-        if key == "streams":
-            continue
+    given_arrays = {key: operand for key, operand in operands.items() if key not in ("streams", "maps")}
+    if "maps" in operands:
+        given_arrays |= {f"maps.{key}": part for key, part in operands["maps"]._asdict().items()}
+    for key, operand in given_arrays.items():
         if operand.shape != shapes[key] or operand.dtype != dtypes[key]:
             given = f"{operand.dtype}{list(operand.shape)}"
             problems.append(f"{key} {given} must be {dtypes[key]}{list(shapes[key])}")
@@ -289,7 +285,7 @@ def _run(variant: Variant, operands: dict, blocks, interpret) -> dict:
     arranged = {
         "streams": lambda a: jnp.moveaxis(a.reshape(count, n, hidden), 1, 0),
         "update": lambda a: a.reshape(count, hidden),
-        "maps": lambda a: a.reshape(count, -1),
+        "maps": lambda maps: columns(maps).reshape(count, -1),
         "fn": lambda a: a.reshape(-1, n * hidden),
         "norm_weight": lambda a: a[None],
     }
@@ -353,22 +349,13 @@ _kernel.defvjp(_save, _pull)
 
 _WEIGHTS = {"fn": "rows N D", "base": "rows", "scale": "3"}
 _STREAMS = "*tokens N D"
+_MAPS = StreamMaps("N *tokens", "N *tokens", "N N *tokens")
 SPLITS = {
-    "pre": Splits(
-        {"streams": _STREAMS, **_WEIGHTS, "norm_weight": "D"}, ("*tokens D", "*tokens rows"), free="tokens"
-    ),
-    "post": Splits(
-        {"streams": _STREAMS, "update": "*tokens D", "maps": "*tokens rows"}, (_STREAMS,), free="tokens"
-    ),
+    "pre": Splits({"streams": _STREAMS, **_WEIGHTS, "norm_weight": "D"}, ("*tokens D", _MAPS), free="tokens"),
+    "post": Splits({"streams": _STREAMS, "update": "*tokens D", "maps": _MAPS}, (_STREAMS,), free="tokens"),
     "post_pre": Splits(
-        {
-            "streams": _STREAMS,
-            "update": "*tokens D",
-            "maps": "*tokens rows",
-            **_WEIGHTS,
-            "norm_weight": "D",
-        },
-        (_STREAMS, "*tokens D", "*tokens rows"),
+        {"streams": _STREAMS, "update": "*tokens D", "maps": _MAPS, **_WEIGHTS, "norm_weight": "D"},
+        (_STREAMS, "*tokens D", _MAPS),
         free="tokens",
     ),
     "collapse": Splits(

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
+from pallas_kernels.hyper_connection.stream_maps import StreamMaps, of_columns
 from pallas_kernels.precision import einsum_float32
 
 
@@ -59,21 +60,20 @@ def combine_reference(
 
 def pre_reference(
     streams, fn, base, scale, norm_weight, *, num_iters: int, hc_eps: float, norm_eps: float
-) -> tuple[Float[Array, "*tokens D"], Float32[Array, "*tokens rows"]]:
+) -> tuple[Float[Array, "*tokens D"], StreamMaps]:
     """The definition; the contract is in `op.pre`."""
     n = streams.shape[-2]
     z = scores_reference(streams, fn, norm_eps)
     maps = maps_reference(z, base, scale, num_streams=n, num_iters=num_iters, hc_eps=hc_eps)
     h = combine_reference(streams, maps[..., :n]).astype(jnp.float32)
     x = h * jax.lax.rsqrt(jnp.mean(jnp.square(h), axis=-1, keepdims=True) + norm_eps) * norm_weight
-    return x.astype(streams.dtype), maps
+    return x.astype(streams.dtype), of_columns(maps, n)
 
 
 def post_reference(streams, update, maps) -> Float[Array, "*tokens N D"]:
     """The definition; the contract is in `op.post`."""
-    n = streams.shape[-2]
-    post = maps[..., n : 2 * n]
-    comb = maps[..., 2 * n :].reshape(*maps.shape[:-1], n, n)
+    post = jnp.moveaxis(maps.post, 0, -1)
+    comb = jnp.moveaxis(maps.comb, (0, 1), (-2, -1))
     mixed = (comb[..., None] * streams.astype(jnp.float32)[..., :, None, :]).sum(axis=-3)
     written = post[..., None] * update.astype(jnp.float32)[..., None, :]
     return (written + mixed).astype(streams.dtype)

@@ -1,25 +1,15 @@
 """Hyper-connections in plain XLA; the equations are those of `op`.
 
-Everything here is float32; streams are stored in the compute dtype. Per-token matrices are kept with tokens
-on the minor axis: a 4 x 4 matrix a token would leave every vector unit nearly empty.
+Everything here is float32; streams are stored in the compute dtype.
 """
-
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
 from pallas_kernels.block_matmul import matmul_xla
+from pallas_kernels.hyper_connection.stream_maps import StreamMaps
 from pallas_kernels.precision import einsum_float32
-
-
-class StreamMaps(NamedTuple):
-    """One sublayer's per-token weights; tokens are the last two axes."""
-
-    pre: Float32[Array, "N B T"]  # stream j -> sublayer input
-    post: Float32[Array, "N B T"]  # sublayer output -> stream k
-    comb: Float32[Array, "N N B T"]  # comb[j, k]: from input stream j to output stream k
 
 
 def sinkhorn(logits: Float32[Array, "N N B T"], num_iters: int, eps: float) -> Float32[Array, "N N B T"]:
@@ -176,8 +166,3 @@ def collapse_xla(
     """As `op.collapse`: sum_j (sigmoid(z_j scale + base_j) + eps) X[j]."""
     gates = jax.nn.sigmoid(_scores(streams, fn, norm_eps) * scale + base[:, None, None]) + hc_eps
     return combine(streams, gates)
-
-
-def mixing_xla(maps: StreamMaps) -> Float32[Array, "N N B T"]:
-    """comb of these maps, input stream first."""
-    return maps.comb

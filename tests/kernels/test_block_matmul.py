@@ -1,4 +1,4 @@
-"""`block_matmul` and `block_cast`: values, gradients, ragged sizes, lowering, compiling at V4's shapes."""
+"""`block_matmul`: values, gradients, ragged sizes, lowering, compiling at V4's shapes."""
 
 import functools
 import re
@@ -13,8 +13,6 @@ from jax import export
 
 from pallas_kernels.arithmetic import cdiv
 from pallas_kernels.block_matmul import (
-    block_cast,
-    block_cast_reference,
     block_matmul,
     block_matmul_reference,
 )
@@ -145,45 +143,6 @@ def test_a_grouped_stack_reads_nothing_uninitialised():
           block_matmul(x, Fp8Blocks(weight, scale), impl="reference", **how), "bfloat16")  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", BOUND)
-@pytest.mark.parametrize(("tokens", "channels"), [(1, 128), (37, 384), (64, 1280)])
-def test_cast_is_bit_exact(tokens, channels, dtype):
-    rng = np.random.default_rng(0)
-    size = 10.0 ** rng.integers(-6, 5, (tokens, channels // 128)).repeat(128, axis=1)
-    x = rng.standard_normal((tokens, channels)) * size
-    x[0, :128] = 0
-    x = jnp.asarray(x, dtype)
-    want, got = block_cast_reference(x), block_cast(x, rows=32, interpret=True)
-    for mine, theirs in zip(got, want, strict=True):
-        assert mine.dtype == theirs.dtype
-        np.testing.assert_array_equal(np.asarray(mine).view(np.uint8), np.asarray(theirs).view(np.uint8))
-
-
-def test_scales_change_where_they_should():
-    """Largest numbers of a group at 448 times a power of two, and a step to both sides; small ones too."""
-    edges = 448 * 2.0 ** np.arange(-25, 20)
-    edges = np.concatenate([edges, 1e-4 * 2.0 ** np.arange(-2, 3), [1.0, 1.75, 3.4e38]]).astype(np.float32)
-    edges = np.concatenate([edges, np.nextafter(edges, 0, dtype=np.float32), 1.0000001 * edges[:-1]])
-    x = np.zeros((len(edges), 128), np.float32)
-    x[:, 77] = -edges
-    want, got = block_cast_reference(jnp.asarray(x)), block_cast(jnp.asarray(x), rows=32, interpret=True)
-    assert len(np.unique(want[1])) > 40
-    for mine, theirs in zip(got, want, strict=True):
-        np.testing.assert_array_equal(np.asarray(mine).view(np.uint8), np.asarray(theirs).view(np.uint8))
-
-
-def test_cast_matches_torch():
-    x = np.random.default_rng(2).standard_normal((9, 256)).astype(np.float32)
-    groups = torch.tensor(x).reshape(9, 2, 128)
-    exponent = torch.ceil(torch.log2(groups.abs().amax(-1).double() / 448))
-    values = (groups / (2.0 ** exponent[..., None]).float()).to(torch.float8_e4m3fn)
-    got, codes = block_cast_reference(jnp.asarray(x))
-    np.testing.assert_array_equal(np.asarray(codes), exponent.numpy() + 127)
-    np.testing.assert_array_equal(
-        np.asarray(got).view(np.uint8), values.view(torch.uint8).numpy().reshape(9, 256)
-    )
-
-
 def test_problems_are_named_together():
     x, weight, scale = operands(4, 256, 256)
     with pytest.raises(ValueError) as raised:
@@ -195,8 +154,6 @@ def test_problems_are_named_together():
             block_matmul(x, Fp8Blocks(weight[:outputs], scale[: cdiv(outputs, 128)]), groups=groups)
     with pytest.raises(ValueError, match=r"must be a stack \[R, O, I\] for a repeat"):
         block_matmul(x, Fp8Blocks(weight, scale), repeat=0)
-    with pytest.raises(ValueError, match="C a multiple of 128"):
-        block_cast(x[:, :100])
     for wrong in (dict(rows=7), dict(outer=64), dict(summed=0)):
         with pytest.raises(ValueError, match="must be a positive multiple"):
             MatmulBlocks(**(dict(rows=8, outer=128, summed=128) | wrong))
@@ -242,8 +199,6 @@ def test_lowers_to_mosaic(dtype):
     exported = export.export(jax.jit(both), platforms=["tpu"])(*shapes(64, 512, 1024, dtype))
     text = exported.mlir_module()
     assert text.count("tpu_custom_call") == 2 and "block_matmul_input" in text
-    cast = export.export(jax.jit(block_cast), platforms=["tpu"])(shapes(64, 512, 1024, dtype)[0])
-    assert "block_cast" in cast.mlir_module()
 
 
 def test_compiles_for_v6e():
@@ -251,7 +206,6 @@ def test_compiles_for_v6e():
     program = compile_for("v6e", wo_a, *stack_shapes(64)).as_text()
     # The matrix is read where it lies: nothing that holds one in FP8 is made.
     assert not re.search(r"= f8e4m3fn\[(1,)?8192,4096\]", program)
-    compile_for("v6e", block_cast, shapes(64, *FLASH[1])[0])
 
 
 @pytest.mark.slow
@@ -261,4 +215,3 @@ def test_compiles_for_v6e():
 def test_compiles_for_every_chip(chip, model, tokens):
     for size in {"flash": FLASH, "pro": PRO}[model]:
         compile_for(chip, both, *shapes(tokens, *size))
-        compile_for(chip, block_cast, shapes(tokens, *size)[0])

@@ -13,6 +13,7 @@ from pallas_kernels.decode_attention import (
     decode_attention,
     kernel_sparse_core,
     kernel_tpu,
+    sparse_core,
     visibility,
 )
 from pallas_kernels.decode_attention.tuning import DecodeBlocks
@@ -23,7 +24,7 @@ from tests.kernels.checks import STRICT, assert_close, errors
 # Small blocks on purpose: the cases below span several groups and blocks, and ragged ends of both.
 SMALL = DecodeBlocks(sequences=2, entries=128)
 GATHER = DecodeBlocks(sequences=1, entries=128, gather=True)
-FETCH = DecodeBlocks(sequences=2, entries=128, gather=True, sparse_core=True)
+FETCH = DecodeBlocks(sequences=2, entries=128, gather=True, ahead=sparse_core.attend)
 
 # float32: the same terms in another order, relative to the largest value of a result.
 FLOAT32 = 1e-5
@@ -417,7 +418,7 @@ def test_bad_arguments_are_named():
     rows = operands(**CASES["chosen of fp8 rows"])
     with pytest.raises(ValueError, match="entries in rows can only be gathered"):
         call(rows, 5, blocks=SMALL)
-    with pytest.raises(ValueError, match="SparseCore does not fetch entries in rows"):
+    with pytest.raises(ValueError, match="entries in rows are not fetched ahead"):
         call(rows, 5, blocks=FETCH)
     wrong = dataclasses.replace(rows["entries"], rest=rows["entries"].rest[:, :, 1:])
     with pytest.raises(ValueError, match=r"entries.rest .* must be \(3, 2, 72, 20\)"):
@@ -432,8 +433,8 @@ def test_bad_arguments_are_named():
     wrong = ring["ring"]._replace(rotary=ring["ring"].rotary.astype(jnp.float32))
     with pytest.raises(ValueError, match="ring.rotary is float32, must be bfloat16"):
         call(ring | {"ring": wrong}, 5)
-    with pytest.raises(ValueError, match="sequences=0 .*entries=100.*sparse_core needs gather"):
-        DecodeBlocks(sequences=0, entries=100, sparse_core=True)
+    with pytest.raises(ValueError, match="sequences=0 .*entries=100.*ahead needs gather"):
+        DecodeBlocks(sequences=0, entries=100, ahead=sparse_core.attend)
 
 
 @pytest.mark.parametrize(("rows", "strict"), [(1, False), (15, False), (48, False), (49, True), (200, True)])

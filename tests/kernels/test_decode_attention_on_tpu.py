@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from jax import export
 
-from pallas_kernels.decode_attention import decode_attention
-from pallas_kernels.decode_attention.tuning import DecodeBlocks, sparse_core_blocks
+from pallas_kernels.decode_attention import decode_attention, sparse_core
+from pallas_kernels.decode_attention.tuning import DecodeBlocks
 from pallas_kernels.formats.entries import Fp8Entries
 from pallas_kernels.formats.entry_rows import Fp8Rows, Layout
 from tests.kernels.ahead_of_time import CHIPS, compile_for, devices
@@ -150,7 +150,7 @@ def test_fp8_rows_compile_ahead_of_time_everywhere(chip, model, length, long):
 
 def compile_for_sparse_core(chip, model="flash", **sizes):
     shapes = full_size("csa", model, **sizes)
-    blocks = sparse_core_blocks(heads=HEADS[model], width=512, slots=136, num_chosen=TOP_K[model], itemsize=2)
+    blocks = sparse_core.blocks(heads=HEADS[model], width=512, slots=136, num_chosen=TOP_K[model], itemsize=2)
     return compile_full_size(chip, shapes, blocks, fetched=math.prod(shapes["index"].shape) * 512 * 2)
 
 

@@ -2,15 +2,13 @@
 
 import pytest
 
-from pallas_kernels.decode_attention import kernel_sparse_core
+from pallas_kernels.decode_attention import kernel_sparse_core, sparse_core
 from pallas_kernels.decode_attention.tuning import (
     VMEM_LIMIT,
     Geometry,
     choose_blocks,
-    fetched_vmem_bytes,
     gather_pays,
     rows_pay,
-    sparse_core_blocks,
 )
 
 
@@ -31,10 +29,10 @@ def test_chosen_blocks_fit(heads, length):
     with pytest.raises(ValueError, match="no legal block fits"):
         choose_blocks(**sizes | {"slots": 2**16}, num_entries=0, num_chosen=None)
     lists = dict(heads=heads, width=512, slots=136, num_chosen=1024, itemsize=2)
-    blocks = sparse_core_blocks(**lists)
-    assert fetched_vmem_bytes(queries=blocks.sequences, **lists, quantized_ring=False) <= VMEM_LIMIT
+    blocks = sparse_core.blocks(**lists)
+    assert sparse_core.vmem_bytes(queries=blocks.sequences, **lists, quantized_ring=False) <= VMEM_LIMIT
     with pytest.raises(ValueError, match="no query fits"):
-        sparse_core_blocks(**lists | {"num_chosen": 2**15})
+        sparse_core.blocks(**lists | {"num_chosen": 2**15})
 
 
 def test_gathering_pays_for_long_lists_of_entries():

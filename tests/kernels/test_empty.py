@@ -41,10 +41,6 @@ def _block_matmul(impl, *, B, T, D, V, **_):
     return block_matmul.block_matmul(f32(T, D), weight, impl=impl)
 
 
-def _block_cast(impl, *, T, D, **_):
-    return block_matmul.block_cast(f32(T, D), impl=impl)
-
-
 def _compressor(impl, *, B, P, D, **_):
     kv = f32(B, 4 * P, 1, D)
     angles = f32(B, P, 32)
@@ -92,17 +88,21 @@ def _hybrid_attention(impl, *, B, T, S, H, D, **_):
 HYPER = dict(hc_eps=1e-6, norm_eps=1e-6)
 
 
+def _maps(B, T):
+    return hyper_connection.StreamMaps(f32(4, B, T), f32(4, B, T), f32(4, 4, B, T))
+
+
 def _pre(impl, *, B, T, D, **_):
     weights = (f32(24, 4, D), f32(24), f32(3), f32(D))
     return hyper_connection.pre(f32(B, T, 4, D), *weights, num_iters=2, **HYPER, impl=impl)
 
 
 def _post(impl, *, B, T, D, **_):
-    return hyper_connection.post(f32(B, T, 4, D), f32(B, T, D), f32(B, T, 24), impl=impl)
+    return hyper_connection.post(f32(B, T, 4, D), f32(B, T, D), _maps(B, T), impl=impl)
 
 
 def _post_pre(impl, *, B, T, D, **_):
-    streams = (f32(B, T, 4, D), f32(B, T, D), f32(B, T, 24))
+    streams = (f32(B, T, 4, D), f32(B, T, D), _maps(B, T))
     weights = (f32(24, 4, D), f32(24), f32(3), f32(D))
     return hyper_connection.post_pre(*streams, *weights, num_iters=2, **HYPER, impl=impl)
 
@@ -144,20 +144,20 @@ def _topk_mask(impl, *, B, T, S, **_):
     return topk_mask.topk_mask(f32(B, T, S), jnp.ones((B, T, S), bool), 2)
 
 
+MAPS = [(4, "B", "T"), (4, "B", "T"), (4, 4, "B", "T")]
 # Operation -> (implementations, axes that may be 0, axes that may not, results: shapes by letters or numbers)
 OPERATIONS = {
     _block_matmul: (("reference", "pallas"), "T", "DV", ["TV"]),
     _attend: (("xla", "reference"), "BTS", "", ["BTHD"]),
     _attend_cached: (("xla", "reference"), "BTS", "", ["BTHD"]),
-    _block_cast: (("reference", "pallas"), "T", "D", ["TD", ("T", 1)]),
     _compressor: (("reference", "pallas", "xla"), "BP", "D", ["BPD"]),
     _decode_attention: (("reference", "pallas"), "BT", "HD", ["BTHD", "BTH"]),
     _expert_ffn: (("reference", "pallas", "xla"), "TK", "DE", ["TD"]),
     _gathered_attention: (("reference", "pallas"), "BTSK", "HD", ["BTHD", "BTH"]),
     _hybrid_attention: (("reference", "pallas"), "BT", "HD", ["BTHD", "BTH"]),
-    _pre: (("reference", "pallas"), "BT", "D", ["BTD", ("B", "T", 24)]),
+    _pre: (("reference", "pallas"), "BT", "D", ["BTD", *MAPS]),
     _post: (("reference", "pallas"), "BT", "D", [("B", "T", 4, "D")]),
-    _post_pre: (("reference", "pallas"), "BT", "D", [("B", "T", 4, "D"), "BTD", ("B", "T", 24)]),
+    _post_pre: (("reference", "pallas"), "BT", "D", [("B", "T", 4, "D"), "BTD", *MAPS]),
     _collapse: (("reference", "pallas"), "BT", "D", ["BTD"]),
     _index_scores: (("reference", "pallas"), "BTS", "HD", ["BTS"]),
     _index_select: (("reference", "pallas"), "BTS", "HD", ["BTS"]),

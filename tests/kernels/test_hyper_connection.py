@@ -12,7 +12,7 @@ from jax import export
 
 from pallas_kernels import hyper_connection
 from pallas_kernels.hyper_connection import parts as parts_of
-from pallas_kernels.hyper_connection import reference, tuning
+from pallas_kernels.hyper_connection import reference, stream_maps, tuning
 from tests.kernels import hyper_connection_torch
 from tests.kernels.ahead_of_time import CHIPS, compile_for
 from tests.kernels.checks import STRICT, assert_close
@@ -40,7 +40,7 @@ def operands(name, tokens, n, d, dtype=jnp.float32):
     every = {
         "streams": normal(*tokens, n, d).astype(dtype),
         "update": normal(*tokens, d).astype(dtype),
-        "maps": normal(*tokens, rows),
+        "maps": stream_maps.of_columns(normal(*tokens, rows), n) if name != "collapse" else None,
         "fn": normal(rows, n, d) / np.sqrt(d),
         "base": normal(rows),
         "scale": jnp.array([0.5, 0.7, 0.9][: 1 if name == "collapse" else 3]),
@@ -92,6 +92,8 @@ def test_reference_against_torch(n):
     head = operands("collapse", (3,), n, 128)
     h = PUBLIC["collapse"](**head, **EPS, impl="reference")
 
+    maps = stream_maps.columns(maps)
+    arrays["maps"] = stream_maps.columns(arrays["maps"])
     given = {key: torch.from_numpy(np.array(a)).double() for key, a in arrays.items()}
     head = {key: torch.from_numpy(np.array(a)).double() for key, a in head.items()}
     for t in range(3):
@@ -169,7 +171,18 @@ def test_maps_of_bfloat16_streams_are_exact():
     arrays = operands("pre", (21,), 2, 256, dtype=jnp.bfloat16)
     _, got = PUBLIC["pre"](**arrays, **V4, interpret=True)
     _, want = PUBLIC["pre"](**arrays, **V4, impl="reference")
-    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
+    for mine, theirs in zip(got, want, strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-5)
+
+
+def test_kernels_keep_the_maps_of_a_token_in_a_line():
+    """pre, post, comb row-major; what a kernel kept is what it gets back."""
+    kept = jnp.arange(2 * 3 * 8, dtype=jnp.float32).reshape(2, 3, 8)
+    maps = stream_maps.of_columns(kept, 2)
+    assert [part.shape for part in maps] == [(2, 2, 3), (2, 2, 3), (2, 2, 2, 3)]
+    token = [maps.pre[:, 1, 2], maps.post[:, 1, 2], maps.comb[0, :, 1, 2], maps.comb[1, :, 1, 2]]
+    np.testing.assert_array_equal(np.concatenate(token), kept[1, 2])
+    np.testing.assert_array_equal(stream_maps.columns(maps), kept)
 
 
 def test_no_races_and_no_uninitialised_reads():
@@ -225,12 +238,13 @@ def shapes(name, num_tokens, hidden, dtype=jnp.bfloat16):
 
 def forward_and_backward(name, arrays):
     """A function of the operands and the gradients of the outputs, in a flat list."""
+    shape = jax.tree.structure(arrays)
 
     def run(*flat):
-        given = dict(zip(arrays, flat, strict=False))
+        given = jax.tree.unflatten(shape, flat[: shape.num_leaves])
         outputs, pullback = jax.vjp(lambda given: PUBLIC[name](**given, **SETTINGS[name]), given)
         structure = jax.tree.structure(outputs)
-        return outputs, pullback(jax.tree.unflatten(structure, flat[len(arrays) :]))
+        return outputs, pullback(jax.tree.unflatten(structure, flat[shape.num_leaves :]))
 
     return run
 
@@ -242,14 +256,14 @@ def test_lowers_to_mosaic(name, dtype):
     mosaic = export.DisabledSafetyCheck.custom_call("tpu_custom_call")
     lowered = export.export(
         jax.jit(forward_and_backward(name, arrays)), platforms=["tpu"], disabled_checks=[mosaic]
-    )(*arrays.values(), *jax.tree.leaves(outputs))
+    )(*jax.tree.leaves((arrays, outputs)))
     text = lowered.mlir_module()
     assert text.count("tpu_custom_call") >= 2  # one kernel forward, one backward
 
 
 def compile_both(chip, name, num_tokens, hidden, dtype=jnp.bfloat16):
     arrays, outputs = shapes(name, num_tokens, hidden, dtype)
-    compile_for(chip, forward_and_backward(name, arrays), *arrays.values(), *jax.tree.leaves(outputs))
+    compile_for(chip, forward_and_backward(name, arrays), *jax.tree.leaves((arrays, outputs)))
 
 
 def test_compiles_for_v6e_at_flash_size():

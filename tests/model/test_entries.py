@@ -17,6 +17,7 @@ from dsv4_jax.numerics import cache_formats, cache_storage
 from dsv4_jax.numerics.cache_formats import CACHE_FORMATS
 from dsv4_jax.numerics.cache_storage import write_entries
 from dsv4_jax.numerics.policy import Policy
+from pallas_kernels import entry_write
 from pallas_kernels.formats import bits, e2m1, e4m3, e8m0, entry_rows
 from pallas_kernels.indexer import xla as indexer_xla
 from tests.model.test_compile import abstract_decode
@@ -71,7 +72,7 @@ def test_the_prefix_of_rows_is_that_of_entries():
     stored = cache_formats.store_entries(draw(2, 40, 80), "fp8+fp8", 16)
     rows = entry_rows.empty(3, 2, 40, entry_rows.Layout(80, 16))
     every = jnp.zeros(2, jnp.int32), jnp.full(2, 40)
-    rows = write_entries(rows, jnp.int32(1), stored, *every)
+    rows = write_entries(rows, jnp.int32(1), stored, *every, columns=entry_write.write_entries)
     got = Entries(rows, jnp.int32(1)).prefix(31, jnp.float32)
     np.testing.assert_array_equal(got, cache_formats.read(stored, jnp.float32)[:, :31])
     assert Entries(rows, jnp.int32(1)).size == 40

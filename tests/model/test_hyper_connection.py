@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.hyper_connection.xla import StreamMaps, combine, expand
+from pallas_kernels.hyper_connection import StreamMaps
+from pallas_kernels.hyper_connection.xla import combine, expand
 
 
 def operands(dtype):

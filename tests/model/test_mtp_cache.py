@@ -15,6 +15,8 @@ from dsv4_jax.language_model import LanguageModel
 from dsv4_jax.model.cache import Cache, new_cache
 from dsv4_jax.model.cache_rows import put, reset, snapshot, take
 from dsv4_jax.numerics.policy import Policy
+from tests.kernels.checks import assert_close
+from tests.model import test_kernels
 from tests.model.equivalence import (
     BATCH,
     CHUNK,
@@ -198,6 +200,29 @@ def test_the_backbone_does_not_see_the_slot(shallow):
     assert plain.mtp is None and cache.mtp is not None
     with pytest.raises(ValueError, match=r"differ in model, format or capacity: mtp.*and absent"):
         put(cache, [0], snapshot(plain, 0))
+
+
+def test_kernels_predict_from_the_slot_what_xla_does_for_whole_rows():
+    """A chunk longer than the rings and a few tokens, with a rewind between them; a draft after each call."""
+    config = dataclasses.replace(test_kernels.CONFIG, attention_kinds=("window",), router_kinds=("hash",))
+    xla, policy = telling_model(config), test_kernels.KERNELS
+    kernels = LanguageModel(config, policy, xla.parameters)
+    test_kernels.computed_by(kernels, test_kernels.plain_hyper_connections(policy))
+    rows = random_rows(config.vocab_size, (24, 16), seed=6)
+    cache, done, want = made(kernels, batch=2), np.zeros(2, int), whole(xla, rows)
+    for counts, back in (([19, 11], [2, 0]), ([1, 2], [0, 1]), ([2, 1], [0, 0])):
+        pieces = [row[at : at + n] for row, at, n in zip(rows, done, counts, strict=True)]
+        _, further, cache = extended(kernels, cache, pieces, max(counts))
+        done += counts
+        token = np.array([row[at] for row, at in zip(rows, done, strict=True)], np.int32)
+        drafted = steps.draft(kernels.network, kernels.parameters, cache, token)
+        for b, at in enumerate(done):
+            first = at - 1 - len(further[b])
+            assert len(further[b]) == counts[b] - (first == 0 and at == counts[b])
+            got = np.concatenate([further[b], drafted[b : b + 1]])
+            assert_close(got, want[b][first:at], test_kernels.TOLERANCE)
+        cache = cache.rewind(np.array(back))
+        done -= back
 
 
 @pytest.mark.parametrize("format", ["fp8+fp8", "fp8+mxfp4"])

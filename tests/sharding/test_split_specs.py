@@ -13,6 +13,7 @@ from pallas_kernels.core_attention import Queries
 from pallas_kernels.core_attention.op import SPLITS as CORE
 from pallas_kernels.formats.blocks import Fp8Blocks
 from pallas_kernels.hybrid_attention.op import SPLITS as HYBRID
+from pallas_kernels.hyper_connection import StreamMaps
 from pallas_kernels.hyper_connection.op import SPLITS as HYPER
 from sharding.split_specs import partition_specs
 
@@ -34,8 +35,18 @@ def test_leading_dims_and_groups():
     assert got == ((P(None, ("a", "b")), P(None, ("a", "b")), P()), P(None, ("a", "b")))
     one = weight | {"weight": Fp8Blocks(array(2), array(2))}
     assert partition_specs(MATMUL["block_matmul"], {"O": "a"}, one)[0][1] == P("a")
-    streams = {"streams": array(4), "update": array(3), "maps": array(3)}
-    assert partition_specs(HYPER["post"], {"tokens": "a"}, streams) == ((P("a"), P("a"), P("a")), P("a"))
+    maps = StreamMaps(array(3), array(3), array(4))
+    streams = {"streams": array(4), "update": array(3), "maps": maps}
+    of_maps = StreamMaps(P(None, "a"), P(None, "a"), P(None, None, "a"))
+    assert partition_specs(HYPER["post"], {"tokens": "a"}, streams) == ((P("a"), P("a"), of_maps), P("a"))
+    whole = {
+        "streams": array(4),
+        "fn": array(3),
+        "base": array(1),
+        "scale": array(1),
+        "norm_weight": array(1),
+    }
+    assert partition_specs(HYPER["pre"], {"tokens": "a"}, whole)[1] == (P("a"), of_maps)
 
 
 def test_a_tuple_of_arrays_has_a_tuple_of_specs():
@@ -113,4 +124,4 @@ def test_eight_devices_compute_what_one_does():
         timeout=600,
     )
     assert ran.returncode == 0, ran.stderr[-2000:]
-    assert ran.stdout.count("compared") == 2 + 1 + 2
+    assert ran.stdout.count("compared") == 2 + 1 + 4
