@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from dsv4_jax.model import cache, tables
+from dsv4_jax.model.operations_on_mesh import spread
 from dsv4_jax.numerics import cache_storage
 from dsv4_jax.numerics.policy import Policy
 from pallas_kernels import block_matmul, core_attention, entry_write, hyper_connection
@@ -24,9 +25,6 @@ from pallas_kernels.hyper_connection import xla as hyper_connection_xla
 from pallas_kernels.hyper_connection.tuning import HyperConnectionBlocks
 from pallas_kernels.linear_cross_entropy import weighted_cross_entropy
 from sharding.activations import Placement
-from sharding.expert_parallel import over_mesh
-from sharding.linear import LinearOverMesh
-from sharding.rules import OPTIONAL, axis_names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,31 +180,4 @@ def _bound(policy: Policy, hyper_connection_blocks: HyperConnectionBlocks | None
         ),
         weights_in_place=True,
         cache_of_bits=False,
-    )
-
-
-def spread(chosen: Operations, placement: Placement) -> Operations:
-    """The same operations on a mesh. The compiler partitions those of XLA along the pinned activations."""
-    rules, taken = placement.table.parameters, set()
-    weight_axes = {}
-    for letter in (
-        "E",
-        "F",
-        "D",
-    ):  # the order of the experts' dims: an axis splits the first that asks for it
-        names = (each.removesuffix(OPTIONAL) for each in axis_names(rules.get(letter, ())))
-        weight_axes[letter] = tuple(axis for axis in names if axis not in taken)
-        taken.update(weight_axes[letter])
-    experts = over_mesh(chosen.experts, placement.mesh, weight_axes=weight_axes)
-
-    def linear(each: Operation, grouped: bool) -> Operation:
-        over = LinearOverMesh(each, placement, grouped, by_device=bool(each.kernels))
-        return dataclasses.replace(each, function=over, settings=())
-
-    return dataclasses.replace(
-        chosen,
-        linear=linear(chosen.linear, False),
-        grouped_linear=linear(chosen.grouped_linear, True),
-        experts=dataclasses.replace(chosen.experts, function=experts, settings=()),
-        placement=placement,
     )

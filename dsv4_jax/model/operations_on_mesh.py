@@ -1,0 +1,83 @@
+"""The operations of a model on a mesh: what is split, and which function moves what is needed elsewhere.
+
+* Experts: `sharding.expert_parallel`, tokens travel.
+* Products with weights: `sharding.linear`, rows travel and weights stay.
+* Operations whose rows do not meet (attention, compressors, caches, hyper-connections): `sharding.by_device`.
+  With `context` larger than 1 those of XLA are the compiler's to partition, because tokens of a row do meet.
+* The rest is partitioned by the compiler, along the pinned activations.
+"""
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from pallas_kernels.compressor.op import SPLITS as COMPRESSOR
+from pallas_kernels.core_attention.op import SPLITS as ATTENTION
+from pallas_kernels.entry_write.op import SPLITS as ENTRIES
+from pallas_kernels.hyper_connection.op import SPLITS as STREAMS
+from pallas_kernels.splits import Splits
+from sharding.activations import Placement
+from sharding.by_device import ByDevice, Table
+from sharding.expert_parallel import over_mesh
+from sharding.linear import LinearOverMesh
+from sharding.rules import OPTIONAL, axis_names
+
+if TYPE_CHECKING:
+    from dsv4_jax.model.operations import Operation, Operations
+
+RING = Splits(
+    {"ring": "R B M Dh", "repeat": "", "new": "B T Dh", "start": "B", "num_valid": "B"},
+    results=("R B M Dh",),
+    free="B",
+)
+"""Of `cache.write_ring`, whose rings may have more dims behind M."""
+
+BY_ROWS: dict[str, tuple[Splits, str, str]] = {
+    "compress": (COMPRESSOR["compressor"], "B", ""),
+    "keep": (RING, "B", ""),
+    "store": (ENTRIES["write_entries"], "B", ""),
+    "attend": (ATTENTION["attend"], "B", "H"),
+    "attend_cached": (ATTENTION["attend_cached"], "B", "H"),
+    "enter": (STREAMS["pre"], "tokens", ""),
+    "leave": (STREAMS["post"], "tokens", ""),
+    "advance": (STREAMS["post_pre"], "tokens", ""),
+    "collapse": (STREAMS["collapse"], "tokens", ""),
+}
+"""Operation -> its family's table, and the letters of its rows and heads there."""
+
+
+def spread(chosen: "Operations", placement: Placement) -> "Operations":
+    """The same operations on a mesh.
+
+    Args:
+        chosen: on one device.
+        placement: mesh and rules.
+    """
+    found: dict[str, Any] = {"placement": placement, "experts": _experts(chosen.experts, placement)}
+    for name, grouped in (("linear", False), ("grouped_linear", True)):
+        each = getattr(chosen, name)
+        over = LinearOverMesh(each, placement, grouped, by_device=bool(each.kernels))
+        found[name] = _through(each, over)
+    for name, (splits, rows, heads) in BY_ROWS.items():
+        each = getattr(chosen, name)
+        if each.kernels or placement.mesh.shape["context"] == 1:
+            found[name] = _through(each, ByDevice(each, placement, Table.of(splits), rows, heads))
+    return dataclasses.replace(chosen, **found)
+
+
+def _experts(each: "Operation", placement: Placement) -> "Operation":
+    rules, taken = placement.table.parameters, set()
+    weight_axes = {}
+    for letter in (
+        "E",
+        "F",
+        "D",
+    ):  # the order of the experts' dims: an axis splits the first that asks for it
+        names = (name.removesuffix(OPTIONAL) for name in axis_names(rules.get(letter, ())))
+        weight_axes[letter] = tuple(axis for axis in names if axis not in taken)
+        taken.update(weight_axes[letter])
+    return _through(each, over_mesh(each, placement.mesh, weight_axes=weight_axes))
+
+
+def _through(each: "Operation", function: Any) -> "Operation":
+    """The same operation, whose settings are bound inside `function`."""
+    return dataclasses.replace(each, function=function, settings=())
