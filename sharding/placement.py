@@ -87,6 +87,8 @@ def sharding_of(
                 taken = (*taken, mesh_axis)
                 used.add(mesh_axis)
         entries.append(taken or None)
+    while entries and entries[-1] is None:
+        entries.pop()  # as the compiler spells what comes out of a step: one spelling, one program
     return NamedSharding(mesh, PartitionSpec(*entries)), problems
 
 

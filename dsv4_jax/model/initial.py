@@ -52,7 +52,7 @@ class Network(NamedTuple):
         """The model with these parameters, arrays or tracers."""
         placement = None if self.operations is None else self.operations.placement
         whole = {
-            key: tree if key in ("stacks", "embed") else gathered(tree, (key,), self.config, placement)
+            key: tree if key == "stacks" else gathered(tree, (key,), self.config, placement)
             for key, tree in parameters.items()
         }
         return nnx.merge(_abstract(*self)[0], whole)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float32, Int32
 
 from dsv4_jax.model import span as spans
@@ -45,9 +46,18 @@ class StepReport(NamedTuple):
 
 
 def initial_state(params: Params, optimizer: AdamW) -> TrainState:
-    """The state before the first step. The parameters' buffers are used, and later donated, as they are."""
+    """The state before the first step. The parameters' buffers are used, and later donated, as they are; what
+    goes with a parameter lies where it does, and counters are on all devices of the parameters."""
     trained, fixed = split_trainable(params)
-    return TrainState(trained, fixed, optimizer.transform().init(trained), jnp.int32(0))
+    counters = jax.tree.leaves(trained)[0].sharding
+    if isinstance(counters, NamedSharding):
+        counters = NamedSharding(counters.mesh, PartitionSpec())
+
+    def placed(leaf: jax.Array) -> jax.Array:
+        return leaf if leaf.ndim else jax.device_put(leaf, counters)
+
+    moments = jax.tree.map(placed, optimizer.transform().init(trained))
+    return TrainState(trained, fixed, moments, placed(jnp.int32(0)))
 
 
 def forward_losses(model: Transformer, batch: Batch) -> tuple[LossParts, ModelReport]:
