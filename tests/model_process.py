@@ -10,6 +10,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 import dsv4_jax
 from dsv4_jax.checkpoint import read
@@ -40,11 +41,18 @@ def generated(lm):
 
 
 def trained(lm):
-    """Losses and parameters after one step."""
+    """What one step measures, its gradients, and the parameters after it, by name."""
     optimizer = AdamW()
-    state = initial_state(lm.parameters, optimizer)
+    state = initial_state(jax.tree.map(jnp.copy, lm.parameters), optimizer)
     state, report = train_step(lm.network, optimizer, state, batch(), jnp.float32(RATE))
-    return fetched((report._asdict(), state.params))
+    moments = next(each for each in jax.tree.leaves(state.moments, is_leaf=is_adam) if is_adam(each)).mu
+    report, moments, parameters = fetched((report._asdict(), moments, state.params))
+    gradients = {f"gradient{name}": leaf / (1 - optimizer.beta1) for name, leaf in named(moments).items()}
+    return report | gradients | named(parameters)
+
+
+def is_adam(node):
+    return isinstance(node, optax.ScaleByAdamState)
 
 
 def named(tree):
@@ -58,22 +66,22 @@ def main(port: int, number: int, checkpoint: str, folder: pathlib.Path) -> None:
         ["generate", checkpoint, *COMMAND, "--mesh", MESH, *hosts, "--no-compilation-cache"]
     )
     found: dict[str, object] = {"code": code}
-    boxes: list[tuple[str, list[tuple[int, int]]]] = []
+    boxes: list[tuple] = []
 
     def recorded(tensor, read_stored, part, *rest, **more):
-        boxes.append((tensor.info.name, [(each.start, each.stop) for each in part]))
+        boxes.append((tensor.info.name, tensor.spec.dims, [(each.start, each.stop) for each in part]))
         return read_part(tensor, read_stored, part, *rest, **more)
 
     read_part, read.read_part = read.read_part, recorded
     lm = dsv4_jax.load(checkpoint, dtype="float32", mesh=MESH)
-    found["boxes"] = boxes
+    found["boxes"], read.read_part = boxes, read_part
     found["tokens"] = generated(lm).tolist()
     try:
         refused_together(lambda: refusing(number))
     except ProblemsError as refused:
         found["refused"] = [type(refused).__name__, *refused.problems]
-    report, parameters = trained(dsv4_jax.load(checkpoint, dtype="float32", mesh=TRAIN_MESH, rules="train"))
-    np.savez(folder / f"trained{number}.npz", **named(parameters), **report)
+    lm = dsv4_jax.load(checkpoint, dtype="float32", mesh=TRAIN_MESH, rules="train")
+    np.savez(folder / f"trained{number}.npz", **trained(lm))
     (folder / f"found{number}.json").write_text(json.dumps(found))
 
 

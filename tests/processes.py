@@ -1,4 +1,4 @@
-"""Several processes of one program on this machine, four CPU devices each, none of which outlives its test."""
+"""Several processes of one program on this machine, four CPU devices each, which never outlive their test."""
 
 import dataclasses
 import os
