@@ -14,6 +14,8 @@ import optax
 
 import dsv4_jax
 from dsv4_jax.checkpoint import read
+from dsv4_jax.checkpoint.save import save_checkpoint
+from dsv4_jax.checkpoint.staging import StagedFiles, StagedOutput
 from dsv4_jax.command_line import main as command_line
 from dsv4_jax.errors import ProblemsError
 from dsv4_jax.refusing import refused_together
@@ -26,6 +28,7 @@ PROMPTS = [[1, 2, 3], [4, 5], [6, 7, 8, 9, 10], [11], [12, 13], [14, 15, 16], [1
 COMMAND = ["--ids", "5", "6", "7", "--max-new-tokens", "4", "--dtype", "float32", "--json"]
 MESH = "expert=8"
 TRAIN_MESH = "fsdp=4,expert=2"
+SHARD_BYTES = 40_000
 RATE = 1e-3
 
 
@@ -76,13 +79,45 @@ def main(port: int, number: int, checkpoint: str, folder: pathlib.Path) -> None:
     lm = dsv4_jax.load(checkpoint, dtype="float32", mesh=MESH)
     found["boxes"], read.read_part = boxes, read_part
     found["tokens"] = generated(lm).tolist()
-    try:
-        refused_together(lambda: refusing(number))
-    except ProblemsError as refused:
-        found["refused"] = [type(refused).__name__, *refused.problems]
+    found["refused"] = [
+        problems_of(lambda: refused_together(lambda: refusing(number))),
+        problems_of(lambda: dsv4_jax.load(f"{checkpoint}/nowhere" if number else checkpoint, mesh=MESH)),
+        problems_of(lambda: lm.save(folder / "taken")),
+        problems_of(lambda: lm.save(folder / "full") if number else failing_save(lm, folder / "full")),
+    ]
+    created = []
+    create = StagedFiles.create
+    StagedFiles.create = lambda self, name: created.append(name) or create(self, name)
+    save_checkpoint(folder / "saved", lm.config, lm.parameters, stored=lm.stored, max_shard_bytes=SHARD_BYTES)
+    StagedFiles.create, found["created"] = create, created
     lm = dsv4_jax.load(checkpoint, dtype="float32", mesh=TRAIN_MESH, rules="train")
     np.savez(folder / f"trained{number}.npz", **trained(lm))
     (folder / f"found{number}.json").write_text(json.dumps(found))
+
+
+def problems_of(work) -> list[str]:
+    try:
+        work()
+    except ProblemsError as refused:
+        return [type(refused).__name__, *refused.problems]
+    return []
+
+
+def failing_save(lm, folder: pathlib.Path) -> None:
+    """The disk of process 0 takes nothing after the first bytes of a file."""
+    write, calls = StagedOutput.write, []
+
+    def full(self, data):
+        calls.append(data)
+        if len(calls) > 2:
+            raise self._files.refused(f"{self._name}: no space left")
+        write(self, data)
+
+    StagedOutput.write = full
+    try:
+        lm.save(folder)
+    finally:
+        StagedOutput.write = write
 
 
 def refusing(number: int) -> None:

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+import dsv4_jax
 from dsv4_jax.checkpoint.files import open_checkpoint
 from dsv4_jax.command_line import main as command_line
 from dsv4_jax.language_model import LanguageModel
@@ -19,20 +20,24 @@ CONFIG = all_kinds(
 
 
 @pytest.fixture(scope="module")
-def one():
-    return LanguageModel.random(CONFIG, Policy.of("float32"), seed=5)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(one, tmp_path_factory):
+def checkpoint(tmp_path_factory):
+    """In bfloat16, and read as float32: saving it again narrows what it read."""
     folder = tmp_path_factory.mktemp("saved") / "one"
-    one.save(folder)
+    LanguageModel.random(CONFIG, Policy.of("bfloat16"), seed=5).save(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
+def one(checkpoint):
+    return dsv4_jax.load(checkpoint, dtype="float32")
+
+
+@pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("together")
+    folder = tmp_path_factory.mktemp("together")
+    (folder / "taken").mkdir()
+    (folder / "taken" / "something").touch()
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -83,9 +88,39 @@ def test_each_process_reads_its_own_part(found, checkpoint):
     assert read[0] == read[1] < 0.7 * sum(np.prod(size) for size in sizes.values())
 
 
-def test_what_one_refuses_all_refuse(found):
+def test_what_one_refuses_all_refuse(found, folder):
     for each in found:
-        assert each["refused"] == ["ProblemsError", "process 1: no such file"]
+        refused, unread, taken, full = each["refused"]
+        assert refused == ["ProblemsError", "process 1: no such file"]
+        assert len(unread) == 2 and unread[1].startswith("process 1: ") and "nowhere" in unread[1]
+        assert len(taken) == 2 and "process 0: " in taken[1] and "is not empty" in taken[1]
+        assert len(full) == 2 and full[1].startswith("process 0: ") and full[1].endswith("no space left")
+    assert [path.name for path in (folder / "taken").iterdir()] == ["something"]
+    assert not (folder / "full").exists()
+
+
+def test_saved_together_is_saved_by_one(found, folder, one, tmp_path):
+    """Experts lie in one process each, the embedding in parts in both; both wrote about half."""
+    one.save(tmp_path / "alone")
+    with open_checkpoint(tmp_path / "alone") as wanted, open_checkpoint(folder / "saved") as got:
+        assert list(wanted.tensors) and set(got.tensors) == set(wanted.tensors)
+        assert got.warnings == []
+        assert {got.read(name).dtype.name for name in got.tensors} == {"bfloat16", "float32"}
+        for name in wanted.tensors:
+            assert got.read(name).dtype == wanted.read(name).dtype, name
+            assert got.read(name).tobytes() == wanted.read(name).tobytes(), name
+    for path in (tmp_path / "alone").iterdir():
+        if path.suffix == ".json":
+            assert (folder / "saved" / path.name).read_bytes() == path.read_bytes()
+    own = [{name for name in each["created"] if name.endswith(".safetensors")} for each in found]
+    there = {path.name for path in (folder / "saved").iterdir()}
+    assert not own[0] & own[1] and own[0] | own[1] == {
+        name for name in there if ".safetensors" in name and "index" not in name
+    }
+    assert [name for name in found[1]["created"] if name not in own[1]] == []
+    sizes = [sum((folder / "saved" / name).stat().st_size for name in names) for names in own]
+    assert min(len(names) for names in own) > 1 and max(sizes) < 1.3 * min(sizes)
+    assert there == set(found[0]["created"]) | own[1]
 
 
 def test_a_training_step(ended, folder, one):

@@ -109,8 +109,11 @@ def part_boxes(how: Format, box: Box, shape: tuple[int, ...]) -> tuple[Box, Box]
 def part(array: jax.Array | np.ndarray, box: Box) -> np.ndarray:
     """A box of an array on the host: a view if it lies in one piece in host memory, else a copy of the box.
 
+    A box of which every process has a part only (`holders`) is brought together: a collective, for which all
+    processes must ask in the same order.
+
     Raises:
-        ProblemsError: if a part of it is on devices of other processes only.
+        ProblemsError: if a part of it is on devices of other processes, of which one has it all.
     """
     if isinstance(array, np.ndarray):
         return array[box]
@@ -128,9 +131,48 @@ def part(array: jax.Array | np.ndarray, box: Box) -> np.ndarray:
         target[inside(shared, box)] = _fetched(data, inside(shared, own))
         filled += size_of(shared)
     if filled != target.size:
+        if isinstance(array, jax.Array) and not holders(array, box):
+            return _brought_together(array, box)
         missing = f"{target.size - filled} of {target.size} numbers are on devices of other processes"
         raise ProblemsError(f"cannot fetch {box} of an array {array.shape}", [missing])
     return target
+
+
+def holders(array: jax.Array | np.ndarray, box: Box) -> list[int]:
+    """The processes that have all of a box of an array on their own devices; the same answer in each."""
+    if isinstance(array, np.ndarray) or array.is_fully_addressable:
+        return [jax.process_index()]
+    boxes = _boxes_by_process(array.sharding, tuple(array.shape))
+    return [number for number, own in boxes.items() if sum(map(_size_shared(box), own)) == size_of(box)]
+
+
+def _size_shared(box: Box) -> Callable[[Box], int]:
+    def size(own: Box) -> int:
+        shared = overlap(box, own)
+        return 0 if shared is None else size_of(shared)
+
+    return size
+
+
+@functools.lru_cache(maxsize=256)
+def _boxes_by_process(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> dict[int, list[Box]]:
+    """The different boxes of an array that are on devices of each process."""
+    found: dict[int, dict[tuple[Any, ...], Box]] = {}
+    for device, index in sharding.devices_indices_map(shape).items():
+        box = tuple(slice(*s.indices(n)[:2]) for s, n in zip(index, shape, strict=True))
+        found.setdefault(device.process_index, {})[tuple((s.start, s.stop) for s in box)] = box
+    return {number: list(boxes.values()) for number, boxes in sorted(found.items())}
+
+
+def _brought_together(array: jax.Array, box: Box) -> np.ndarray:
+    """A box on every device, and from there to the host."""
+    everywhere = jax.sharding.NamedSharding(array.sharding.mesh, jax.sharding.PartitionSpec())
+    return np.asarray(_cut(everywhere)(array, [part.start for part in box], shape_of(box)))
+
+
+@functools.lru_cache(maxsize=8)
+def _cut(sharding: jax.sharding.NamedSharding) -> Callable[..., jax.Array]:
+    return jax.jit(jax.lax.dynamic_slice, static_argnums=2, out_shardings=sharding)
 
 
 def _fetched(data: jax.Array, box: Box) -> np.ndarray:
@@ -155,10 +197,13 @@ Pair = tuple[np.ndarray, np.ndarray]
 class Pairs:
     """Official tensors in FP8 or FP4: kept as they are held, or rounded to the nearest numbers.
 
-    Remembers the last one, because its elements and scales are written in turn.
+    Args:
+        remembering: keep the last one, because its elements and scales are written in turn. Not where reading
+            is a collective (`part`): processes remember different ones.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, remembering: bool = True) -> None:
+        self._remembering = remembering
         self._last: tuple[str, Pair] | None = None
 
     def __call__(self, held: Held, spec: TensorSpec, how: Format) -> Pair:
@@ -167,7 +212,7 @@ class Pairs:
         Raises:
             CheckpointError: if the tensor holds NaN or infinity, or FP4 that FP8 does not hold exactly.
         """
-        if self._last is None or self._last[0] != spec.name:
+        if not self._remembering or self._last is None or self._last[0] != spec.name:
             self._last = None  # before the next one is fetched
             blocks = _in_format(held, spec, how)
             self._last = spec.name, (np.asarray(blocks.data).view(np.uint8), np.asarray(blocks.scale))

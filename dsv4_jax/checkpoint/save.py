@@ -6,8 +6,9 @@ weights are written as they are held. Loading a checkpoint with native weights a
 therefore gives the same bytes for every tensor. Hash tables are always I64. The transformers layouts
 get quantised weights dequantised: they have no FP4.
 
-Parameters may be spread over the devices of this process. Host memory holds one tensor of them at a time, or
-a few while one is rounded.
+Parameters may be spread over devices. Host memory holds one tensor of them at a time, or a few while one is
+rounded. Where other processes have a part of them, every process must save, with the same arguments, to one
+folder that all hosts share; each writes its own files (`write_together`).
 """
 
 import dataclasses
@@ -25,16 +26,22 @@ from dsv4_jax.checkpoint.files import Progress
 from dsv4_jax.checkpoint.held import Held, Leaf, Pair, Pairs, as_dtype, in_memory, plain_tensor
 from dsv4_jax.checkpoint.read import NAN_CODES, bad_scales, num_nan, num_non_finite
 from dsv4_jax.checkpoint.safetensors import DTYPES
+from dsv4_jax.checkpoint.shares import Shares, is_spread, shares
 from dsv4_jax.checkpoint.side_files import GENERATION_FILE, SIDE_FILES
 from dsv4_jax.checkpoint.storage import FP4_DTYPES, Release, ReleasedTensor
 from dsv4_jax.checkpoint.write import Planned, TensorPlan, write_sharded
+from dsv4_jax.checkpoint.write_together import write_together
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.config.io import CONFIG_FILE, official_config_dict, token_json, transformers_config_dict
 from dsv4_jax.errors import CheckpointError, ProblemsError
 from pallas_kernels.formats.blocks import Fp8Blocks
 from pallas_kernels.formats.weights import QuantizedWeight
+from sharding.agreement import collected
 
 MAX_SHARD_BYTES = 5_000_000_000
+
+Keeps = Callable[[Held, names.TensorSpec, str], bool]
+"""Whether a dtype holds every value of a tensor of a parameter."""
 
 _NAME_OF_DTYPE = {DTYPES[name]: name for name in ("BF16", "F32")}
 
@@ -59,7 +66,7 @@ def save_checkpoint(
         directory: new, or empty, or (with `overwrite`) a checkpoint to replace.
         config: of the model.
         parameters: the tree of the table (`dsv4_jax.parameters`): nested dicts of arrays, on one device,
-            split over several of this process, or in host memory.
+            split over several, or in host memory.
         layout: naming; 'transformers' is its native one, which its `from_pretrained` loads.
         stored: `Loaded.stored`, the dtypes to keep where that loses nothing.
         side_files: `Loaded.side_files`, the small files to write beside, by name; a
@@ -88,7 +95,13 @@ def save_checkpoint(
     ]
     problems += parameter_problems(config, flat)
     held = {path: in_memory(leaf) for path, leaf in flat.items()}
-    problems = problems or non_finite_problems(config, held)
+    written = checked = None
+    if not problems and is_spread(flat):
+        checked = shares(flat, names.official_tensors(config))
+        written = shares(flat, names.layout_tensors(_of_layout(config, layout), layout))
+    problems = problems or non_finite_problems(config, held, checked and checked.names_to_read())
+    if checked is not None:
+        problems = sorted({problem for each in collected(problems) for problem in each})
     if problems:
         raise CheckpointError(f"cannot save to {directory}", problems)
     return write_held(
@@ -103,7 +116,13 @@ def save_checkpoint(
         max_shard_bytes=max_shard_bytes,
         overwrite=overwrite,
         progress=progress,
+        written=written,
     )
+
+
+def _of_layout(config: ModelConfig, layout: names.Layout) -> ModelConfig:
+    """The config of what a layout can hold: all but the official one have no MTP block."""
+    return config if layout == "official" else dataclasses.replace(config, num_nextn_predict_layers=0)
 
 
 def option_problems(config: ModelConfig, layout: names.Layout, release: Release | None) -> list[str]:
@@ -130,24 +149,32 @@ def write_held(
     overwrite: bool,
     progress: Progress | None,
     last_check: Callable[[], None] | None = None,
+    written: Shares | None = None,
 ) -> list[str]:
     """As `save_checkpoint`, for parameters that may lie in files, and in which no problem was found.
 
     Args:
         held: every parameter of the config; each tensor is read as it is written, some also before.
         last_check: called when all is written and nothing has appeared yet; what it raises stops that.
+        written: which process writes what; None: this one all of it.
     """
     warnings = []
     if layout != "official" and config.num_nextn_predict_layers:
         warnings.append(f"the MTP block is not saved: the {layout} layout has none")
-        config = dataclasses.replace(config, num_nextn_predict_layers=0)
+        config = _of_layout(config, layout)
     formats = sorted({parameter.format for parameter in held.values()} - {"plain"})
     if layout != "official" and formats:
         warnings.append(f"{' and '.join(formats)} weights are saved dequantised in the {layout} layout")
-    planned = list(planned_tensors(config, held, layout, stored, release))
+    plan = functools.partial(planned_tensors, config, held, layout, stored, release)
+    if written is None:
+        planned = list(plan())
+    else:
+        pairs = Pairs(remembering=False)
+        planned = list(plan(keeps=_agreed(functools.partial(plan, pairs=pairs), written), pairs=pairs))
     dtypes = {plan.dtype for _, plan, _ in planned}
     small = extra_files(config, layout, _name_of(held["embed",]), dtypes, side_files)
-    write_sharded(
+    write = write_sharded if written is None else functools.partial(write_together, shares=written)
+    write(
         pathlib.Path(directory),
         planned,
         max_shard_bytes=max_shard_bytes,
@@ -191,15 +218,19 @@ def parameter_problems(config: ModelConfig, flat: Mapping[names.Path, Leaf]) -> 
     return problems
 
 
-def non_finite_problems(config: ModelConfig, held: Mapping[names.Path, Held]) -> list[str]:
-    """Parameters that hold numbers which reading would refuse, or that cannot be read, one line each."""
+def non_finite_problems(
+    config: ModelConfig, held: Mapping[names.Path, Held], look_at: Collection[str] | None = None
+) -> list[str]:
+    """Parameters that hold numbers which reading would refuse, or that cannot be read, one line each; of the
+    official tensors with these names only, if `look_at` is given."""
     specs: dict[names.Path, list[names.TensorSpec]] = {}
     for spec in names.official_tensors(config):
         specs.setdefault(spec.path, []).append(spec)
     problems = []
     for path, parameter in held.items():
+        own = [spec for spec in specs[path] if look_at is None or spec.name in look_at]
         try:
-            problem = _non_finite(parameter, sorted(specs[path], key=lambda spec: spec.index))
+            problem = _non_finite(parameter, sorted(own, key=lambda spec: spec.index))
         except ProblemsError as unreadable:
             problem = ", ".join(unreadable.problems)
         if problem is not None:
@@ -240,10 +271,19 @@ def planned_tensors(
     layout: names.Layout,
     stored: Mapping[str, str],
     release: Release | None,
+    *,
+    keeps: Keeps | None = None,
+    pairs: Pairs | None = None,
 ) -> Iterator[Planned]:
-    """Name, dtype and shape of every tensor of the file, and a function that gives its data."""
+    """Name, dtype and shape of every tensor of the file, and a function that gives its data.
+
+    Args:
+        config, held, layout, stored, release: as in `write_held`.
+        keeps: in place of `keeps_values`.
+        pairs: what gives quantised tensors.
+    """
     records = _records(config, stored)
-    pairs = Pairs()
+    pairs, keeps = pairs or Pairs(), keeps or keeps_values
     for spec in names.layout_tensors(config, layout):
         parameter = held[spec.path]
         how = "plain" if layout != "official" else parameter.format
@@ -259,7 +299,7 @@ def planned_tensors(
         elif spec.kind != "table":
             dtype = _name_of(parameter)
             recorded = records.get((spec.path, spec.index))
-            if recorded not in (None, dtype) and _keeps(parameter, spec, recorded):
+            if recorded not in (None, dtype) and keeps(parameter, spec, recorded):
                 dtype = recorded
         give = functools.partial(plain_tensor, parameter, spec, DTYPES[dtype])
         yield spec.name, TensorPlan(dtype, spec.shape), give
@@ -269,6 +309,21 @@ def _name_of(plain: Held) -> str:
     """Safetensors name of the dtype that a parameter has in memory."""
     assert plain.dtype is not None
     return _NAME_OF_DTYPE[plain.dtype]
+
+
+def _agreed(plan: Callable[..., Iterator[Planned]], written: Shares) -> Keeps:
+    """What every process finds of the tensors that it writes, known to all: they must plan alike."""
+    read, kept = written.names_to_read(), set()
+
+    def found(held: Held, spec: names.TensorSpec, dtype: str) -> bool:
+        if spec.name in read and keeps_values(held, spec, dtype):  # torn ones are read by all
+            kept.add(spec.name)
+        return False
+
+    for _ in plan(keeps=found):
+        pass
+    everywhere = {name for each in collected(sorted(kept)) for name in each}
+    return lambda held, spec, dtype: spec.name in everywhere
 
 
 def _planned_pair(
@@ -296,7 +351,7 @@ def _records(config: ModelConfig, stored: Mapping[str, str]) -> dict[tuple[names
     return {place: dtype for place, dtype in single.items() if dtype is not None}
 
 
-def _keeps(held: Held, spec: names.TensorSpec, dtype: str) -> bool:
+def keeps_values(held: Held, spec: names.TensorSpec, dtype: str) -> bool:
     """Whether the recorded dtype is narrower than the one in memory and holds every value."""
     narrow = DTYPES[dtype]
     assert held.dtype is not None

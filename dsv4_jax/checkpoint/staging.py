@@ -83,6 +83,19 @@ class StagedFiles:
                 os.close(descriptor)
         self._names.append(name)
 
+    @property
+    def incoming(self) -> str:
+        """Name of the staging folder in the directory."""
+        return self._incoming.name
+
+    def adopt(self, name: str, num_bytes: int) -> None:
+        """Takes in a file that another process staged (`StagedByAnother`), for the next commit."""
+        with self._reporting(name):
+            found = os.stat(self._incoming / name).st_size
+        if found != num_bytes:
+            raise self.refused(f"{name}: has {found} bytes, another process wrote {num_bytes}")
+        self._names.append(name)
+
     def present(self) -> list[str]:
         """Names now in the directory."""
         with self._reporting():
@@ -176,6 +189,33 @@ class StagedFiles:
         except OSError as error:
             reason = error.strerror or str(error)
             raise self.refused(f"{name or self.directory}: {reason}") from error
+
+
+class StagedByAnother(StagedFiles):
+    """Where another process stages files of a checkpoint, for this one to add its own by `create`.
+
+    The other one holds the lock, commits (`adopt`) and removes.
+
+    Args:
+        directory: of the checkpoint, the same folder for both processes.
+        incoming: name of the other's staging folder in it (`StagedFiles.incoming`).
+
+    Raises:
+        CheckpointError: this process does not see that folder.
+    """
+
+    def __init__(self, directory: Path, incoming: str) -> None:
+        self.directory = directory
+        self._names = []
+        self._incoming = directory / incoming
+        if not self._incoming.is_dir():
+            raise self.refused(
+                f"{self._incoming}: another process made this folder, and this one does not see it; all"
+                " processes must write to one shared file system"
+            )
+
+    def __exit__(self, *_: object) -> None:
+        """Leaves everything to the other process."""
 
 
 class StagedOutput:

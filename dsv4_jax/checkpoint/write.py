@@ -10,7 +10,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -85,28 +85,28 @@ def write_sharded(
     directory, planned = Path(directory), list(tensors)
     extra_files = dict(extra_files or {})
     metadata = {"format": "pt"} if metadata is None else dict(metadata)
-    problems = list(_plan_problems(planned, extra_files, max_shard_bytes))
+    problems = list(plan_problems(planned, extra_files, max_shard_bytes))
     problems += target_problems(directory, overwrite)
     if problems:
         raise CheckpointError(f"checkpoint {directory} cannot be written", problems)
 
     shards = _shards(planned, max_shard_bytes)
-    headers = {name: _header(shard, metadata) for name, shard in shards.items()}
+    headers = {name: shard_header(shard, metadata) for name, shard in shards.items()}
     total = sum(plan.num_bytes for _, plan, _ in planned)
-    index = _index(shards, total) if len(shards) > 1 else b""
+    index = index_of(shards, total) if len(shards) > 1 else b""
     marker = INDEX_FILE if index else SINGLE_FILE
     others = sum(map(len, headers.values())) + sum(map(len, extra_files.values())) + len(index)
 
     with StagedFiles(directory) as staged:
         if problems := target_problems(directory, overwrite):  # changed before it was locked
             raise CheckpointError(f"checkpoint {directory} cannot be written", problems)
-        _check_space(staged, total + others)
+        check_space(staged, total + others)
         written = 0
         for shard_name, shard in shards.items():
             with staged.create(shard_name) as output:
                 output.write(headers[shard_name])
                 for name, plan, produce in shard:
-                    _write_tensor(output, name, plan, produce)
+                    write_tensor(output, name, plan, produce)
                     written += plan.num_bytes
                     if progress is not None:
                         progress(name, written, total)
@@ -115,19 +115,25 @@ def write_sharded(
                 output.write(data)
         if last_check is not None:
             last_check()
-        present = staged.present()
-        staged.commit(
-            marker,
-            former_markers=[name for name in (INDEX_FILE, SINGLE_FILE) if name in present],
-            former_files=[name for name in present if _SHARD.fullmatch(name) or name in extra_files],
-        )
+        commit(staged, marker, extra_files)
     names = [*extra_files, *shards, *([INDEX_FILE] if index else [])]
     return tuple(directory / name for name in names)
 
 
-def _plan_problems(
+def commit(staged: StagedFiles, marker: str, extra_files: Collection[str]) -> None:
+    """Lets the staged files appear in the place of those of a former checkpoint."""
+    present = staged.present()
+    staged.commit(
+        marker,
+        former_markers=[name for name in (INDEX_FILE, SINGLE_FILE) if name in present],
+        former_files=[name for name in present if _SHARD.fullmatch(name) or name in extra_files],
+    )
+
+
+def plan_problems(
     planned: list[Planned], extra_files: Mapping[str, bytes], max_shard_bytes: float
 ) -> Iterator[str]:
+    """What is wrong with names, dtypes and shapes before a value is known."""
     if not 0 < len(planned) <= MAX_TENSORS:
         yield f"there are {len(planned)} tensors, expected 1 to {MAX_TENSORS}"
     if not max_shard_bytes > 0:
@@ -200,6 +206,11 @@ def _present_problems(directory: Path, overwrite: bool) -> list[str]:
 
 
 def _shards(planned: list[Planned], max_shard_bytes: float) -> dict[str, list[Planned]]:
+    """Shards by file name."""
+    return named_shards(grouped(planned, max_shard_bytes))
+
+
+def grouped(planned: list[Planned], max_shard_bytes: float) -> list[list[Planned]]:
     """Fills shards in the given order; in a shard wide dtypes come first, so all are aligned."""
     groups: list[list[Planned]] = [[]]
     size = 0
@@ -211,6 +222,11 @@ def _shards(planned: list[Planned], max_shard_bytes: float) -> dict[str, list[Pl
         size += item[1].num_bytes
     for group in groups:
         group.sort(key=lambda item: -DTYPES[item[1].dtype].itemsize)
+    return groups
+
+
+def named_shards(groups: list[list[Planned]]) -> dict[str, list[Planned]]:
+    """Shards by file name: one file alone, or numbered ones."""
     if len(groups) == 1:
         return {SINGLE_FILE: groups[0]}
     return {
@@ -219,8 +235,8 @@ def _shards(planned: list[Planned], max_shard_bytes: float) -> dict[str, list[Pl
     }
 
 
-def _header(shard: list[Planned], metadata: Mapping[str, str]) -> bytes:
-    """Length and JSON, padded with spaces so that the data starts at a multiple of 8."""
+def shard_header(shard: list[Planned], metadata: Mapping[str, str]) -> bytes:
+    """Of one shard: length and JSON, padded with spaces so that the data starts at a multiple of 8."""
     entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     begin = 0
     for name, plan, _ in shard:
@@ -235,13 +251,15 @@ def _header(shard: list[Planned], metadata: Mapping[str, str]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _index(shards: Mapping[str, list[Planned]], total: int) -> bytes:
+def index_of(shards: Mapping[str, list[Planned]], total: int) -> bytes:
+    """The index of shards by file name; `total` is the number of bytes of all tensors."""
     weight_map = {name: file for file, shard in shards.items() for name, _, _ in shard}
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     return (json.dumps(index, indent=2) + "\n").encode()
 
 
-def _check_space(staged: StagedFiles, needed: int) -> None:
+def check_space(staged: StagedFiles, needed: int) -> None:
+    """Raises CheckpointError where the file system says that it has not so many bytes."""
     try:
         status = os.statvfs(staged.directory)
     except OSError:
@@ -251,7 +269,8 @@ def _check_space(staged: StagedFiles, needed: int) -> None:
         raise staged.refused(f"no space: {needed} bytes are needed, {free} are free")
 
 
-def _write_tensor(output: StagedOutput, name: str, plan: TensorPlan, produce: Produce) -> None:
+def write_tensor(output: StagedOutput, name: str, plan: TensorPlan, produce: Produce) -> None:
+    """Appends a tensor to its shard, or raises CheckpointError if it is not what was planned."""
     array = np.asarray(produce())
     if array.dtype != DTYPES[plan.dtype] or array.shape != tuple(plan.shape):
         found = f"{array.dtype}{list(array.shape)}"
