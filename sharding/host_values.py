@@ -34,19 +34,23 @@ def fetched(tree: Any) -> Any:
     """Every array of a tree as a NumPy array, wherever its parts are.
 
     Where parts are on devices of other processes this is a collective: every process must call it, in the
-    same order as everything else. Each then has the whole in the memory of its host.
+    same order as everything else. Each then has the whole tree on every device and in the memory of its host.
+    Arrays with such parts must be of one mesh.
     """
-    return jax.tree.map(_fetched, tree)
+    leaves, structure = jax.tree.flatten(tree)
+    foreign = [place for place, leaf in enumerate(leaves) if _is_foreign(leaf)]
+    if foreign:
+        whole = NamedSharding(leaves[foreign[0]].sharding.mesh, PartitionSpec())
+        for place, leaf in zip(foreign, _whole(whole)([leaves[place] for place in foreign]), strict=True):
+            leaves[place] = leaf
+    return structure.unflatten(jax.device_get(leaves))
 
 
-def _fetched(x: Any) -> np.ndarray:
-    if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
-        return np.asarray(x)
-    mesh = x.sharding.mesh
-    return np.asarray(_whole(NamedSharding(mesh, PartitionSpec()))(x))
+def _is_foreign(x: Any) -> bool:
+    return isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated)
 
 
 @functools.lru_cache(maxsize=8)
 def _whole(sharding: NamedSharding) -> Any:
-    """One jit for each mesh, so that an array of a known shape compiles nothing."""
-    return jax.jit(lambda x: x, out_shardings=sharding)
+    """One jit for each mesh, so that a tree of known shapes compiles nothing."""
+    return jax.jit(lambda arrays: arrays, out_shardings=sharding)

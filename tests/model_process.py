@@ -44,9 +44,9 @@ def generated(lm):
 
 
 def trained(lm):
-    """What one step measures, its gradients, and the parameters after it, by name."""
+    """What one step measures, its gradients, and the parameters after it, by name. Takes the parameters over."""
     optimizer = AdamW()
-    state = initial_state(jax.tree.map(jnp.copy, lm.parameters), optimizer)
+    state = initial_state(lm.parameters, optimizer)
     state, report = train_step(lm.network, optimizer, state, batch(), jnp.float32(RATE))
     moments = next(each for each in jax.tree.leaves(state.moments, is_leaf=is_adam) if is_adam(each)).mu
     report, moments, parameters = fetched((report._asdict(), moments, state.params))

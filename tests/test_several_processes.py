@@ -123,10 +123,10 @@ def test_saved_together_is_saved_by_one(found, folder, one, tmp_path):
     assert there == set(found[0]["created"]) | own[1]
 
 
-def test_a_training_step(ended, folder, one):
+def test_a_training_step(ended, folder, one, checkpoint):
     """Adam's first step is the learning rate times the gradient's sign: compared where that is no chance."""
-    wanted = model_process.trained(one)
     before = model_process.named(one.parameters)
+    wanted = model_process.trained(dsv4_jax.load(checkpoint, dtype="float32"))
     for number in range(2):
         with np.load(folder / f"trained{number}.npz") as got:
             assert set(got) == set(wanted)
