@@ -37,13 +37,13 @@ class SharedExpert(nnx.Module):
 
     def __call__(self, x: Float[Array, "tokens D"]) -> Float[Array, "tokens D"]:
         """(silu(min(x w1, c)) * clip(x w3, -c, c)) w2; clamp, SiLU and product in float32."""
-        both = self.operations.linear(self.grids.activation(x), self.gate_up[...], out=("F", 1))
+        both = self.operations.linear(self.grids.activation(x), self.gate_up[...], out=(("F", 1),))
         both = both.astype(jnp.float32)
         gate, up = both[:, 0], both[:, 1]
         if self.limit:
             gate, up = jnp.minimum(gate, self.limit), jnp.clip(up, -self.limit, self.limit)
         hidden = self.grids.activation((jax.nn.silu(gate) * up).astype(x.dtype))
-        return self.operations.linear(hidden, self.down[...], over=("F", hidden.shape[-1]))
+        return self.operations.linear(hidden, self.down[...], over=(("F", hidden.shape[-1]),))
 
 
 class MixtureOfExperts(nnx.Module):

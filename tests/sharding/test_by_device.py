@@ -128,13 +128,18 @@ def test_nothing_moves_between_devices():
     policy = Policy.of("float32")
     spread = both(policy)[1]
     ring = PLACEMENT.put(np.zeros((2, 4, 12, 128), np.float32), "R B")
-    new, start = PLACEMENT.put(np.ones((4, 3, 128), np.float32), "B"), PLACEMENT.put(np.zeros(4, np.int32), "B")
+    new, start = (
+        PLACEMENT.put(np.ones((4, 3, 128), np.float32), "B"),
+        PLACEMENT.put(np.zeros(4, np.int32), "B"),
+    )
 
     def step(ring, new, start):
         return spread.keep(ring, jnp.int32(1), new, start, start + 3)
 
     text = jax.jit(step).lower(ring, new, start).compile().as_text()
-    assert not any(f"{name}(" in text for name in ("all-gather", "all-reduce", "all-to-all", "collective-permute"))
+    assert not any(
+        f"{name}(" in text for name in ("all-gather", "all-reduce", "all-to-all", "collective-permute")
+    )
 
 
 def test_a_table_is_a_key():

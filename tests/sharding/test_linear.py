@@ -62,15 +62,19 @@ def compare(mesh, table, function, x, weight, is_grouped=False, gradients=True, 
 @pytest.mark.parametrize("batch", [8, 3])
 def test_outputs_sums_and_groups(mesh, batch):
     """Three rows are no multiple of any axis: they are whole on every device."""
-    compare(mesh, DECODE, linear, normal(batch, 2, 16), normal(8, 3, 5, 16), out=("G", 0))
-    compare(mesh, DECODE, linear, normal(batch, 16), normal(2, 24, 16), out=("F", 1))
-    compare(mesh, DECODE, linear, normal(batch, 2, 24), normal(7, 24), over=("G", 8))
-    compare(mesh, DECODE, grouped, normal(batch, 2, 8, 6), normal(8, 4, 6), True, out=("G", 0))
+    compare(mesh, DECODE, linear, normal(batch, 2, 16), normal(8, 3, 5, 16), out=(("G", 0),))
+    compare(mesh, DECODE, linear, normal(batch, 16), normal(2, 24, 16), out=(("F", 1),))
+    compare(mesh, DECODE, linear, normal(batch, 2, 24), normal(7, 24), over=(("G", 8),))
+    compare(mesh, DECODE, grouped, normal(batch, 2, 8, 6), normal(8, 4, 6), True, out=(("G", 0),))
     compare(mesh, DECODE, linear, normal(batch, 2, 16), normal(9, 16))
+    # Groups of one head each on their devices, whose heads are split further; one letter alone could not be.
+    compare(mesh, DECODE, linear, normal(batch, 2, 16), normal(4, 6, 3, 16), out=(("G", 0), ("J", 1)))
+    compare(mesh, DECODE, grouped, normal(batch, 2, 4, 6), normal(4, 8, 6), True, out=(("G", 0), ("O", 1)))
+    compare(mesh, DECODE, linear, normal(batch, 2, 24), normal(7, 24), over=(("G", 4), ("O", 6)))
 
 
 def test_rows_stay_split_over_tokens():
-    compare("context=2,tensor=2", TRAIN, linear, normal(2, 4, 16), normal(4, 3, 16), out=("G", 0))
+    compare("context=2,tensor=2", TRAIN, linear, normal(2, 4, 16), normal(4, 3, 16), out=(("G", 0),))
     compare("context=2,tensor=2", TRAIN, linear, normal(2, 4, 3, 16), normal(5, 16))
 
 
@@ -78,14 +82,19 @@ def test_rows_stay_split_over_tokens():
 def test_quantised_weights_are_cut_with_their_scales(function):
     mesh = "expert=2,tensor=2,data=2"
     held = fp8(512, 128, dims=(4, 1, 128, 128), stack=2)
-    over = compare(mesh, DECODE, function, normal(8, 1, 128), held, gradients=False, out=("G", 0))
-    assert over.axes(held, ("G", 0), None) == ("expert", "tensor")
+    over = compare(mesh, DECODE, function, normal(8, 1, 128), held, gradients=False, out=(("G", 0),))
+    assert over.axes(held, (("G", 0),)) == [("expert", "tensor")]
+    heads = fp8(512, 128, dims=(2, 2, 128, 128))
+    over = compare(mesh, DECODE, function, normal(8, 128), heads, gradients=False, out=(("G", 0), ("J", 1)))
+    assert over.axes(heads, (("G", 0), ("J", 1))) == [("expert",), ("tensor",)]
+    more = fp8(1024, 128, dims=(4, 2, 128, 128))  # four groups on two devices: their heads are not one range
+    assert over.axes(more, (("G", 0), ("J", 1))) == [("expert", "tensor"), ()]
     both = fp8(2, 256, 128, dims=(256, 128))
-    over = compare(mesh, DECODE, function, normal(8, 128), both, gradients=False, out=("F", 1))
-    assert over.axes(both, ("F", 1), None) == ("expert",)  # four parts would cut a block of 128
+    over = compare(mesh, DECODE, function, normal(8, 128), both, gradients=False, out=(("F", 1),))
+    assert over.axes(both, (("F", 1),)) == [("expert",)]  # four parts would cut a block of 128
     down = fp8(128, 256, dims=(128, 256))
-    over = compare(mesh, DECODE, function, normal(8, 256), down, gradients=False, over=("F", 256))
-    assert over.axes(down, None, ("F", 256)) == ("expert",)
+    over = compare(mesh, DECODE, function, normal(8, 256), down, gradients=False, over=(("F", 256),))
+    assert over.axes(down, over=(("F", 256),)) == [("expert",)]
 
 
 def test_what_is_moved_is_rows():
@@ -97,7 +106,7 @@ def test_what_is_moved_is_rows():
     weight = jax.device_put(normal(8, 4, 32, 64), jax.NamedSharding(mesh, jax.P(("expert", "tensor"))))
 
     def step(x, weight):
-        return placement.pinned(over(x, weight, out=("G", 0)), "B T")
+        return placement.pinned(over(x, weight, out=(("G", 0),)), "B T")
 
     text = jax.jit(step).lower(x, weight).compile().as_text()
     moved = [line for line in text.splitlines() if "all-gather(" in line or "all-to-all(" in line]
