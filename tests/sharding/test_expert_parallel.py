@@ -1,0 +1,453 @@
+"""Experts on a mesh: values and gradients of one device, for every transport and split; none is dropped."""
+
+import dataclasses
+import functools
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from pallas_kernels.formats.blocks import Fp8Blocks, Mxfp4, quantize_fp8_blocks, quantize_mxfp4
+from pallas_kernels.grouped_matmul import expert_ffn
+from sharding import transports
+from sharding.dispatch_cost import LINKS, cheapest, choose_waves, chunk_rows, dispatch_costs, link_of
+from sharding.expert_parallel import over_mesh
+from sharding.mesh import AXES
+from tests.kernels.ahead_of_time import compile_on, devices
+from tests.kernels.checks import assert_close
+
+E, D, F, KE, T = 8, 64, 32, 3, 21  # T is no multiple of 8 devices
+LIMIT = 1.5
+WEIGHTS = {"E": "expert", "F": "tensor", "D": "fsdp"}
+TOLERANCE = 1e-5  # float32, relative to the largest: only the order of sums differs
+MESHES = [
+    {"expert": 8},
+    {"data": 2, "expert": 4},
+    {"data": 2, "fsdp": 2, "expert": 2},
+    {"expert": 4, "tensor": 2},
+    {"context": 2, "expert": 2, "tensor": 2},
+    {},
+]
+
+
+def mesh_of(**sizes):
+    own = [sizes.get(axis, 1) for axis in AXES]
+    return jax.make_mesh(
+        own, AXES, axis_types=(jax.sharding.AxisType.Auto,) * 5, devices=jax.devices()[: np.prod(own)]
+    )
+
+
+def operands(tokens=T, experts=E, hidden=D, width=F, layers=None, seed=0):
+    """(x, gate_up, down, ids, weights) with distinct ids a token."""
+    rng = np.random.default_rng(seed)
+    front = () if layers is None else (layers,)
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
+    ids = np.stack([rng.permutation(experts)[:KE] for _ in range(tokens)])
+    return (
+        draw(tokens, hidden),
+        draw(*front, experts, 2, width, hidden) / hidden**0.5,
+        draw(*front, experts, hidden, width) / width**0.5,
+        jnp.asarray(ids, jnp.int32),
+        jnp.asarray(rng.random((tokens, KE)), jnp.float32),
+    )
+
+
+def routings():
+    """Name -> ids and valid of the same T tokens."""
+    *_, ids, _ = operands()
+    every, some = jnp.ones(T, bool), jnp.arange(T) % 3 != 1
+    two_experts = jnp.where(ids == ids[:, :1], ids % 2 * 5, -1)  # on the first and the last half
+    return {
+        "distinct": (ids, every),
+        "padding": (ids, some),
+        "one expert": (jnp.where(jnp.arange(KE) == 1, 6, jnp.full_like(ids, -1)), every),
+        "one expert in every pair": (jnp.full_like(ids, 6), every),
+        "experts without tokens": (two_experts, some),
+        "ids out of range": (ids.at[::2, 0].set(E).at[1::2, 2].set(-7), every),
+        "nothing": (ids, ~every),
+    }
+
+
+def values_and_gradients(function):
+    """(y, gradients of x, gate_up, down, weights) of a function like `expert_ffn`."""
+
+    @jax.jit
+    def run(x, gate_up, down, ids, weights, valid, dy):
+        def call(x, gate_up, down, weights):
+            return function(x, gate_up, down, ids, weights, swiglu_limit=LIMIT, valid=valid)
+
+        y, pull = jax.vjp(call, x, gate_up, down, weights)
+        return dict(zip(("y", "x", "gate_up", "down", "weights"), (y, *pull(dy)), strict=True))
+
+    return run
+
+
+def jitted(function):
+    return jax.jit(lambda *operands, **more: function(*operands, swiglu_limit=LIMIT, **more))
+
+
+# ---- in a process of its own: the number of host devices is fixed when JAX starts --------------------------
+
+
+def compare(run, expected, x, *others):
+    for name, (ids, valid) in routings().items():
+        # Whatever stands in padding must reach nothing.
+        rows = jnp.where(valid[:, None], x, jnp.nan)
+        got, want = (f(rows, *others[:2], ids, others[2], valid, others[3]) for f in (run, expected))
+        assert_close(got, want, TOLERANCE)
+        assert float(jnp.abs(want["y"]).max()) > 0.1 or name == "nothing"
+        assert not got["y"][~valid].any() and not got["x"][~valid].any()
+        print("compared", name)
+
+
+def all_meshes():
+    x, gate_up, down, _, weights = operands()
+    dy = jnp.asarray(np.random.default_rng(1).standard_normal(x.shape), jnp.float32)
+    expected = values_and_gradients(expert_ffn)
+    for sizes in MESHES:
+        mesh = mesh_of(**sizes)
+        # Two rows at a time: lists of up to eighteen take as many rounds.
+        one, other = ({"transport": "all_to_all", "chunk": 2, "shared": shared} for shared in (False, True))
+        for how in ({"transport": "gather"}, one, other):
+            split = over_mesh(expert_ffn, mesh, weight_axes=WEIGHTS, **how)
+            compare(values_and_gradients(split), expected, x, gate_up, down, weights, dy)
+
+
+def emulated(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name):
+    """What `ragged_all_to_all` is documented to do, where it does not exist; a wrong size spoils all."""
+    me = lax.axis_index(axis_name)
+    every = functools.partial(lax.all_gather, axis_name=axis_name)
+    rows, starts, sizes, places = map(every, (operand, input_offsets, send_sizes, output_offsets))
+    output = output + jnp.where((recv_sizes == sizes[:, me]).all(), 0, jnp.nan)
+    for source in range(len(rows)):
+        place = jnp.arange(len(output)) - places[source, me]
+        coming = (place >= 0) & (place < sizes[source, me])
+        row = rows[source].at[starts[source, me] + place].get(mode="clip")
+        output = jnp.where(coming.reshape(-1, *[1] * (output.ndim - 1)), row, output)
+    return output
+
+
+def emulated_ragged():
+    """Lists, offsets and masks of the ragged transport, in memory that holds NaN until it is written."""
+    lax.ragged_all_to_all = emulated
+    lax.empty = lambda shape, dtype: jnp.full(shape, jnp.nan, dtype)
+    x, gate_up, down, _, weights = operands(hidden=128)
+    dy = jnp.asarray(np.random.default_rng(1).standard_normal(x.shape), jnp.float32)
+    expected = values_and_gradients(expert_ffn)
+    for sizes, chunk, shared in (
+        ({"expert": 4, "tensor": 2}, 18, False),
+        ({"data": 2, "expert": 4}, 3, True),
+    ):
+        split = over_mesh(expert_ffn, mesh_of(**sizes), weight_axes=WEIGHTS, chunk=chunk, shared=shared)
+        split = dataclasses.replace(split, transport="ragged")
+        compare(values_and_gradients(split), expected, x, gate_up, down, weights, dy)
+
+
+def waves():
+    """Groups of experts one after the other, with and without further chunks, give the same sums."""
+    x, gate_up, down, _, weights = operands()
+    dy = jnp.ones_like(x)
+    expected = values_and_gradients(expert_ffn)
+    for chunk, shared in ((2, True), (3, False), (KE * T, False)):
+        split = over_mesh(
+            expert_ffn,
+            mesh_of(data=4, expert=2),
+            transport="all_to_all",
+            waves=2,
+            chunk=chunk,
+            shared=shared,
+            weight_axes=WEIGHTS,
+        )
+        compare(values_and_gradients(split), expected, x, gate_up, down, weights, dy)
+
+
+def quantised():
+    """Stacks of layers in FP8 and FP4, read by number; parts of F and D are whole blocks of 128 and 32."""
+    x, gate_up, down, ids, weights = operands(tokens=9, hidden=256, width=256, layers=2)
+    forms = {
+        "fp8": (quantize_fp8_blocks(gate_up), quantize_fp8_blocks(down)),
+        "mxfp4": (quantize_mxfp4(gate_up), quantize_mxfp4(down)),
+        "plain": (gate_up, down),
+    }
+    expected = jitted(expert_ffn)
+    for name, stacks in forms.items():
+        want = [expected(x, *stacks, ids, weights, repeat=jnp.int32(layer)) for layer in (0, 1)]
+        assert np.abs(want[0] - want[1]).max() > 0.1
+        for sizes in ({"expert": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "expert": 2}):
+            for how in ({"transport": "gather"}, {"transport": "all_to_all", "chunk": 2}):
+                mesh = mesh_of(**sizes)
+                split = over_mesh(expert_ffn, mesh, weight_axes=WEIGHTS, **how)
+                cut = split.cut(*stacks)
+                assert cut.experts == ("expert",)
+                assert bool(cut.width) == ("tensor" in sizes)
+                assert bool(cut.gate_up_hidden) == bool(cut.down_hidden) == ("fsdp" in sizes)
+                placed = [
+                    jax.device_put(stack, NamedSharding(mesh, spec))
+                    for stack, spec in zip(stacks, cut.specs(layers=True), strict=True)
+                ]
+                got = jitted(split)(x, *placed, ids, weights, repeat=jnp.int32(1))
+                assert_close(got, want[1], TOLERANCE)
+                print("compared", name)
+
+
+def quantised_gradients():
+    """Of tokens and routing weights through FP8 gate_up, and of a plain down."""
+    x, gate_up, down, ids, weights = operands(tokens=9, hidden=128, width=128)
+    gate_up = quantize_fp8_blocks(gate_up)
+
+    def gradients(function):
+        def loss(x, down, weights):
+            return (function(x, gate_up, down, ids, weights, swiglu_limit=LIMIT) * x).sum()
+
+        return jax.jit(jax.grad(loss, (0, 1, 2)))(x, down, weights)
+
+    want = gradients(expert_ffn)
+    for how in ({"transport": "gather"}, {"transport": "all_to_all", "chunk": 1}):
+        split = over_mesh(expert_ffn, mesh_of(data=2, expert=4), weight_axes=WEIGHTS, **how)
+        assert_close(gradients(split), want, TOLERANCE)
+        print("compared", how)
+
+
+def few_tokens():
+    """Fewer tokens than devices, one, and none; and what is said and communicated in the program."""
+    mesh = mesh_of(expert=8)
+    for tokens in (5, 1, 0):
+        x, gate_up, down, ids, weights = operands(tokens=max(tokens, 1))
+        x, ids, weights = x[:tokens], ids[:tokens], weights[:tokens]
+        want = expert_ffn(x, gate_up, down, ids, weights, swiglu_limit=LIMIT)
+        for transport in ("auto", "all_to_all"):
+            split = over_mesh(expert_ffn, mesh, transport=transport, weight_axes=WEIGHTS)
+            got = jitted(split)(x, gate_up, down, ids, weights)
+            assert got.shape == (tokens, D)
+            assert_close(got, want, TOLERANCE)
+            print("compared", tokens)
+
+
+def traffic():
+    """Whole arrays come in split, and nothing but tokens travels: no weights, and ids with their weights."""
+    mesh, tokens = mesh_of(expert=8), 64
+    x, gate_up, down, ids, weights = operands(tokens=tokens, layers=2)
+
+    def text(**how):
+        split = over_mesh(expert_ffn, mesh, weight_axes=WEIGHTS, **how)
+        specs = (P(AXES), *split.cut(gate_up, down).specs(layers=True), P(AXES), P(AXES))
+        placed = [
+            jax.device_put(a, NamedSharding(mesh, spec))
+            for a, spec in zip((x, gate_up, down, ids, weights), specs, strict=True)
+        ]
+        run = jax.jit(functools.partial(split, swiglu_limit=LIMIT))
+        return run.lower(*placed, repeat=jnp.int32(1)).compile().as_text()
+
+    def count(text, operation):
+        return sum(f" {operation}(" in line for line in text.splitlines())
+
+    gather, whole = text(transport="gather"), text(transport="all_to_all", chunk=8 * KE)
+    assert count(gather, "all-gather") == 2 and count(gather, "reduce-scatter") == 1
+    assert count(gather, "all-to-all") == count(gather, "all-reduce") == 0
+    # Ids and weights, rows, sums.
+    assert count(whole, "all-gather") == count(whole, "all-reduce") == 0 and count(whole, "all-to-all") == 3
+    chunks = text(transport="all_to_all", chunk=4)
+    assert count(chunks, "all-gather") == 0 and count(chunks, "all-to-all") == 2 * 3
+    assert count(chunks, "all-reduce") == 1  # how many chunks there are
+    print("compared")
+
+
+# ---- tests -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cases", "compared"),
+    [
+        (all_meshes, 6 * 3 * 7),
+        (emulated_ragged, 2 * 7),
+        (waves, 3 * 7),
+        (quantised, 3 * 2 * 2),
+        (quantised_gradients, 2),
+        (few_tokens, 3 * 2),
+        (traffic, 1),
+    ],
+)
+def test_eight_devices_compute_what_one_does(cases, compared):
+    environment = {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # as in the other tests
+    }
+    ran = subprocess.run(
+        [sys.executable, "-c", f"from {__name__} import {cases.__name__} as cases; cases()"],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert ran.stdout.count("compared") == compared
+
+
+def test_equal_choices_are_one_function():
+    """They are part of what compiled programs are keyed by."""
+    one, same = (over_mesh(expert_ffn, mesh_of(), weight_axes=WEIGHTS) for _ in range(2))
+    assert one == same and hash(one) == hash(same)
+    assert one != over_mesh(expert_ffn, mesh_of(), weight_axes={})
+
+
+def test_what_cannot_be_cut_is_whole():
+    """An uneven part, and a part of a quantisation block, of either matrix."""
+    mesh = jax.sharding.AbstractMesh((1, 2, 2, 2, 1), AXES)
+    split = over_mesh(expert_ffn, mesh_of(), weight_axes=WEIGHTS)
+    split = dataclasses.replace(split, mesh=mesh)
+    of = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)  # noqa: E731
+
+    def cut(hidden, width, form="plain", experts=4, **more):
+        dtype = {"plain": jnp.float32, "fp8": jnp.float8_e4m3fn, "mxfp4": jnp.uint8}[form]
+        per_byte = 2 if form == "mxfp4" else 1
+        matrices = (
+            of(dtype, experts, 2, width, hidden // per_byte),
+            of(dtype, experts, hidden, width // per_byte),
+        )
+        kind = {"fp8": Fp8Blocks, "mxfp4": Mxfp4}.get(form)
+        return split.cut(*(kind(m, None) if kind else m for m in matrices), **more)
+
+    even = cut(64, 32)
+    assert (even.experts, even.width, even.gate_up_hidden) == (("expert",), ("tensor",), ("fsdp",))
+    assert even.specs(layers=True)[0] == P(None, ("expert",), None, ("tensor",), ("fsdp",))
+    assert even.specs(layers=False)[1] == P(("expert",), ("fsdp",), ("tensor",))
+    odd = cut(63, 31, experts=3)
+    assert odd.experts == odd.width == odd.gate_up_hidden == odd.down_hidden == ()
+    assert cut(128, 256, "fp8").width and not cut(128, 128, "fp8").width
+    assert cut(256, 128, "fp8").down_hidden and not cut(128, 128, "fp8").down_hidden
+    assert cut(64, 64, "mxfp4").width and not cut(64, 32, "mxfp4").width
+    # One scale for 32 inputs: rows of down, which are outputs, are cut anywhere.
+    assert cut(32, 64, "mxfp4").down_hidden and not cut(32, 64, "mxfp4").gate_up_hidden
+    # Axes as in the tables of rules: the first letter that can use one has it.
+    greedy = dataclasses.replace(split, weight_axes=(("E", ("expert",)), ("F", ("expert", "tensor"))))
+    shapes = of(jnp.float32, 4, 2, 32, 8), of(jnp.float32, 4, 8, 32)
+    assert greedy.cut(*shapes).width == ("tensor",)
+    shapes = of(jnp.float32, 3, 2, 32, 8), of(jnp.float32, 3, 8, 32)
+    assert greedy.cut(*shapes).width == ("expert", "tensor") and greedy.cut(*shapes).experts == ()
+    optional = over_mesh(expert_ffn, mesh_of(), weight_axes={"E": "expert", "F": ("expert?", "tensor?")})
+    assert optional.weight_axes == greedy.weight_axes
+    # Groups of the hidden activation are rounded together.
+    assert cut(64, 256, rounded=True).width and not cut(64, 128, rounded=True).width
+
+
+def test_errors_name_every_problem():
+    with pytest.raises(ValueError, match=r"axes \('x',\).*transport='b'.*waves=0.*chunk=0.*only E, F and D"):
+        over_mesh(
+            expert_ffn, jax.make_mesh((1,), ("x",)), transport="b", waves=0, chunk=0, weight_axes={"T": "x"}
+        )
+    with pytest.raises(ValueError, match="the mesh has only"):
+        over_mesh(expert_ffn, mesh_of(), weight_axes={"E": ("rows", "expert")})
+    with pytest.raises(ValueError, match="transport='ragged' .*'cpu' has not; use 'all_to_all'"):
+        over_mesh(expert_ffn, mesh_of(), transport="ragged", weight_axes=WEIGHTS)
+    split = over_mesh(expert_ffn, mesh_of(), weight_axes=WEIGHTS)
+    x, gate_up, down, ids, weights = operands()
+    with pytest.raises(ValueError, match=r"x .*T = 20; gate_up .*\[R, E, 2, F, D\]; down .*; valid"):
+        split(
+            x,
+            gate_up,
+            down,
+            ids[1:],
+            weights[1:],
+            swiglu_limit=0,
+            valid=jnp.ones(3, bool),
+            repeat=jnp.int32(0),
+        )
+    with pytest.raises(ValueError, match="swiglu_limit=-1"):  # of the operation itself
+        split(x, gate_up, down, ids, weights, swiglu_limit=-1)
+
+
+def test_costs():
+    """The formula, by hand: 4 devices, 10 tokens each of 8 numbers of 2 bytes, 2 experts a token."""
+    link = dataclasses.replace(
+        LINKS["gpu"], bytes_per_second=1.0, memory_bytes_per_second=2.0, latency_seconds=3.0
+    )
+    shape = dict(tokens=10, hidden=8, top_k=2, number_bytes=2, devices=4, link=link)
+    gather, dense, ragged = dispatch_costs(rows=5, shared=True, **shape)
+    assert gather.sent_bytes == 3 * 10 * (8 * (2 + 4) + 8 * 2)
+    assert gather.moved_bytes == (2 + 2 * 2) * 4 * 10 * 8 * 6 and gather.rows == 40
+    assert gather.seconds == gather.sent_bytes + gather.moved_bytes / 2 + 3 * 3
+    assert dense.sent_bytes == 3 * 5 * (8 * 6 + 8 * 2)
+    assert dense.moved_bytes == (4 + 2 * 2) * 4 * 5 * 8 * 6 and dense.rows == 20 and dense.collectives == 4
+    assert ragged.sent_bytes == pytest.approx(3 * ((1 - 0.75**2) * 10 * 8 * 6 + 5 * 16))
+    _, dense, ragged = dispatch_costs(rows=5, shared=False, **shape)
+    assert dense.sent_bytes == 3 * 5 * (8 * 6 + 8) and dense.moved_bytes == (4 + 2) * 4 * 5 * 8 * 6
+    assert ragged.sent_bytes == 3 * (10 * 2 / 4 * 8 * 6 + 5 * 8)
+    _, waves, _ = dispatch_costs(rows=5, shared=False, waves=3, **shape)
+    assert waves.sent_bytes == 3 * dense.sent_bytes and waves.collectives == 8
+    torus = dataclasses.replace(link, torus=2)
+    assert torus.links_crossed(4) == 1 and torus.links_crossed(64) == 4
+
+
+def test_auto_takes_the_cheapest():
+    flash = dict(hidden=4096, top_k=6, number_bytes=2)
+    few = dispatch_costs(tokens=4, devices=16, link=LINKS["v6e"], **flash)
+    many = dispatch_costs(tokens=4096, devices=64, link=LINKS["gpu"], **flash)
+    cpu = dispatch_costs(tokens=4096, devices=64, link=LINKS["cpu"], **flash)
+    transports = [cheapest(costs).transport for costs in (few, many, cpu)]
+    assert transports == ["gather", "ragged", "all_to_all"]
+    # Half as many again as 4096 * 6 / 64 and as 4096 * (1 - (1 - 1 / 64)^6), in whole tiles.
+    assert chunk_rows(4096, 64, 6, shared=False) == 576 and chunk_rows(4096, 64, 6, shared=True) == 560
+    assert chunk_rows(100, 2, 6, shared=True) == 100 and chunk_rows(1, 64, 6, shared=False) == 6
+    kinds = {"TPU v5 lite": "v5e", "TPU v6 lite": "v6e", "TPU v5": "v5p", "TPU7x": "tpu7x"}
+    assert {kind: link_of("tpu", kind) for kind in kinds} == kinds
+    assert link_of("cpu", "cpu") == "cpu" and link_of("cuda", "H200") == "gpu"
+
+
+def test_number_of_waves():
+    """As many as pay for their collectives; one where nothing overlaps, and where nothing is exchanged."""
+    link = dataclasses.replace(LINKS["v6e"], latency_seconds=0.0)
+    shape = dict(tokens=4096, hidden=4096, top_k=6, number_bytes=2, devices=16)
+    choose = functools.partial(choose_waves, own=12, width=2048, weight_bytes=0, **shape)
+    assert choose("ragged", link=link) == 6  # the most that divides 12 and is not above 8
+    assert choose("ragged", link=dataclasses.replace(link, latency_seconds=1.0)) == 1
+    assert choose("gather", link=link) == choose("all_to_all", link=LINKS["cpu"]) == 1
+    split = over_mesh(expert_ffn, mesh_of(), transport="all_to_all", waves=3, weight_axes=WEIGHTS)
+    split = dataclasses.replace(split, mesh=jax.sharding.AbstractMesh((1, 1, 2, 1, 1), AXES))
+    x, gate_up, down, *_ = operands()
+    with pytest.raises(ValueError, match="waves=3 must divide the 4 experts of a device"):
+        split.travel(gate_up, down, x, KE)
+    assert dataclasses.replace(split, waves=2).travel(gate_up, down, x, KE).plan.waves == 2
+
+
+def described(**sizes):
+    own = [sizes.get(axis, 1) for axis in AXES]
+    return jax.sharding.Mesh(np.array(devices("v6e")[: np.prod(own)]).reshape(own), AXES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("transport", ["all_to_all", "ragged"])
+def test_compiles_for_a_slice(transport):
+    """Forward and backward, kernels included, with rows laid out in lanes and nothing cleared before."""
+    mesh = described(expert=2, tensor=2)
+    split = over_mesh(
+        functools.partial(expert_ffn, impl="pallas"), mesh, transport=transport, chunk=64, weight_axes=WEIGHTS
+    )
+    of = jax.ShapeDtypeStruct
+    shapes = (
+        of((512, 256), jnp.bfloat16),
+        of((8, 2, 256, 256), jnp.bfloat16),
+        of((8, 256, 256), jnp.bfloat16),
+        of((512, 4), jnp.int32),
+        of((512, 4), jnp.float32),
+    )
+    cut = split.cut(*shapes[1:3])
+    specs = (P(AXES), *cut.specs(layers=False), P(AXES), P(AXES))
+
+    def loss(x, gate_up, down, ids, weights):
+        return split(x, gate_up, down, ids, weights, swiglu_limit=10.0).sum()
+
+    gradients = jax.value_and_grad(loss, (0, 1, 2, 4))
+    text = compile_on(gradients, shapes, [NamedSharding(mesh, spec) for spec in specs]).as_text()
+    assert "tpu_custom_call" in text
+    assert ("ragged-all-to-all" in text) == (transport == "ragged")
+    if transport == "ragged":
+        assert "bf16[128,2,128]" in text  # two chunks of 64 rows, in lanes
+    assert transports.LANES == 128
