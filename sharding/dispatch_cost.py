@@ -18,7 +18,8 @@ over each link once, so its h is 1. 8 m bytes are a row's ids and routing weight
 device's own memory, each written once and read once:
 
     gather       2 n t D (b + 4)  +  2 n t Ke D (b + 4)     gathered tokens, sums before the reduction
-    others       4 n c D (b + 4)  +  2 n c m D (b + 4)      what is sent and what arrives
+    all_to_all   4 n c D (b + 4)  +  2 n c m D (b + 4)      what is sent and what arrives
+    ragged       6 n c D (b + 4)  +  2 n c m D (b + 4)      the same, and laid out anew once
 
 where the second term is the operation's own: it has a place for every id of every row, in use or not.
 
@@ -193,7 +194,8 @@ def dispatch_costs(
         wanted = _wanted(tokens, devices * waves, top_k, shared) if transport == "ragged" else chunk
         ids = top_k if shared else 1
         sent = others * waves * (wanted * both_ways + 8 * chunk * ids) * crossed
-        moved = (4 + 2 * ids) * waves * devices * chunk * both_ways
+        held = (6 if transport == "ragged" else 4) + 2 * ids
+        moved = held * waves * devices * chunk * both_ways
         counted = chunk < most  # how many chunks, agreed on by all
         return cost(transport, shared, devices * chunk, sent, moved, 1 + 2 * waves + counted)
 

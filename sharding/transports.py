@@ -10,8 +10,12 @@ sent in chunks of c slots a pair of devices. What is not in the first chunk goes
 the fullest list of all needs: nothing is dropped, and balanced routing needs one. In front of the rows go
 their ids and weights, one small `all_to_all` that also says which slots are in use.
 
-Two ways to move a chunk [n, c, D]: `dense` sends every slot, on any backend; `ragged` only those in use, and
-leaves garbage in the rest. Slots that are not in use belong to no expert, so nobody reads them.
+Two ways to move a chunk: `dense` sends every slot, on any backend; `ragged` only those in use, and leaves
+garbage in the rest. Slots that are not in use belong to no expert, so nobody reads them. Ragged rows are
+taken, moved and added in lanes, [.., D / 128, 128]: each is then whole tiles of a TPU, which otherwise lays
+out the buffer anew several times. Dense ones stay [.., D], where nothing is laid out anew. By the compiler's
+estimate for v6e (18,432 rows of 4096, forward, XLA's own operations): ragged in lanes 1.6 ms, not so 4.1;
+dense in lanes 1.6, not so 0.7.
 
 Gradients are written by hand, for three reasons: the number of chunks is not known when compiling, and JAX
 cannot differentiate such a loop; a static number for the worst case would send about n / Ke times the rows;
@@ -60,23 +64,19 @@ class Group(NamedTuple):
 
 
 Move = Callable[[Group, jax.Array, Int32[Array, " n"], Int32[Array, " n"]], jax.Array]
-"""group, rows [n, c, D] by destination, slots in use of each, the same of what comes -> rows by source."""
+"""group, rows [n, c, ..] by destination, slots in use of each, the same of what comes -> rows by source."""
 
 
-def dense(group: Group, rows: Float[Array, "n c D"], sent: Any = None, received: Any = None) -> jax.Array:
+def dense(group: Group, rows: Float[Array, "n c ..."], sent: Any = None, received: Any = None) -> jax.Array:
     """All slots, in use or not, by `all_to_all`."""
     del sent, received
     return lax.all_to_all(rows, group.axes, 0, 0)
 
 
-def ragged(group: Group, rows: Float[Array, "n c D"], sent: jax.Array, received: jax.Array) -> jax.Array:
-    """The slots in use, by `ragged_all_to_all`, into memory that is not cleared: others hold anything at all.
-
-    Rows are laid out in lanes: otherwise a TPU lays the whole buffer out anew before and after.
-    """
-    n, slots, width = rows.shape
-    lanes = [width // LANES, LANES] if width % LANES == 0 else [width]
-    flat = rows.reshape(n * slots, *lanes)
+def ragged(group: Group, rows: Float[Array, "n c ..."], sent: jax.Array, received: jax.Array) -> jax.Array:
+    """The slots in use, by `ragged_all_to_all`, into memory that is not cleared: others hold anything."""
+    n, slots, *rest = rows.shape
+    flat = rows.reshape(n * slots, *rest)
     got = lax.ragged_all_to_all(
         flat,
         lax.empty(flat.shape, flat.dtype),
@@ -183,10 +183,10 @@ class Chunk(NamedTuple):
         pair = self.lists.order.at[first[:, None] + self.start + slot].get(mode="fill", fill_value=none)
         return jnp.where(slot < self.sent[:, None], pair, none)
 
-    def rows(self, values: Float[Array, "t D"]) -> Float[Array, "n c D"]:
-        """The rows of tokens to send; zeros in slots that are not in use."""
+    def rows(self, values: Float[Array, "T ..."]) -> Float[Array, "n c ..."]:
+        """The rows of tokens to send; any row in slots that are not in use."""
         token = quotient(self.pairs, self.lists.slot.shape[1])
-        return values.at[token].get(mode="fill", fill_value=0)
+        return values.at[jnp.minimum(token, len(values) - 1)].get(mode="promise_in_bounds")
 
     def choices(self, ids: Int32[Array, "t Ke"], weights: Float32[Array, "t Ke"]) -> Float32[Array, "n c 2m"]:
         """m weights of every row, and as many ids relative to the destination's experts, -1 for none."""
@@ -237,13 +237,19 @@ class Arrived(NamedTuple):
         return (self.ids >= 0).any(axis=-1)
 
 
-def summed(parts: Float[Array, "rows D"], at: jax.Array, counts: jax.Array) -> Float32[Array, "t D"]:
+def in_lanes(rows: Float[Array, "rows D"]) -> Float[Array, "rows ..."]:
+    """[rows, D / 128, 128], where D is so divided."""
+    width = rows.shape[1]
+    return rows if width % LANES else rows.reshape(-1, width // LANES, LANES)
+
+
+def summed(parts: Float[Array, "rows ..."], at: jax.Array, counts: jax.Array) -> Float32[Array, "t D"]:
     """Each token's sum of the rows of its pairs, in their order: gathered, so the same on every backend."""
-    total = jnp.zeros((len(at), parts.shape[1]), jnp.float32)
+    total = jnp.zeros((len(at), *parts.shape[1:]), jnp.float32)
     for k in range(at.shape[1]):
         part = parts.at[at[:, k]].get(mode="promise_in_bounds").astype(jnp.float32)
-        total += jnp.where(counts[:, k, None], part, 0)
-    return total
+        total += jnp.where(jnp.expand_dims(counts[:, k], range(1, part.ndim)), part, 0)
+    return total.reshape(len(at), -1)
 
 
 def exchanged(experts: Experts, plan: Plan) -> Callable[..., Float32[Array, "t D"]]:
@@ -261,13 +267,15 @@ def exchanged(experts: Experts, plan: Plan) -> Callable[..., Float32[Array, "t D
         none), weights f32[t, Ke], and repeat. It has gradients of x, gate_up, down and weights.
     """
     group = plan.group
+    form = in_lanes if plan.move is ragged else lambda rows: rows
 
     def there(chunk, arrived, values):
-        rows = plan.move(group, chunk.rows(values), chunk.sent, arrived.received)
+        rows = plan.move(group, chunk.rows(form(values)), chunk.sent, arrived.received)
         return rows.reshape(-1, values.shape[1])
 
     def back(chunk, arrived, rows):
-        apart = rows.reshape(group.size, chunk.plan.slots, -1)
+        rows = form(rows)
+        apart = rows.reshape(group.size, chunk.plan.slots, *rows.shape[1:])
         return plan.move(group, apart, arrived.received, chunk.sent).reshape(rows.shape)
 
     def number_of_chunks(plan, lists):
