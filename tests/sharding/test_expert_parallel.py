@@ -103,11 +103,15 @@ def compare(run, expected, x, *others):
         print("compared", name)
 
 
-def all_meshes():
+def every_axis():
+    all_meshes([dict.fromkeys(AXES, 2)])
+
+
+def all_meshes(meshes=MESHES):
     x, gate_up, down, _, weights = operands()
     dy = jnp.asarray(np.random.default_rng(1).standard_normal(x.shape), jnp.float32)
     expected = values_and_gradients(expert_ffn)
-    for sizes in MESHES:
+    for sizes in meshes:
         mesh = mesh_of(**sizes)
         # Two rows at a time: lists of up to eighteen take as many rounds. Shared ones only where the mesh
         # is of another kind.
@@ -228,11 +232,11 @@ def test_eight_devices_compute_what_one_does(cases, compared):
     assert on_eight_devices(cases) == compared
 
 
-def on_eight_devices(cases):
+def on_eight_devices(cases, devices=8):
     """Runs a function of a test module; how many comparisons it printed."""
     environment = {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # as in the other tests
     }
     ran = subprocess.run(
@@ -244,6 +248,11 @@ def on_eight_devices(cases):
     )
     assert ran.returncode == 0, ran.stderr[-3000:]
     return ran.stdout.count("compared")
+
+
+@pytest.mark.slow
+def test_no_axis_of_size_one():
+    assert on_eight_devices(every_axis, devices=32) == 2 * 7
 
 
 def test_equal_choices_are_one_function():
