@@ -21,7 +21,8 @@ device's own memory, each written once and read once:
     all_to_all   4 n c D (b + 4)  +  2 n c m D (b + 4)      what is sent and what arrives
     ragged       6 n c D (b + 4)  +  2 n c m D (b + 4)      the same, and laid out anew once
 
-where the second term is the operation's own: it has a place for every id of every row, in use or not.
+where the second term is the operation's own: its kernels have a place for every id of every row, in use or
+not. Without kernels, on CPUs, it loops over those in use.
 
     seconds = sent / link bytes a second  +  moved / memory bytes a second  +  collectives * latency
 
@@ -76,6 +77,7 @@ class Link:
         torus: dimensions of the torus; 0 behind a switch.
         ragged: whether the backend has `ragged_all_to_all`.
         overlaps: whether it can exchange rows while it multiplies.
+        places: whether kernels keep a place for every id of every row.
     """
 
     bytes_per_second: float
@@ -85,6 +87,7 @@ class Link:
     torus: int = 0
     ragged: bool = True
     overlaps: bool = True
+    places: bool = True
 
     def links_crossed(self, devices: int) -> float:
         """By a row on its way to any of these devices, on average."""
@@ -103,7 +106,7 @@ LINKS = {
     "v6e": _tpu("v6e", 360e9, 2),
     "tpu7x": _tpu("tpu7x", 300e9, 3),
     "gpu": Link(450e9, 2e-5, 4.8e12, 989e12),
-    "cpu": Link(2e9, 2e-4, 8e9, 1e11, ragged=False, overlaps=False),
+    "cpu": Link(2e9, 2e-4, 8e9, 1e11, ragged=False, overlaps=False, places=False),
 }
 """By the names of `link_of`."""
 
@@ -194,7 +197,7 @@ def dispatch_costs(
         wanted = _wanted(tokens, devices * waves, top_k, shared) if transport == "ragged" else chunk
         ids = top_k if shared else 1
         sent = others * waves * (wanted * both_ways + 8 * chunk * ids) * crossed
-        held = (6 if transport == "ragged" else 4) + 2 * ids
+        held = (6 if transport == "ragged" else 4) + 2 * ids * link.places
         moved = held * waves * devices * chunk * both_ways
         counted = chunk < most  # how many chunks, agreed on by all
         return cost(transport, shared, devices * chunk, sent, moved, 1 + 2 * waves + counted)
@@ -204,7 +207,7 @@ def dispatch_costs(
         return min((exchange(transport, way) for way in ways), key=lambda found: found.seconds)
 
     sent = others * tokens * (both_ways + 8 * top_k)
-    moved = (2 + 2 * top_k) * devices * tokens * both_ways
+    moved = (2 + 2 * top_k * link.places) * devices * tokens * both_ways
     gather = cost("gather", True, devices * tokens, sent, moved, 3)
     return gather, better("all_to_all"), better("ragged")
 

@@ -32,6 +32,8 @@ def test_costs():
     assert ragged.moved_bytes == (6 + 2) * 4 * 5 * 8 * 6
     _, waves, _ = dispatch_costs(rows=5, shared=False, waves=3, **shape)
     assert waves.sent_bytes == 3 * dense.sent_bytes and waves.collectives == 8
+    on_cpu = dispatch_costs(**shape | {"link": dataclasses.replace(link, places=False)}, rows=5, shared=True)
+    assert [cost.moved_bytes for cost in on_cpu] == [2 * 4 * 10 * 48, 4 * 4 * 5 * 48, 6 * 4 * 5 * 48]
     torus = dataclasses.replace(link, torus=2)
     assert torus.links_crossed(4) == 1 and torus.links_crossed(64) == 4
 
