@@ -262,7 +262,8 @@ class ExpertParallel:
             rounded: whether hidden activations are rounded in groups.
 
         Raises:
-            ValueError: if the waves that were asked for do not divide the experts of a device.
+            ValueError: if the waves that were asked for do not divide the experts of a device, or the pairs
+                of tokens and experts are too many for int32 sort keys.
         """
         cut = self.cut(gate_up, down, rounded=rounded)
         sizes = self._sizes(cut, x, top_k)
@@ -279,10 +280,14 @@ class ExpertParallel:
             waves = choose_waves(chosen.transport, own, width // parts, one_device, **sizes)
         elif own % waves:
             raise ValueError(f"expert parallelism: waves={waves} must divide the {own} experts of a device")
-        group, move = (
-            Group(cut.experts, devices, own, AXES),
-            ragged if chosen.transport == "ragged" else dense,
-        )
+        keys = (devices * waves + 1) * tokens * top_k
+        if chosen.transport != "gather" and keys >= 2**31:
+            raise ValueError(
+                f"expert parallelism: {tokens} x {top_k} pairs of a device in {devices} x {waves} lists need"
+                f" sort keys up to {keys}, more than int32 holds; split the tokens over more devices"
+            )
+        group = Group(cut.experts, devices, own, AXES)
+        move = ragged if chosen.transport == "ragged" else dense
         rows = self.chunk
         if rows is None:
             rows = chunk_rows(tokens, devices * waves, top_k, shared=chosen.shared)

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from pallas_kernels.grouped_matmul import expert_ffn
@@ -66,4 +67,7 @@ def test_number_of_waves():
     x, gate_up, down, *_ = operands()
     with pytest.raises(ValueError, match="waves=3 must divide the 4 experts of a device"):
         split.travel(gate_up, down, x, KE)
+    many = jax.ShapeDtypeStruct((2**30, 8), jnp.float32)
+    with pytest.raises(ValueError, match="536870912 x 3 pairs .* 2 x 2 lists need sort keys up to 8"):
+        dataclasses.replace(split, waves=2).travel(gate_up, down, many, KE)
     assert dataclasses.replace(split, waves=2).travel(gate_up, down, x, KE).plan.waves == 2
