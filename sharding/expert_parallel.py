@@ -183,7 +183,7 @@ class ExpertParallel:
         ids = jnp.pad(ids, ((0, filling), (0, 0)), constant_values=-1)
         own = PartitionSpec(TOKEN_AXES)
         split = jax.shard_map(
-            functools.partial(_on_device, local, travel),
+            functools.partial(on_device, local, travel),
             mesh=self.mesh,
             in_specs=(own, *travel.cut.specs(repeat is not None), own, own, PartitionSpec()),
             out_specs=own,
@@ -310,7 +310,7 @@ class Travel:
     plan: Plan | None
 
 
-def _on_device(local, travel: Travel, x, gate_up, down, ids, weights, repeat):
+def on_device(local, travel: Travel, x, gate_up, down, ids, weights, repeat):
     """One device's tokens [t, D], through all experts."""
     cut, plan = travel.cut, travel.plan
     gate_up, down, repeat = _whole_hidden(cut, gate_up, down, repeat)
