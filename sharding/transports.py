@@ -255,8 +255,9 @@ def summed(parts: Float[Array, "rows ..."], at: jax.Array, counts: jax.Array) ->
 def exchanged(experts: Experts, plan: Plan) -> Callable[..., Float32[Array, "t D"]]:
     """The experts of a group for this device's tokens, inside a shard_map over all axes of the mesh.
 
-    With more than one chunk a loop keeps one more set of float32 gradients of the device's experts in the
-    backward pass. Waves are of the forward pass alone: gradients of weights are made once.
+    Where lists may be longer than a chunk, there is memory for one more set of float32 gradients of the
+    device's experts in the backward pass. Waves are of the forward pass alone: gradients of weights are made
+    once.
 
     Args:
         experts: the operation on one device.
@@ -345,15 +346,17 @@ def exchanged(experts: Experts, plan: Plan) -> Callable[..., Float32[Array, "t D
 
         sums = part(0)
         if once.slots < once.longest(*ids.shape):
-            wide = lambda tree: jax.tree.map(lambda a: a.astype(jnp.float32), tree)  # noqa: E731
-            sums = lax.fori_loop(
-                jnp.int32(1),
-                number_of_chunks(once, lists),
-                lambda number, sums: jax.tree.map(jnp.add, sums, wide(part(number))),
-                wide(sums),
-            )
+            chunks = number_of_chunks(once, lists)
+
+            def more(sums):
+                # In float32 until the last one is added; only here, because it copies all gradients.
+                wide = lambda tree: jax.tree.map(lambda a: a.astype(jnp.float32), tree)  # noqa: E731
+                add = lambda number, total: jax.tree.map(jnp.add, total, wide(part(number)))  # noqa: E731
+                total = lax.fori_loop(jnp.int32(1), chunks, add, wide(sums))
+                return jax.tree.map(lambda a, own: a.astype(own.dtype), total, sums)
+
+            sums = lax.cond(chunks > 1, more, lambda sums: sums, sums)
         dx, d_weights, d_plain = sums
-        d_plain = jax.tree.map(lambda d, own: d.astype(own.dtype), d_plain, plain)
         d_weights = d_weights.astype(weights.dtype)
         return dx.astype(x.dtype), d_plain.get("gate_up"), d_plain.get("down"), None, d_weights, None
 

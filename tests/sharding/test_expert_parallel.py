@@ -171,6 +171,20 @@ def quantised_gradients():
         print("compared", how)
 
 
+def bfloat16():
+    """Gradients keep the dtypes of their operands, whatever number of chunks they are summed over."""
+    x, gate_up, down, ids, weights = operands()
+    halves = [a.astype(jnp.bfloat16) for a in (x, gate_up, down)]
+    arguments = (*halves, ids, weights, jnp.ones(T, bool), jnp.ones_like(x))
+    want = values_and_gradients(expert_ffn)(*arguments)
+    for how in ({"transport": "gather"}, {"transport": "all_to_all", "chunk": 2}):
+        split = over_mesh(expert_ffn, mesh_of(data=2, expert=4), weight_axes=WEIGHTS, **how)
+        got = values_and_gradients(split)(*arguments)
+        assert jax.tree.map(jnp.dtype, got) == jax.tree.map(jnp.dtype, want)
+        assert_close(got, want, 1e-2)
+        print("compared", how)
+
+
 def few_tokens():
     """Fewer tokens than devices, one, and none; and what is said and communicated in the program."""
     mesh = mesh_of(expert=8)
@@ -224,6 +238,7 @@ def traffic():
         (all_meshes, (6 * 2 + 3) * 7),
         (quantised, 8),
         (quantised_gradients, 2),
+        (bfloat16, 2),
         (few_tokens, 3 * 2),
         (traffic, 1),
     ],
