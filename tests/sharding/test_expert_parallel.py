@@ -121,6 +121,23 @@ def all_meshes(meshes=MESHES):
             compare(values_and_gradients(split), expected, x, gate_up, down, weights, dy)
 
 
+def several_axes():
+    """A letter over more than one axis, and an axis that goes to the first letter that can use it."""
+    x, gate_up, down, _, weights = operands()
+    dy, expected = jnp.ones_like(x), values_and_gradients(expert_ffn)
+    exchange, gather = {"transport": "all_to_all", "chunk": 4}, {"transport": "gather"}
+    for sizes, axes, how in (
+        ({"data": 2, "expert": 4}, {"E": ("data", "expert")}, exchange),
+        (
+            {"data": 2, "expert": 2, "tensor": 2},
+            {"E": "expert", "F": ("expert?", "data?", "tensor?")},
+            gather,
+        ),
+    ):
+        split = over_mesh(expert_ffn, mesh_of(**sizes), weight_axes=axes, **how)
+        compare(values_and_gradients(split), expected, x, gate_up, down, weights, dy)
+
+
 def quantised():
     """Stacks of layers in FP8 and FP4, read by number; parts of F and D are whole blocks of 128 and 32."""
     x, gate_up, down, ids, weights = operands(tokens=9, hidden=256, width=256, layers=2)
@@ -236,6 +253,7 @@ def traffic():
     ("cases", "compared"),
     [
         (all_meshes, (6 * 2 + 3) * 7),
+        (several_axes, 2 * 7),
         (quantised, 8),
         (quantised_gradients, 2),
         (bfloat16, 2),
