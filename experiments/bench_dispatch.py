@@ -10,25 +10,23 @@ so is a ratio, of pairs of neighbouring runs. `ragged` does not run on CPUs: its
 
 import dataclasses
 import functools
+import math
 import os
 import statistics
 import time
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from jax.sharding import NamedSharding, PartitionSpec
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-import tyro  # noqa: E402
-from jax.sharding import NamedSharding, PartitionSpec  # noqa: E402
-
-from experiments.study_record import stamp, table, write  # noqa: E402
-from pallas_kernels.grouped_matmul import expert_ffn  # noqa: E402
-from sharding.expert_parallel import TOKEN_AXES, ExpertParallel, Travel, over_mesh  # noqa: E402
-from sharding.mesh import mesh_of  # noqa: E402
+from experiments.study_record import stamp, table, write
+from pallas_kernels.grouped_matmul import expert_ffn
+from sharding.expert_parallel import TOKEN_AXES, ExpertParallel, Travel, over_mesh
+from sharding.mesh import mesh_of
 
 SIDES: dict[str, dict[str, Any]] = {
     "gather": {"transport": "gather"},
@@ -85,9 +83,15 @@ def in_turn(runs: int, programs: dict[str, Any], arguments: tuple[jax.Array, ...
     return taken
 
 
-def costs_of(split: ExpertParallel, x: jax.Array, gate_up: jax.Array, down: jax.Array, top_k: int) -> Any:
-    """The formula's table for a call."""
-    return [dataclasses.asdict(cost) for cost in split.costs(split.cut(gate_up, down), x, top_k)]
+def costs_of(
+    split: ExpertParallel, x: jax.Array, gate_up: jax.Array, down: jax.Array, top_k: int
+) -> dict[str, dict[str, Any]]:
+    """The formula's table for a call, by transport; JSON has no infinity."""
+    costs = [dataclasses.asdict(cost) for cost in split.costs(split.cut(gate_up, down), x, top_k)]
+    return {
+        cost["transport"]: cost | {"seconds": cost["seconds"] if math.isfinite(cost["seconds"]) else None}
+        for cost in costs
+    }
 
 
 def fullest(ids: np.ndarray, num_experts: int, travel: Travel) -> float:
@@ -116,11 +120,7 @@ def measure(options: Options, tokens: int, kind: str, backward: bool) -> dict[st
     programs = {name: program(split, backward, arguments) for name, split in splits.items()}
     taken = in_turn(options.runs, programs, arguments)
     costs = {
-        name: next(
-            cost
-            for cost in costs_of(split, x, gate_up, down, options.top_k)
-            if cost["transport"] == split.transport
-        )
+        name: costs_of(split, x, gate_up, down, options.top_k)[split.transport]
         for name, split in splits.items()
     }
     return {
@@ -143,6 +143,9 @@ def measure(options: Options, tokens: int, kind: str, backward: bool) -> dict[st
 
 def main(options: Options) -> None:
     """Measures every row and keeps the record up to date."""
+    # Read when JAX makes its first device.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
     record = stamp("bench_dispatch") | {
         "options": dataclasses.asdict(options) | {"out": str(options.out)},
         "rows": [],
