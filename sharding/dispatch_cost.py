@@ -49,7 +49,7 @@ Transport = Literal["gather", "all_to_all", "ragged"]
 SLACK = 1.5
 """Rows of a chunk over those that uniform routing needs. More are sent in further chunks, never dropped."""
 
-MOST_WAVES = 8
+MOST_WAVES = 4
 """Each has a copy of the operation in the program."""
 
 ASYNCHRONOUS = {

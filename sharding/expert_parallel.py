@@ -67,7 +67,8 @@ def over_mesh(
         transport: how tokens reach their experts; "auto" takes the one with the lowest cost for the number of
             tokens (`dispatch_cost`), when a program is traced.
         waves: groups of a device's experts, whose exchanges and products may overlap, forward; None takes
-            `dispatch_cost.choose_waves`. A gather has one.
+            `dispatch_cost.choose_waves`. A gather has one. On TPUs more than one pays only in programs that
+            are compiled with the options `dispatch_cost.ASYNCHRONOUS`.
         chunk: rows c that a device sends to another one at a time (`transports`); None means
             `dispatch_cost.chunk_rows`. Speed and memory only.
         shared: whether a token's experts on one device share a row (`transports`); None takes what costs

@@ -59,7 +59,7 @@ def test_number_of_waves():
     link = dataclasses.replace(LINKS["v6e"], latency_seconds=0.0)
     shape = dict(tokens=4096, hidden=4096, top_k=6, number_bytes=2, devices=16)
     choose = functools.partial(choose_waves, own=12, width=2048, weight_bytes=0, **shape)
-    assert choose("ragged", link=link) == 6  # the most that divides 12 and is not above 8
+    assert choose("ragged", link=link) == 4  # the most that divides 12 and is not above 4
     assert choose("ragged", link=dataclasses.replace(link, latency_seconds=1.0)) == 1
     assert choose("gather", link=link) == choose("all_to_all", link=LINKS["cpu"]) == 1
     split = over_mesh(expert_ffn, mesh_of(), transport="all_to_all", waves=3, weight_axes=WEIGHTS)
