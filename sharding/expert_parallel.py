@@ -56,6 +56,7 @@ def over_mesh(
     waves: int | None = None,
     chunk: int | None = None,
     shared: bool | None = None,
+    narrow: bool = False,
     weight_axes: Mapping[str, str | tuple[str, ...]],
 ) -> "ExpertParallel":
     """The operation `experts` with its tokens and weights split over a mesh.
@@ -73,6 +74,8 @@ def over_mesh(
             `dispatch_cost.chunk_rows`. Speed and memory only.
         shared: whether a token's experts on one device share a row (`transports`); None takes what costs
             less.
+        narrow: whether the sums of `all_to_all` and `ragged` come back in the dtype of the tokens, each
+            rounded once, as the report counts their bytes (section 3.1), and not in float32.
         weight_axes: letter E, F or D -> the axes that the parameters are split over along it, as in a table
             of `sharding.rules`. An axis goes to the first of E, F and D that asks for it and that it can cut
             into even parts of whole quantisation blocks. What is not cut is whole on every device: XLA
@@ -106,7 +109,9 @@ def over_mesh(
     }
     if broken := [rule for rule, holds in rules.items() if not holds]:
         raise ValueError("expert parallelism: " + "; ".join(broken))
-    return ExpertParallel(experts, mesh, transport, waves, chunk, shared, tuple(sorted(named.items())))
+    return ExpertParallel(
+        experts, mesh, transport, waves, chunk, shared, narrow, tuple(sorted(named.items()))
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,6 +149,7 @@ class ExpertParallel:
     waves: int | None
     chunk: int | None
     shared: bool | None
+    narrow: bool
     weight_axes: tuple[tuple[str, tuple[str, ...]], ...]
 
     def __call__(
@@ -245,6 +251,7 @@ class ExpertParallel:
             "link": LINKS[link_of(*kind)],
             "rows": self.chunk,
             "shared": self.shared,
+            "sum_bytes": x.dtype.itemsize if self.narrow else 4,
         }
 
     def _parts(self, axes: tuple[str, ...]) -> int:
@@ -292,7 +299,7 @@ class ExpertParallel:
         rows = self.chunk
         if rows is None:
             rows = chunk_rows(tokens, devices * waves, top_k, shared=chosen.shared)
-        plan = Plan(group, move, rows, waves, chosen.shared)
+        plan = Plan(group, move, rows, waves, chosen.shared, self.narrow)
         return Travel(cut, chosen.transport, plan._replace(slots=min(rows, plan.longest(tokens, top_k))))
 
 

@@ -31,6 +31,9 @@ def test_costs():
     assert dense.sent_bytes == 3 * 5 * (8 * 6 + 8) and dense.moved_bytes == (4 + 2) * 4 * 5 * 8 * 6
     assert ragged.sent_bytes == 3 * (10 * 2 / 4 * 8 * 6 + 5 * 8)
     assert ragged.moved_bytes == (6 + 2) * 4 * 5 * 8 * 6
+    narrow = dispatch_costs(rows=5, shared=False, sum_bytes=2, **shape)
+    assert narrow[0] == gather and narrow[1].sent_bytes == 3 * 5 * (8 * 4 + 8)
+    assert narrow[1].moved_bytes == 4 * 5 * 8 * (4 * 4 + 2 * 6)
     _, waves, _ = dispatch_costs(rows=5, shared=False, waves=3, **shape)
     assert waves.sent_bytes == 3 * dense.sent_bytes and waves.collectives == 8
     on_cpu = dispatch_costs(**shape | {"link": dataclasses.replace(link, places=False)}, rows=5, shared=True)
