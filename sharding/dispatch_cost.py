@@ -1,7 +1,8 @@
 """What it costs to bring tokens to their experts and back, by transport, before anything is compiled.
 
-n devices share the experts; each has t tokens of D numbers (b bytes each) with Ke experts; results come back
-in float32. Under uniform routing a given other device is wanted by a token with probability
+n devices share the experts; each has t tokens of D numbers (b bytes each) with Ke experts; sums come back
+with s bytes a number (4, or b if they are narrow). Under uniform routing a token wants a given device with
+probability
 
     p = 1 - (1 - 1/n)^Ke
 
@@ -9,8 +10,8 @@ so that q = p t rows go from one device to another if a token's experts there sh
 q = t Ke / n rows of m = 1 if not. Bytes that a device sends over its links:
 
     gather       (n - 1) t (D (b + 4) + 8 Ke)          all tokens to all, sums reduced on the way
-    all_to_all   (n - 1) c (D (b + 4) + 8 m) h         c rows to every device, full or not
-    ragged       (n - 1) (q D (b + 4) + 8 c m) h       the rows that are wanted
+    all_to_all   (n - 1) c (D (b + s) + 8 m) h         c rows to every device, full or not
+    ragged       (n - 1) (q D (b + s) + 8 c m) h       the rows that are wanted
 
 with c = `chunk_rows`, one chunk (balanced routing), and h the mean number of links that a row crosses: 1
 behind a switch, d n^(1/d) / 4 (at least 1) on a torus of d dimensions. In a gather rows are passed on and on,
@@ -18,8 +19,8 @@ over each link once, so its h is 1. 8 m bytes are a row's ids and routing weight
 device's own memory, each written once and read once:
 
     gather       2 n t D (b + 4)  +  2 n t Ke D (b + 4)     gathered tokens, sums before the reduction
-    all_to_all   4 n c D (b + 4)  +  2 n c m D (b + 4)      what is sent and what arrives
-    ragged       6 n c D (b + 4)  +  2 n c m D (b + 4)      the same, and laid out anew once
+    all_to_all   4 n c D (b + s)  +  2 n c m D (b + 4)      what is sent and what arrives
+    ragged       6 n c D (b + s)  +  2 n c m D (b + 4)      the same, and laid out anew once
 
 where the second term is the operation's own: its kernels have a place for every id of every row, in use or
 not. Without kernels, on CPUs, it loops over those in use.
@@ -49,7 +50,7 @@ Transport = Literal["gather", "all_to_all", "ragged"]
 SLACK = 1.5
 """Rows of a chunk over those that uniform routing needs. More are sent in further chunks, never dropped."""
 
-MOST_WAVES = 8
+MOST_WAVES = 4
 """Each has a copy of the operation in the program."""
 
 ASYNCHRONOUS = {
@@ -167,6 +168,7 @@ def dispatch_costs(
     link: Link,
     rows: int | None = None,
     shared: bool | None = None,
+    sum_bytes: int = 4,
     waves: int = 1,
 ) -> tuple[DispatchCost, ...]:
     """The cost of every transport, in the order gather, all_to_all, ragged.
@@ -180,9 +182,14 @@ def dispatch_costs(
         link: between them.
         rows: c; None means `chunk_rows`.
         shared: whether a token's experts on a device share a row; None means what costs less.
+        sum_bytes: of a number of the sums that come back, unless they are reduced on the way: there always 4.
         waves: w, of the exchanges; a gather has one.
     """
-    others, both_ways = devices - 1, hidden * (number_bytes + 4)
+    others, both_ways, in_float32 = (
+        devices - 1,
+        hidden * (number_bytes + sum_bytes),
+        hidden * (number_bytes + 4),
+    )
     crossed = link.links_crossed(devices)
 
     def cost(transport: Transport, shared: bool, held: int, sent: float, moved: float, steps: int):
@@ -197,8 +204,8 @@ def dispatch_costs(
         wanted = _wanted(tokens, devices * waves, top_k, shared) if transport == "ragged" else chunk
         ids = top_k if shared else 1
         sent = others * waves * (wanted * both_ways + 8 * chunk * ids) * crossed
-        held = (6 if transport == "ragged" else 4) + 2 * ids * link.places
-        moved = held * waves * devices * chunk * both_ways
+        moved = (6 if transport == "ragged" else 4) * both_ways + 2 * ids * link.places * in_float32
+        moved *= waves * devices * chunk
         counted = chunk < most  # how many chunks, agreed on by all
         return cost(transport, shared, devices * chunk, sent, moved, 1 + 2 * waves + counted)
 
@@ -206,8 +213,8 @@ def dispatch_costs(
         ways = (False, True) if shared is None else (shared,)
         return min((exchange(transport, way) for way in ways), key=lambda found: found.seconds)
 
-    sent = others * tokens * (both_ways + 8 * top_k)
-    moved = (2 + 2 * top_k * link.places) * devices * tokens * both_ways
+    sent = others * tokens * (in_float32 + 8 * top_k)
+    moved = (2 + 2 * top_k * link.places) * devices * tokens * in_float32
     gather = cost("gather", True, devices * tokens, sent, moved, 3)
     return gather, better("all_to_all"), better("ragged")
 

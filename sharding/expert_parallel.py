@@ -56,6 +56,7 @@ def over_mesh(
     waves: int | None = None,
     chunk: int | None = None,
     shared: bool | None = None,
+    narrow: bool = False,
     weight_axes: Mapping[str, str | tuple[str, ...]],
 ) -> "ExpertParallel":
     """The operation `experts` with its tokens and weights split over a mesh.
@@ -67,11 +68,14 @@ def over_mesh(
         transport: how tokens reach their experts; "auto" takes the one with the lowest cost for the number of
             tokens (`dispatch_cost`), when a program is traced.
         waves: groups of a device's experts, whose exchanges and products may overlap, forward; None takes
-            `dispatch_cost.choose_waves`. A gather has one.
+            `dispatch_cost.choose_waves`. A gather has one. On TPUs more than one pays only in programs that
+            are compiled with the options `dispatch_cost.ASYNCHRONOUS`.
         chunk: rows c that a device sends to another one at a time (`transports`); None means
             `dispatch_cost.chunk_rows`. Speed and memory only.
         shared: whether a token's experts on one device share a row (`transports`); None takes what costs
             less.
+        narrow: whether the sums of `all_to_all` and `ragged` come back in the dtype of the tokens, each
+            rounded once, as the report counts their bytes (section 3.1), and not in float32.
         weight_axes: letter E, F or D -> the axes that the parameters are split over along it, as in a table
             of `sharding.rules`. An axis goes to the first of E, F and D that asks for it and that it can cut
             into even parts of whole quantisation blocks. What is not cut is whole on every device: XLA
@@ -105,7 +109,9 @@ def over_mesh(
     }
     if broken := [rule for rule, holds in rules.items() if not holds]:
         raise ValueError("expert parallelism: " + "; ".join(broken))
-    return ExpertParallel(experts, mesh, transport, waves, chunk, shared, tuple(sorted(named.items())))
+    return ExpertParallel(
+        experts, mesh, transport, waves, chunk, shared, narrow, tuple(sorted(named.items()))
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +149,7 @@ class ExpertParallel:
     waves: int | None
     chunk: int | None
     shared: bool | None
+    narrow: bool
     weight_axes: tuple[tuple[str, tuple[str, ...]], ...]
 
     def __call__(
@@ -244,6 +251,7 @@ class ExpertParallel:
             "link": LINKS[link_of(*kind)],
             "rows": self.chunk,
             "shared": self.shared,
+            "sum_bytes": x.dtype.itemsize if self.narrow else 4,
         }
 
     def _parts(self, axes: tuple[str, ...]) -> int:
@@ -291,7 +299,7 @@ class ExpertParallel:
         rows = self.chunk
         if rows is None:
             rows = chunk_rows(tokens, devices * waves, top_k, shared=chosen.shared)
-        plan = Plan(group, move, rows, waves, chosen.shared)
+        plan = Plan(group, move, rows, waves, chosen.shared, self.narrow)
         return Travel(cut, chosen.transport, plan._replace(slots=min(rows, plan.longest(tokens, top_k))))
 
 

@@ -98,6 +98,7 @@ class Plan(NamedTuple):
         slots: c, of a chunk, 1 .. t Ke, or t where rows are shared.
         waves: w, a device's experts in as many groups, with an exchange of its own for each.
         shared: whether a row serves all of a token's experts on a device (in one wave).
+        narrow: whether sums come back, and their gradients go, in the dtype of the tokens instead of float32.
     """
 
     group: Group
@@ -105,6 +106,7 @@ class Plan(NamedTuple):
     slots: int
     waves: int = 1
     shared: bool = False
+    narrow: bool = False
 
     def longest(self, tokens: int, top_k: int) -> int:
         """Slots of the longest list there can be."""
@@ -255,8 +257,9 @@ def summed(parts: Float[Array, "rows ..."], at: jax.Array, counts: jax.Array) ->
 def exchanged(experts: Experts, plan: Plan) -> Callable[..., Float32[Array, "t D"]]:
     """The experts of a group for this device's tokens, inside a shard_map over all axes of the mesh.
 
-    With more than one chunk a loop keeps one more set of float32 gradients of the device's experts in the
-    backward pass. Waves are of the forward pass alone: gradients of weights are made once.
+    Where lists may be longer than a chunk, there is memory for one more set of float32 gradients of the
+    device's experts in the backward pass. Waves are of the forward pass alone: gradients of weights are made
+    once.
 
     Args:
         experts: the operation on one device.
@@ -268,6 +271,9 @@ def exchanged(experts: Experts, plan: Plan) -> Callable[..., Float32[Array, "t D
     """
     group = plan.group
     form = in_lanes if plan.move is ragged else lambda rows: rows
+
+    def sent_as(x):
+        return x.dtype if plan.narrow else jnp.float32
 
     def there(chunk, arrived, values):
         rows = plan.move(group, chunk.rows(form(values)), chunk.sent, arrived.received)
@@ -292,7 +298,7 @@ def exchanged(experts: Experts, plan: Plan) -> Callable[..., Float32[Array, "t D
         def part(chunk, arrived):
             rows = there(chunk, arrived, x)
             y = experts(rows, gate_up, down, arrived.ids, arrived.weights, valid=arrived.used, repeat=repeat)
-            return back(chunk, arrived, y)
+            return back(chunk, arrived, y.astype(sent_as(x)))
 
         # The first chunks of all waves: chains that do not depend on each other, so that they may overlap.
         first = [chunk_at(plan, lists, wave, 0) for wave in range(plan.waves)]
@@ -334,7 +340,8 @@ def exchanged(experts: Experts, plan: Plan) -> Callable[..., Float32[Array, "t D
 
             _, pull = jax.vjp(call, there(chunk, arrived, x), arrived.weights, plain)
             # Rows that nobody wrote hold anything.
-            d_rows, d_weights, d_plain = pull(jnp.where(arrived.used[:, None], there(chunk, arrived, dy), 0))
+            d_y = there(chunk, arrived, dy.astype(sent_as(x))).astype(dy.dtype)
+            d_rows, d_weights, d_plain = pull(jnp.where(arrived.used[:, None], d_y, 0))
             at, here = chunk.at()
             dx = summed(back(chunk, arrived, d_rows), at, here & lists.leads)
             d_weights = dense(group, d_weights.reshape(group.size, once.slots, -1))
@@ -345,15 +352,17 @@ def exchanged(experts: Experts, plan: Plan) -> Callable[..., Float32[Array, "t D
 
         sums = part(0)
         if once.slots < once.longest(*ids.shape):
-            wide = lambda tree: jax.tree.map(lambda a: a.astype(jnp.float32), tree)  # noqa: E731
-            sums = lax.fori_loop(
-                jnp.int32(1),
-                number_of_chunks(once, lists),
-                lambda number, sums: jax.tree.map(jnp.add, sums, wide(part(number))),
-                wide(sums),
-            )
+            chunks = number_of_chunks(once, lists)
+
+            def more(sums):
+                # In float32 until the last one is added; only here, because it copies all gradients.
+                wide = lambda tree: jax.tree.map(lambda a: a.astype(jnp.float32), tree)  # noqa: E731
+                add = lambda number, total: jax.tree.map(jnp.add, total, wide(part(number)))  # noqa: E731
+                total = lax.fori_loop(jnp.int32(1), chunks, add, wide(sums))
+                return jax.tree.map(lambda a, own: a.astype(own.dtype), total, sums)
+
+            sums = lax.cond(chunks > 1, more, lambda sums: sums, sums)
         dx, d_weights, d_plain = sums
-        d_plain = jax.tree.map(lambda d, own: d.astype(own.dtype), d_plain, plain)
         d_weights = d_weights.astype(weights.dtype)
         return dx.astype(x.dtype), d_plain.get("gate_up"), d_plain.get("down"), None, d_weights, None
 

@@ -31,6 +31,9 @@ def test_costs():
     assert dense.sent_bytes == 3 * 5 * (8 * 6 + 8) and dense.moved_bytes == (4 + 2) * 4 * 5 * 8 * 6
     assert ragged.sent_bytes == 3 * (10 * 2 / 4 * 8 * 6 + 5 * 8)
     assert ragged.moved_bytes == (6 + 2) * 4 * 5 * 8 * 6
+    narrow = dispatch_costs(rows=5, shared=False, sum_bytes=2, **shape)
+    assert narrow[0] == gather and narrow[1].sent_bytes == 3 * 5 * (8 * 4 + 8)
+    assert narrow[1].moved_bytes == 4 * 5 * 8 * (4 * 4 + 2 * 6)
     _, waves, _ = dispatch_costs(rows=5, shared=False, waves=3, **shape)
     assert waves.sent_bytes == 3 * dense.sent_bytes and waves.collectives == 8
     on_cpu = dispatch_costs(**shape | {"link": dataclasses.replace(link, places=False)}, rows=5, shared=True)
@@ -59,7 +62,7 @@ def test_number_of_waves():
     link = dataclasses.replace(LINKS["v6e"], latency_seconds=0.0)
     shape = dict(tokens=4096, hidden=4096, top_k=6, number_bytes=2, devices=16)
     choose = functools.partial(choose_waves, own=12, width=2048, weight_bytes=0, **shape)
-    assert choose("ragged", link=link) == 6  # the most that divides 12 and is not above 8
+    assert choose("ragged", link=link) == 4  # the most that divides 12 and is not above 4
     assert choose("ragged", link=dataclasses.replace(link, latency_seconds=1.0)) == 1
     assert choose("gather", link=link) == choose("all_to_all", link=LINKS["cpu"]) == 1
     split = over_mesh(expert_ffn, mesh_of(), transport="all_to_all", waves=3, weight_axes=WEIGHTS)

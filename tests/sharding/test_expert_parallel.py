@@ -121,6 +121,23 @@ def all_meshes(meshes=MESHES):
             compare(values_and_gradients(split), expected, x, gate_up, down, weights, dy)
 
 
+def several_axes():
+    """A letter over more than one axis, and an axis that goes to the first letter that can use it."""
+    x, gate_up, down, _, weights = operands()
+    dy, expected = jnp.ones_like(x), values_and_gradients(expert_ffn)
+    exchange, gather = {"transport": "all_to_all", "chunk": 4}, {"transport": "gather"}
+    for sizes, axes, how in (
+        ({"data": 2, "expert": 4}, {"E": ("data", "expert")}, exchange),
+        (
+            {"data": 2, "expert": 2, "tensor": 2},
+            {"E": "expert", "F": ("expert?", "data?", "tensor?")},
+            gather,
+        ),
+    ):
+        split = over_mesh(expert_ffn, mesh_of(**sizes), weight_axes=axes, **how)
+        compare(values_and_gradients(split), expected, x, gate_up, down, weights, dy)
+
+
 def quantised():
     """Stacks of layers in FP8 and FP4, read by number; parts of F and D are whole blocks of 128 and 32."""
     x, gate_up, down, ids, weights = operands(tokens=9, hidden=256, width=256, layers=2)
@@ -169,6 +186,25 @@ def quantised_gradients():
         split = over_mesh(expert_ffn, mesh_of(data=2, expert=4), weight_axes=WEIGHTS, **how)
         assert_close(gradients(split), want, TOLERANCE)
         print("compared", how)
+
+
+def bfloat16():
+    """Gradients keep the dtypes of their operands, whatever number of chunks they are summed over."""
+    x, gate_up, down, ids, weights = operands()
+    halves = [a.astype(jnp.bfloat16) for a in (x, gate_up, down)]
+    arguments = (*halves, ids, weights, jnp.ones(T, bool), jnp.ones_like(x))
+    want = values_and_gradients(expert_ffn)(*arguments)
+    exact = {"transport": "all_to_all", "chunk": 2}
+    errors = []
+    for how in ({"transport": "gather"}, exact, exact | {"narrow": True}):
+        split = over_mesh(expert_ffn, mesh_of(data=2, expert=4), weight_axes=WEIGHTS, **how)
+        got = values_and_gradients(split)(*arguments)
+        errors.append(np.abs(got["y"] - want["y"]).max() / np.abs(want["y"]).max())
+        assert jax.tree.map(jnp.dtype, got) == jax.tree.map(jnp.dtype, want)
+        assert_close(got, want, 1e-2)
+        print("compared", how)
+    # Sums that come back in float32 differ by their order alone; narrow ones are rounded once.
+    assert max(errors[:2]) < 1e-5 < errors[2]
 
 
 def few_tokens():
@@ -222,8 +258,10 @@ def traffic():
     ("cases", "compared"),
     [
         (all_meshes, (6 * 2 + 3) * 7),
+        (several_axes, 2 * 7),
         (quantised, 8),
         (quantised_gradients, 2),
+        (bfloat16, 3),
         (few_tokens, 3 * 2),
         (traffic, 1),
     ],

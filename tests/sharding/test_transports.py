@@ -12,6 +12,7 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from pallas_kernels.formats.blocks import Mxfp4
 from pallas_kernels.grouped_matmul import expert_ffn
 from sharding.dispatch_cost import ASYNCHRONOUS
 from sharding.expert_parallel import over_mesh
@@ -165,3 +166,39 @@ def test_waves_overlap_on_a_slice(transport):
     finally:
         jax.config.update("jax_enable_compilation_cache", True)
     assert kernels_between(text) == {"grouped_matmul_swiglu", "grouped_matmul_output"}
+
+
+@pytest.mark.slow
+def test_decode_reads_its_stacks_in_place():
+    """Two gathers of few tokens and one sum; FP4 experts of two layers are neither copied nor moved."""
+    mesh = described(expert=2, tensor=2)
+    split = over_mesh(functools.partial(expert_ffn, impl="pallas"), mesh, weight_axes=WEIGHTS)
+    of = jax.ShapeDtypeStruct
+    layers, experts, hidden, width = 2, 16, 4096, 2048
+    gate_up = (layers, experts, 2, width, hidden)
+    down = (layers, experts, hidden, width)
+
+    def mxfp4(*front, columns):
+        return Mxfp4(of((*front, columns // 2), jnp.uint8), of((*front, columns // 32), jnp.uint8))
+
+    stacks = mxfp4(*gate_up[:-1], columns=hidden), mxfp4(*down[:-1], columns=width)
+    tokens = of((32, hidden), jnp.bfloat16), of((32, 6), jnp.int32), of((32, 6), jnp.float32)
+    travel = split.travel(*stacks, tokens[0], 6)
+    assert travel.transport == "gather" and travel.cut.width
+    specs = travel.cut.specs(layers=True)
+    leaves = [
+        (leaf, spec) for stack, spec in zip(stacks, specs, strict=True) for leaf in jax.tree.leaves(stack)
+    ]
+    shapes = (*tokens, of((), jnp.int32), *(leaf for leaf, _ in leaves))
+    specs = (P(AXES), P(AXES), P(AXES), P(), *(spec for _, spec in leaves))
+
+    def run(x, ids, weights, repeat, a, b, c, d):
+        return split(x, Mxfp4(a, b), Mxfp4(c, d), ids, weights, swiglu_limit=10.0, repeat=repeat)
+
+    compiled = compile_on(run, shapes, [NamedSharding(mesh, spec) for spec in specs])
+    text, memory = compiled.as_text(), compiled.memory_analysis()
+    count = lambda operation: len(re.findall(rf" {operation}\(", text))  # noqa: E731
+    assert count("all-gather") == 2 and count("all-to-all") == count("collective-permute") == 0
+    assert count("reduce-scatter") + count("all-reduce") == 1
+    # One layer is half of the arguments.
+    assert memory.argument_size_in_bytes > 10 * memory.temp_size_in_bytes
