@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom, on an untrained model with the quickstart's architecture."""
+"""The notebooks run from top to bottom, on an untrained model with a layer of each kind."""
 
 from pathlib import Path
 
@@ -7,8 +7,9 @@ import pytest
 from nbclient import NotebookClient
 
 from dsv4_jax.language_model import LanguageModel
-from dsv4_jax.training.recipe import QUICKSTART
+from dsv4_jax.numerics.policy import Policy
 from dsv4_jax.training.tokenizer import train_tokenizer
+from tests.models import all_kinds
 
 NOTEBOOKS = Path(__file__).parents[2] / "experiments" / "notebooks"
 
@@ -16,9 +17,9 @@ NOTEBOOKS = Path(__file__).parents[2] / "experiments" / "notebooks"
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("notebook") / "model"
-    model = LanguageModel.random(QUICKSTART.config, QUICKSTART.policy)
+    model = LanguageModel.random(all_kinds(vocab_size=300), Policy.of("float32"))
     sources = [path.read_text() for path in sorted(Path(__file__).parents[1].glob("*.py"))]
-    model.tokenizer = train_tokenizer(sources, QUICKSTART.config.vocab_size)
+    model.tokenizer = train_tokenizer(sources, model.config.vocab_size)
     model.save(folder)
     return folder
 
