@@ -9,6 +9,7 @@ from nbclient import NotebookClient
 from dsv4_jax.language_model import LanguageModel
 from dsv4_jax.numerics.policy import Policy
 from dsv4_jax.training.tokenizer import train_tokenizer
+from tests.conftest import QUICK, exists
 from tests.models import all_kinds
 
 NOTEBOOKS = Path(__file__).parents[2] / "experiments" / "notebooks"
@@ -30,6 +31,9 @@ def checkpoint(tmp_path_factory):
 def test_notebook_runs(path, checkpoint, tmp_path, monkeypatch):
     # As in other tests; the notebook's kernel is a process of its own.
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    known = {name: value for name, value in QUICK.items() if exists(name, value)}
+    flags = [f"--{name}={str(value).lower()}" for name, value in known.items()]
+    monkeypatch.setenv("XLA_FLAGS", " ".join(flags))
     notebook = nbformat.read(path, as_version=4)
     (parameters,) = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
     parameters.source += f"\nCHECKPOINT = {str(checkpoint)!r}\nNEW_TOKENS = 3\n"
