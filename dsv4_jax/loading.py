@@ -9,6 +9,7 @@ from dsv4_jax.checkpoint.load import load_checkpoint
 from dsv4_jax.language_model import LanguageModel
 from dsv4_jax.numerics.policy import Policy
 from dsv4_jax.placing import MeshLike, RulesLike, placement_of
+from dsv4_jax.refusing import refused_together
 
 LOGGER = logging.getLogger(__name__)
 
@@ -29,6 +30,9 @@ def load(
     rules: RulesLike | None = None,
 ) -> LanguageModel:
     """Loads any supported checkpoint folder: official or transformers layout, plain or quantised.
+
+    With several processes (`sharding.processes`) each reads what its own devices will hold, from a folder of
+    the same content; what one of them refuses, all refuse.
 
     Args:
         path: folder with config.json and safetensors files.
@@ -56,7 +60,8 @@ def load(
     accepted = {"draft_head": draft_head, "text_only": text_only, "allow_links": allow_links}
     placement = placement_of(mesh, rules)
     where = {} if placement is None else {"mesh": placement.mesh, "rules": placement.table.parameters}
-    loaded = load_checkpoint(Path(path), policy, weights=weights, tokenizer=tokenizer, **accepted, **where)
+    how = {"weights": weights, "tokenizer": tokenizer, **accepted, **where}
+    loaded = refused_together(lambda: load_checkpoint(Path(path), policy, **how))
     for warning in loaded.warnings:
         LOGGER.warning("%s: %s", path, warning)
     if loaded.experts_in_fp4:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from sharding.host_values import put
 from sharding.rules import OPTIONAL, RuleTable
 
 
@@ -61,9 +62,9 @@ class Placement:
         return PartitionSpec(*(chosen[letter] or None for letter in letters))
 
     def put(self, x: jax.typing.ArrayLike, dims: str) -> jax.Array:
-        """An array of the host on the devices, split as `spec` says. Those like it that come out of a step
-        are split so too, and the step is compiled once."""
-        return jax.device_put(x, NamedSharding(self.mesh, self.spec(dims, jnp.shape(x))))
+        """An array of the host, the same in every process, on the devices, split as `spec` says. Those like
+        it that come out of a step are split so too, and the step is compiled once."""
+        return put(x, NamedSharding(self.mesh, self.spec(dims, jnp.shape(x))))
 
     def pinned(self, x: jax.Array, dims: str, first: str = "") -> jax.Array:
         """The same array, inside a compiled program split as `spec` says."""

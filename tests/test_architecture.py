@@ -29,6 +29,7 @@ ROOMS = {
     "dsv4_jax.parameters": "parameters",
     "dsv4_jax.parameter_shardings": "parameters",
     "dsv4_jax.placing": "parameters",
+    "dsv4_jax.refusing": "parameters",
     "dsv4_jax.numerics": "numerics",
     "dsv4_jax.model": "model",
     "dsv4_jax.inference": "inference",

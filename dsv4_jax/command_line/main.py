@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from dsv4_jax.command_line import devices, standard_streams
+from dsv4_jax.command_line import devices, processes, standard_streams
 from dsv4_jax.command_line.standard_streams import note
 from dsv4_jax.errors import CheckpointError, ProblemsError
 
@@ -61,6 +61,7 @@ def generate(
     numerics: Literal["reference", "qat"] = "reference",
     cache: Literal["plain", "fp8+fp8", "fp8+mxfp4"] = "plain",
     mesh: Mesh = None,
+    hosts: processes.Group = processes.ALONE,
     allow_links: AllowLinks = None,
     as_json: Json = False,
     compilation_cache: CompilationCache = True,
@@ -71,6 +72,8 @@ def generate(
       dsv4 generate quickstart "import os" --temperature 0
       dsv4 generate DIRECTORY --ids 0 17 42 --max-new-tokens 8 --json
       dsv4 generate DIRECTORY "import os" --mesh expert=4,tensor=2
+      dsv4 generate DIRECTORY "import os" --mesh expert=16 --coordinator 10.0.0.1:8476
+        --num-processes 4 --process-id 0
 
     Args:
         prompt: text to continue; needs a tokenizer.json in the checkpoint.
@@ -88,6 +91,8 @@ def generate(
 
     sampling = completion.Sampling(max_new_tokens, temperature, top_p, seed)
     given = completion.checked_request(prompt, ids, sampling)
+    numbers = {"dtype": dtype, "numerics": numerics, "cache": cache}
+    processes.join(hosts, mesh, {"prompt": given, "sampling": sampling, **numbers})
     _prepare(compilation_cache)
     from dsv4_jax import loading
     from dsv4_jax.command_line import hub

@@ -45,6 +45,24 @@ def prepared() -> Iterator[None]:
         raise ProblemsError("cannot print", [f"standard output: {failure.strerror}"]) from failure
 
 
+def keep_for_results(shown: bool) -> None:
+    """From now on standard output gets what Python prints, or nothing; what libraries write to its descriptor
+    goes to standard error.
+
+    Args:
+        shown: whether this process is the one whose results are wanted.
+    """
+    sys.stdout.flush()
+    with contextlib.suppress(OSError, ValueError):  # a stream without a file behind it
+        number = sys.stdout.fileno()
+        results = os.dup(number) if shown else os.open(os.devnull, os.O_WRONLY)
+        os.dup2(2, number)
+        sys.stdout = open(results, "w", encoding=sys.stdout.encoding, errors="replace")  # noqa: SIM115
+        return
+    if not shown:
+        sys.stdout = io.StringIO()
+
+
 def _occupy() -> None:
     """Fills closed standard descriptors, or a file that is opened later would get what libraries print."""
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:

@@ -94,7 +94,7 @@ def stream(
             places = "; ".join(f"row {row}, position {len(prompts[row]) + step}" for row in broken)
             raise FloatingPointError(f"logits are not finite numbers, no token can be drawn: {places}")
         yield drawn
-        if stop_token_ids and (np.asarray(stopped) != RUNNING).all():
+        if stop_token_ids and np.isin(drawn, stop_token_ids).all():  # `stopped`, where other hosts hold it
             return
 
 

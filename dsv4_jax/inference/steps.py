@@ -138,6 +138,7 @@ def prefill(network, parameters, cache, tokens, num_valid, last):
 def decode(network, parameters, cache, logits, requests, temperature, top_p, stopped, stops):
     """Draws a token a row, appends it, and returns (token, next logits, stopped, cache).
 
+    The tokens are whole on every device, so that each of several processes can read them.
     `requests`, keys, `temperature` and `top_p` are [B] (see `sampling`). `stopped` i32[B] is the stop token
     that a row drew, RUNNING while it drew none. A token is `sampling.NO_TOKEN` where logits are no numbers;
     what follows it means nothing.
@@ -150,4 +151,4 @@ def decode(network, parameters, cache, logits, requests, temperature, top_p, sto
     after = model(spans.appended(ids, cache.length, jnp.ones_like(token)), cache)
     pinned = model.operations.pinned
     logits = pinned(model.logits(model.hidden(after.streams))[:, 0], "B V")
-    return pinned(token, "B"), logits, pinned(stopped, "B"), after.cache
+    return pinned(token, ""), logits, pinned(stopped, "B"), after.cache

@@ -25,6 +25,7 @@ from dsv4_jax.numerics import cache_formats, cache_storage
 from dsv4_jax.numerics.cache_formats import CacheFormat, Stored
 from dsv4_jax.numerics.cache_storage import num_slots, write_slots
 from pallas_kernels.arithmetic import remainder
+from sharding.host_values import fetched
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["kv", "gate", "entries"], meta_fields=[])
@@ -96,8 +97,7 @@ class Cache:
         if self._is_traced():
             return None
         if self.counts_if_known() is None:
-            fetched = jax.device_get(self._counted())
-            object.__setattr__(self, "known", (self._counted(), Counts.of(*fetched)))
+            object.__setattr__(self, "known", (self._counted(), Counts.of(*fetched(self._counted()))))
         return self.counts_if_known()
 
     def counts_if_known(self) -> Counts | None:
