@@ -3,10 +3,9 @@
     python -m experiments.decode_step                   # all 43 layers; about 20 minutes on two cores
     python -m experiments.decode_step --layers 11       # a stack of four repeats
 
-One `shard_map` over one axis: batch rows with their caches, experts and the head's vocabulary are split,
-everything else is whole on each chip. Tokens are gathered for the experts and the sums scattered back. The
-table sums the compiler's own estimates of XLA's operations; kernels, collectives and asynchronous copies have
-none. Needs libtpu (extra `test` or `tpu`).
+The model is spread as `load(mesh=...)` spreads it, with the rules for decode. The table sums the compiler's
+own estimates of XLA's operations; kernels, collectives and asynchronous copies have none, and collectives are
+listed with the bytes of their results. Needs libtpu (extra `test` or `tpu`).
 """
 
 import dataclasses
@@ -18,94 +17,73 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import tyro
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from dsv4_jax.config import ModelConfig, v4_flash
 from dsv4_jax.inspection.native_shapes import native_shapes
 from dsv4_jax.model import span as spans
 from dsv4_jax.model.cache import new_cache
 from dsv4_jax.model.initial import Network
-from dsv4_jax.model.linear import project_float32
-from dsv4_jax.model.operations import Operation, operations
+from dsv4_jax.model.operations import operations
 from dsv4_jax.numerics.policy import Policy
-from experiments.step_operations import Cost, costs
+from dsv4_jax.parameter_shardings import parameter_shardings
+from experiments.step_operations import Cost, collectives, costs, result_bytes
 from experiments.study_record import stamp, table, write
+from pallas_kernels.formats.weights import is_quantized
+from sharding.activations import Placement
+from sharding.mesh import mesh_of
+from sharding.rules import DECODE
 
-AXIS = "chips"
 CLOCK_HZ = {"v6e": 1.75e9, "tpu7x": 2.2e9, "v5e": 1.5e9, "v5p": 1.75e9}
 """Inferred from published peak rates: no vendor publishes them."""
 
 
-def spread(experts: Operation, own: int) -> Operation:
-    """The experts' operation where tokens and experts are split over the axis, `own` experts a chip."""
-
-    def function(x, gate_up, down, ids, weights, *, valid, **more):
-        x, ids, weights, valid = (
-            jax.lax.all_gather(a, AXIS, axis=0, tiled=True) for a in (x, ids, weights, valid)
-        )
-        # Foreign experts fall out of range, below or above: their pairs contribute nothing and take no rows.
-        mine = ids - jax.lax.axis_index(AXIS).astype(jnp.int32) * own
-        y = experts(x, gate_up, down, mine, weights, valid=valid, **more)
-        return jax.lax.psum_scatter(y, AXIS, scatter_dimension=0, tiled=True)
-
-    return dataclasses.replace(experts, function=function, settings=())
-
-
-def program(config: ModelConfig, topology: str, batch: int, context: int) -> Any:
-    """The compiled decode step."""
+def program(config: ModelConfig, topology: str, spelling: str, batch: int, context: int) -> Any:
+    """The compiled decode step on a mesh of described chips, its seconds, and its placement."""
     from jax.experimental import topologies
 
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    mesh = Mesh(np.array(devices), (AXIS,))
+    placement = Placement(mesh_of(spelling, devices), DECODE)
     policy = Policy.of("bfloat16", kernels="pallas", cache="fp8+mxfp4")
-    chosen = operations(policy)
-    chosen = dataclasses.replace(
-        chosen, experts=spread(chosen.experts, config.n_routed_experts // len(devices))
-    )
+    chosen = operations(policy, placement=placement)
     network = Network(config, policy, chosen)
-    stored = (jnp.bfloat16, 8, policy.row_dtype, policy.cache_format, False)
+    stored = (jnp.bfloat16, 8, policy.row_dtype, policy.cache_format, chosen.cache_of_bits)
     cache = jax.eval_shape(lambda: new_cache(config, batch, context, *stored))
-    weights = native_shapes(config)
+    weights, rules = native_shapes(config), placement.table.parameters
+    leaves = jax.tree_util.tree_leaves_with_path(weights, is_leaf=is_quantized)
+    blocks = {keys_of(path): leaf.blocks.block for path, leaf in leaves if is_quantized(leaf)}
+    shardings = parameter_shardings(config, placement.mesh, rules, "the model", blocks)
 
-    def weight_spec(path, leaf):
-        names = [key.key for key in path if hasattr(key, "key")]
-        if "experts" in names:
-            return PartitionSpec(None, AXIS)
-        return PartitionSpec(AXIS) if names[0] == "head" else PartitionSpec()
+    def held(leaf, sharding):
+        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), leaf)
 
-    def cache_spec(leaf):
-        return (
-            (PartitionSpec(), PartitionSpec(AXIS))[leaf.ndim] if leaf.ndim < 2 else PartitionSpec(None, AXIS)
-        )
-
-    specs = (
-        jax.tree_util.tree_map_with_path(weight_spec, weights),
-        jax.tree.map(cache_spec, cache),
-        PartitionSpec(AXIS),
-    )
+    def rows(leaf, dims):
+        return held(leaf, NamedSharding(placement.mesh, placement.spec(dims, leaf.shape)))
 
     def step(weights, cache, tokens):
         ones = jnp.ones((tokens.shape[0],), jnp.int32)
         model = network.holding(weights)
         after = model(spans.appended(tokens, cache.length, ones), cache)
-        hidden = jax.lax.all_gather(model.hidden(after.streams), AXIS, axis=0, tiled=True)
-        return project_float32(hidden, weights["head"]), after.cache
+        return model.logits(model.hidden(after.streams)), after.cache
 
-    out = (PartitionSpec(None, None, AXIS), specs[1])
-    split = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)
-    arguments = (weights, cache, jax.ShapeDtypeStruct((batch, 1), jnp.int32))
-    placed = jax.tree.map(
-        lambda leaf, spec: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec)),
-        arguments,
-        specs,
+    arguments = (
+        jax.tree_util.tree_map_with_path(
+            lambda path, leaf: held(leaf, shardings[keys_of(path)]), weights, is_leaf=is_quantized
+        ),
+        jax.tree.map(lambda leaf: rows(leaf, "B" if leaf.ndim == 1 else "R B"), cache),
+        rows(jax.ShapeDtypeStruct((batch, 1), jnp.int32), "B"),
     )
     started = time.monotonic()
-    lowered = jax.jit(split, donate_argnums=1).lower(*placed)
+    lowered = jax.jit(step, donate_argnums=1).lower(*arguments)
     lowering, started = time.monotonic() - started, time.monotonic()
     compiled = lowered.compile()
     return compiled, {"lower_s": lowering, "compile_s": time.monotonic() - started}
+
+
+def keys_of(path: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A path of `jax.tree_util` as one of the parameter table."""
+    return tuple(key.key for key in path)
 
 
 def by_operation(found: list[Cost]) -> dict[str, tuple[int, int]]:
@@ -126,6 +104,7 @@ def by_operation(found: list[Cost]) -> dict[str, tuple[int, int]]:
 
 def main(
     topology: str = "v6e:4x4",
+    mesh: str = "expert=16",
     layers: int = 43,
     batch: int = 64,
     context: int = 2**16,
@@ -137,6 +116,7 @@ def main(
 
     Args:
         topology: a slice the compiler knows, e.g. v6e:4x4.
+        mesh: over its chips.
         layers: of V4-Flash, the first so many (its last layer is left out with fewer than 43).
         batch: sequences over the whole slice.
         context: capacity of the caches in tokens.
@@ -155,12 +135,12 @@ def main(
         router_kinds=config.router_kinds[:layers],
         num_nextn_predict_layers=0,
     )
-    compiled, seconds = program(config, topology, batch, context)
+    compiled, seconds = program(config, topology, mesh, batch, context)
     written = compiled.as_text()
     if text:
         text.write_text(written)
     clock = CLOCK_HZ[topology.split(":")[0]]
-    found = costs(written)
+    found, moved = costs(written), collectives(written)
     memory = compiled.memory_analysis()
     gib = {
         name: getattr(memory, f"{name}_size_in_bytes") / 2**30
@@ -170,6 +150,7 @@ def main(
     total, summed = sum(cost.cycles for cost in found), by_operation(found)
     record = stamp("decode_step") | {
         "topology": topology,
+        "mesh": mesh,
         "layers": layers,
         "batch": batch,
         "context": context,
@@ -178,6 +159,16 @@ def main(
         "xla_ms": total / clock * 1e3,
         "kernel_calls": written.count('custom_call_target="tpu_custom_call"'),
         "ms_by_operation": {name: cycles / clock * 1e3 for name, (cycles, _) in summed.items()},
+        "collectives": [
+            {
+                "bytes": result_bytes(cost.instruction.shape),
+                "runs": cost.runs,
+                "opcode": cost.instruction.opcode,
+                "shape": cost.instruction.shape[:160],
+                "scope": cost.instruction.scope,
+            }
+            for cost in moved
+        ],
         "operations": [
             {
                 "ms": cost.cycles / clock * 1e3,
@@ -200,10 +191,24 @@ def main(
         for cost in found[:top]
     ]
     shown = f"XLA's own operations: {record['xla_ms']:.2f} ms a step by the compiler's estimate "
-    shown += f"({topology}, {layers} layers, {batch} sequences, {context} tokens of capacity)\n\n"
+    shown += f"({topology}, {mesh}, {layers} layers, {batch} sequences, {context} tokens of capacity)\n\n"
     parts = [(f"{cycles / clock * 1e3:.2f}", runs, name) for name, (cycles, runs) in summed.items()]
     shown += table(("ms a step", "runs", "operation"), parts) + "\nThe dearest of them:\n\n"
     shown += table(("ms a step", "runs", "opcode", "result", "where"), rows)
+    shown += "\nWhat is moved between chips, by the bytes of results on one chip:\n\n"
+    shown += table(
+        ("KiB a step", "runs", "opcode", "result", "where"),
+        [
+            (
+                f"{cost.runs * result_bytes(cost.instruction.shape) / 1024:.0f}",
+                cost.runs,
+                cost.instruction.opcode,
+                f"`{cost.instruction.shape[:60]}`",
+                f"`{cost.instruction.scope[-90:]}`",
+            )
+            for cost in moved[:top]
+        ],
+    )
     write(out, record, f"# The decode step\n\n{shown}")
     print(shown)
     print(json.dumps({"seconds": seconds, "GiB a chip": gib}))

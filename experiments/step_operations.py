@@ -7,8 +7,9 @@ count from 0 with a constant, as scans do. Of the branches of a conditional the 
 
 import dataclasses
 import functools
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 
 class ProgramError(ValueError):
@@ -103,12 +104,47 @@ def _instruction(name: str, shape: str, opcode: str, rest: str) -> Instruction:
     return Instruction(name, shape, opcode, cycles, calls, condition, scope[1] if scope else "")
 
 
+COLLECTIVES = (
+    "all-gather",
+    "all-reduce",
+    "all-to-all",
+    "ragged-all-to-all",
+    "reduce-scatter",
+    "collective-permute",
+)
+BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "s32": 32, "u32": 32, "f8e4m3fn": 8, "u8": 8, "s8": 8}
+
+
+def result_bytes(shape: str) -> int:
+    """Bytes of the largest array of a result, as the text spells its shape."""
+    sizes = [
+        math.prod(int(n) for n in dims.split(",") if n) * BITS.get(dtype, 64) // 8
+        for dtype, dims in re.findall(r"([a-z]\w*)\[([\d,]*)\]", shape)
+    ]
+    return max(sizes, default=0)
+
+
 def costs(text: str) -> list[Cost]:
     """Every instruction with an estimate that runs, dearest first.
 
     Raises:
         ProgramError: for a loop whose number of trips its condition does not tell.
     """
+    return sorted(_walk(text, lambda one: one.cycles > 0), key=lambda cost: -cost.cycles)
+
+
+def collectives(text: str) -> list[Cost]:
+    """Every collective that runs, those first whose results of all runs are the largest; of an asynchronous
+    one its start.
+
+    Raises:
+        ProgramError: as `costs`.
+    """
+    found = _walk(text, lambda one: one.opcode.removesuffix("-start") in COLLECTIVES)
+    return sorted(found, key=lambda cost: -cost.runs * result_bytes(cost.instruction.shape))
+
+
+def _walk(text: str, wanted: Callable[[Instruction], bool]) -> list[Cost]:
     entry, computations = parse(text)
 
     def trips(one: Instruction) -> int:
@@ -130,9 +166,9 @@ def costs(text: str) -> list[Cost]:
 
     def walk(name: str, runs: int) -> Iterator[Cost]:
         for one in computations[name].instructions:
-            if one.cycles:
+            if wanted(one):
                 yield Cost(one, runs)
             for below in chosen(one):
                 yield from walk(below, runs * trips(one))
 
-    return sorted(walk(entry, 1), key=lambda cost: -cost.cycles)
+    return list(walk(entry, 1))

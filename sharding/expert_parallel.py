@@ -21,16 +21,25 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
+from pallas_kernels.arithmetic import cdiv
 from pallas_kernels.formats.blocks import Blocks, format_of
 from pallas_kernels.formats.sizes import ACTIVATION_GROUP, FP4_GROUP, FP8_BLOCK
-from sharding.dispatch_cost import LINKS, DispatchCost, cheapest, chunk_rows, dispatch_costs, link_of
-from sharding.transports import Experts, Group, dense, exchanged, gathered, ragged, scattered
-
-AXES = ("data", "fsdp", "expert", "tensor", "context")
-"""Of every mesh; those that a mesh does not need have size 1."""
+from sharding.dispatch_cost import (
+    LINKS,
+    DispatchCost,
+    cheapest,
+    choose_waves,
+    chunk_rows,
+    cost_of,
+    dispatch_costs,
+    link_of,
+)
+from sharding.mesh import AXES
+from sharding.rules import OPTIONAL
+from sharding.transports import Experts, Group, Plan, dense, exchanged, gathered, ragged, scattered
 
 TOKEN_AXES = ("data", "fsdp", "expert", "context", "tensor")
 """Tokens are split over all axes, in this order: what is whole along `tensor` is then cut, and not moved."""
@@ -41,11 +50,13 @@ Transport = Literal["auto", "gather", "all_to_all", "ragged"]
 
 def over_mesh(
     experts: Experts,
-    mesh: Mesh,
+    mesh: Mesh | AbstractMesh,
     *,
     transport: Transport = "auto",
     waves: int | None = None,
     chunk: int | None = None,
+    shared: bool | None = None,
+    narrow: bool = False,
     weight_axes: Mapping[str, str | tuple[str, ...]],
 ) -> "ExpertParallel":
     """The operation `experts` with its tokens and weights split over a mesh.
@@ -56,27 +67,34 @@ def over_mesh(
         mesh: with the axes `AXES`.
         transport: how tokens reach their experts; "auto" takes the one with the lowest cost for the number of
             tokens (`dispatch_cost`), when a program is traced.
-        waves: groups of a device's experts, whose exchanges and products overlap; None means 1. For "gather"
-            there is one.
+        waves: groups of a device's experts, whose exchanges and products may overlap, forward; None takes
+            `dispatch_cost.choose_waves`. A gather has one. On TPUs more than one pays only in programs that
+            are compiled with the options `dispatch_cost.ASYNCHRONOUS`.
         chunk: rows c that a device sends to another one at a time (`transports`); None means
             `dispatch_cost.chunk_rows`. Speed and memory only.
-        weight_axes: letter E, F or D -> the axes that the parameters are split over along it. A letter whose
-            parts would be uneven, or would cut a quantisation block, is whole on every device, as one that is
-            not here: XLA gathers its parts in front of the operation.
+        shared: whether a token's experts on one device share a row (`transports`); None takes what costs
+            less.
+        narrow: whether the sums of `all_to_all` and `ragged` come back in the dtype of the tokens, each
+            rounded once, as the report counts their bytes (section 3.1), and not in float32.
+        weight_axes: letter E, F or D -> the axes that the parameters are split over along it, as in a table
+            of `sharding.rules`. An axis goes to the first of E, F and D that asks for it and that it can cut
+            into even parts of whole quantisation blocks. What is not cut is whole on every device: XLA
+            gathers its parts in front of the operation.
 
     Returns:
         A function with the signature of `experts`, to be called inside a jit with whole arrays. Equal calls
         of this give equal functions.
 
     Raises:
-        ValueError: for axes that the mesh does not have or that two letters share, unknown letters or
-            transports, "ragged" on CPU devices, or waves or chunks below 1; all problems at once.
+        ValueError: for axes that the mesh does not have, unknown letters or transports, "ragged" on CPU
+            devices, or waves or chunks below 1; all problems at once.
     """
     named = {
-        letter: (axes,) if isinstance(axes, str) else tuple(axes) for letter, axes in weight_axes.items()
+        letter: tuple(a.removesuffix(OPTIONAL) for a in ((axes,) if isinstance(axes, str) else axes))
+        for letter, axes in weight_axes.items()
     }
     every = [axis for axes in named.values() for axis in axes]
-    platform = mesh.devices.flat[0].platform
+    platform = mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else "tpu"
     rules = {
         f"the mesh has axes {mesh.axis_names}, and must have {AXES}": set(mesh.axis_names) == set(AXES),
         f"transport={transport!r} must be auto, gather, all_to_all or ragged": transport
@@ -87,12 +105,13 @@ def over_mesh(
         f"waves={waves} must be at least 1": waves is None or waves >= 1,
         f"chunk={chunk} must be at least 1": chunk is None or chunk >= 1,
         f"weight_axes {named}: only E, F and D can be split": set(named) <= set("EFD"),
-        f"weight_axes {named}: an axis stands twice": len(set(every)) == len(every),
         f"weight_axes {named}: the mesh has only {mesh.axis_names}": set(every) <= set(mesh.axis_names),
     }
     if broken := [rule for rule, holds in rules.items() if not holds]:
         raise ValueError("expert parallelism: " + "; ".join(broken))
-    return ExpertParallel(experts, mesh, transport, waves, chunk, tuple(sorted(named.items())))
+    return ExpertParallel(
+        experts, mesh, transport, waves, chunk, shared, narrow, tuple(sorted(named.items()))
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,10 +144,12 @@ class ExpertParallel:
     """What `over_mesh` returns, which says what the fields are."""
 
     experts: Experts
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     transport: Transport
     waves: int | None
     chunk: int | None
+    shared: bool | None
+    narrow: bool
     weight_axes: tuple[tuple[str, tuple[str, ...]], ...]
 
     def __call__(
@@ -150,7 +171,8 @@ class ExpertParallel:
         T may be any number. Gradients of x are added over devices in float32.
 
         Raises:
-            ValueError: for shapes that do not fit; what the operation on one device refuses.
+            ValueError: for shapes that do not fit, and waves that do not divide the experts of a device; what
+                the operation on one device refuses.
         """
         local = functools.partial(self.experts, swiglu_limit=swiglu_limit, round_hidden=round_hidden, **more)
         if ids.size == 0:
@@ -158,24 +180,19 @@ class ExpertParallel:
         wrong = _problems(x, gate_up, down, ids, weights, valid, repeat)
         if wrong:
             raise ValueError("expert parallelism: " + "; ".join(wrong))
-        cut = self.cut(gate_up, down, rounded=round_hidden is not None)
         tokens, top_k = ids.shape
-        num_experts = gate_up.shape[0 if repeat is None else 1]
+        travel = self.travel(gate_up, down, x, top_k, rounded=round_hidden is not None)
         # Padding, here and the caller's, is a token of no expert.
-        chosen = (ids >= 0) & (ids < num_experts)
+        chosen = (ids >= 0) & (ids < gate_up.shape[0 if repeat is None else 1])
         ids = jnp.where(chosen if valid is None else chosen & valid[:, None], ids, -1)
         filling = -tokens % self.mesh.size
         x, weights = (jnp.pad(a, ((0, filling), (0, 0))) for a in (x, weights))
         ids = jnp.pad(ids, ((0, filling), (0, 0)), constant_values=-1)
-
-        per_device = (tokens + filling) // self.mesh.size
-        travel = self._travel(cut, per_device, x.shape[1], top_k, x.dtype.itemsize, num_experts)
-        body = functools.partial(_on_device, local, cut, travel)
         own = PartitionSpec(TOKEN_AXES)
         split = jax.shard_map(
-            body,
+            functools.partial(on_device, local, travel),
             mesh=self.mesh,
-            in_specs=(own, *cut.specs(repeat is not None), own, own, PartitionSpec()),
+            in_specs=(own, *travel.cut.specs(repeat is not None), own, own, PartitionSpec()),
             out_specs=own,
             check_vma=False,  # kernels do not say over which axes their results vary
         )
@@ -189,94 +206,132 @@ class ExpertParallel:
             down: [(R,) E, D, F].
             rounded: whether hidden activations are rounded in groups, which no split of F may part.
         """
-        axes = {
-            letter: tuple(a for a in names if self.mesh.shape[a] > 1) for letter, names in self.weight_axes
-        }
+        axes, used = dict(self.weight_axes), set[str]()
 
         def taken(letter: str, *dims: tuple[Matrices, int, int]) -> tuple[str, ...]:
-            wanted = axes.get(letter, ())
-            parts = math.prod(self.mesh.shape[a] for a in wanted)
-            fits = all(
-                matrices.shape[dim] % parts == 0
-                and matrices.shape[dim] // parts % math.lcm(least, _block(matrices, dim)) == 0
-                for matrices, dim, least in dims
-            )
-            return wanted if fits else ()
+            found: tuple[str, ...] = ()
+            for axis in axes.get(letter, ()):
+                parts = self._parts((*found, axis))
+                fits = all(
+                    matrices.shape[dim] % parts == 0
+                    and matrices.shape[dim] // parts % math.lcm(least, _block(matrices, dim)) == 0
+                    for matrices, dim, least in dims
+                )
+                if fits and axis not in used and self.mesh.shape[axis] > 1:
+                    found = (*found, axis)
+            return found
 
         least = ACTIVATION_GROUP if rounded else 1
-        return Cut(
-            experts=taken("E", (gate_up, -4, 1), (down, -3, 1)),
-            width=taken("F", (gate_up, -2, least), (down, -1, least)),
-            gate_up_hidden=taken("D", (gate_up, -1, 1)),
-            down_hidden=taken("D", (down, -2, 1)),
-        )
+        experts = taken("E", (gate_up, -4, 1), (down, -3, 1))
+        used.update(experts)
+        width = taken("F", (gate_up, -2, least), (down, -1, least))
+        used.update(width)
+        return Cut(experts, width, taken("D", (gate_up, -1, 1)), taken("D", (down, -2, 1)))
 
-    def costs(
-        self, cut: Cut, tokens: int, hidden: int, top_k: int, number_bytes: int
-    ) -> tuple[DispatchCost, ...]:
+    def costs(self, cut: Cut, x: jax.Array, top_k: int) -> tuple[DispatchCost, ...]:
         """What each transport would cost (`dispatch_cost`), for people and for "auto".
 
         Args:
             cut: of the weights.
-            tokens: of one device, before they are gathered along the axes of F.
-            hidden: D.
+            x: [T, D], whole, or its shape.
             top_k: Ke.
-            number_bytes: of a number of the tokens.
         """
-        device = self.mesh.devices.flat[0]
-        return dispatch_costs(
-            tokens=tokens * self._parts(cut.width),
-            hidden=hidden,
-            top_k=top_k,
-            number_bytes=number_bytes,
-            devices=self._parts(cut.experts),
-            link=LINKS[link_of(device.platform, device.device_kind)],
-            rows=self.chunk,
-        )
+        return dispatch_costs(**self._sizes(cut, x, top_k))
+
+    def _sizes(self, cut: Cut, x: jax.Array, top_k: int) -> dict[str, Any]:
+        """What costs depend on. A mesh of no devices counts as one of TPUs that are not known."""
+        device = self.mesh.devices.flat[0] if isinstance(self.mesh, Mesh) else None
+        kind = ("tpu", "") if device is None else (device.platform, device.device_kind)
+        return {
+            "tokens": cdiv(x.shape[0], self.mesh.size) * self._parts(cut.width),
+            "hidden": x.shape[1],
+            "top_k": top_k,
+            "number_bytes": x.dtype.itemsize,
+            "devices": self._parts(cut.experts),
+            "link": LINKS[link_of(*kind)],
+            "rows": self.chunk,
+            "shared": self.shared,
+            "sum_bytes": x.dtype.itemsize if self.narrow else 4,
+        }
 
     def _parts(self, axes: tuple[str, ...]) -> int:
         return math.prod(self.mesh.shape[axis] for axis in axes)
 
-    def _travel(
-        self, cut: Cut, tokens: int, hidden: int, top_k: int, number_bytes: int, num_experts: int
-    ) -> "_Travel":
-        transport = self.transport
-        if transport == "auto":
-            transport = cheapest(self.costs(cut, tokens, hidden, top_k, number_bytes))
-        devices = self._parts(cut.experts)
-        together = tokens * self._parts(cut.width)
-        rows = chunk_rows(together, devices, top_k) if self.chunk is None else min(self.chunk, together)
-        own = num_experts // devices
-        return _Travel(
-            transport, Group(cut.experts, devices, own, AXES), rows, math.gcd(own, self.waves or 1)
-        )
+    def travel(
+        self, gate_up: Matrices, down: Matrices, x: jax.Array, top_k: int, *, rounded: bool = False
+    ) -> "Travel":
+        """How tokens will reach their experts in a call with these arrays, or shapes of arrays.
+
+        Args:
+            gate_up: [(R,) E, 2, F, D].
+            down: [(R,) E, D, F].
+            x: [T, D], whole.
+            top_k: Ke.
+            rounded: whether hidden activations are rounded in groups.
+
+        Raises:
+            ValueError: if the waves that were asked for do not divide the experts of a device, or the pairs
+                of tokens and experts are too many for int32 sort keys.
+        """
+        cut = self.cut(gate_up, down, rounded=rounded)
+        sizes = self._sizes(cut, x, top_k)
+        devices, tokens = sizes["devices"], sizes["tokens"]
+        if devices == 1:
+            return Travel(cut, "gather", None)
+        costs = dispatch_costs(**sizes)
+        chosen = cheapest(costs) if self.transport == "auto" else cost_of(self.transport, costs)
+        *layers, num_experts, _, width, _ = gate_up.shape
+        own, waves, parts = num_experts // devices, self.waves, self._parts(cut.width)
+        if waves is None or chosen.transport == "gather":
+            held = (leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((gate_up, down)))
+            one_device = sum(held) // (math.prod(layers) * devices * parts)
+            waves = choose_waves(chosen.transport, own, width // parts, one_device, **sizes)
+        elif own % waves:
+            raise ValueError(f"expert parallelism: waves={waves} must divide the {own} experts of a device")
+        keys = (devices * waves + 1) * tokens * top_k
+        if chosen.transport != "gather" and keys >= 2**31:
+            raise ValueError(
+                f"expert parallelism: {tokens} x {top_k} pairs of a device in {devices} x {waves} lists need"
+                f" sort keys up to {keys}, more than int32 holds; split the tokens over more devices"
+            )
+        group = Group(cut.experts, devices, own, AXES)
+        move = ragged if chosen.transport == "ragged" else dense
+        rows = self.chunk
+        if rows is None:
+            rows = chunk_rows(tokens, devices * waves, top_k, shared=chosen.shared)
+        plan = Plan(group, move, rows, waves, chosen.shared, self.narrow)
+        return Travel(cut, chosen.transport, plan._replace(slots=min(rows, plan.longest(tokens, top_k))))
 
 
 @dataclasses.dataclass(frozen=True)
-class _Travel:
-    """How one call's tokens reach their experts."""
+class Travel:
+    """How one call's tokens reach their experts.
 
+    Attributes:
+        cut: of the weights.
+        transport: what was chosen; never "auto".
+        plan: of the exchanges, also where all tokens are gathered; None where every device has all experts.
+    """
+
+    cut: Cut
     transport: Transport
-    group: Group
-    rows: int
-    waves: int
+    plan: Plan | None
 
 
-def _on_device(local, cut: Cut, travel: _Travel, x, gate_up, down, ids, weights, repeat):
+def on_device(local, travel: Travel, x, gate_up, down, ids, weights, repeat):
     """One device's tokens [t, D], through all experts."""
+    cut, plan = travel.cut, travel.plan
     gate_up, down, repeat = _whole_hidden(cut, gate_up, down, repeat)
-    group = travel.group
-    direct = travel.transport == "gather" or group.size == 1
-    axes = group.axes + cut.width
-    x = gathered(x, axes if direct else cut.width)
+    direct = plan is None or travel.transport == "gather"
+    axes = cut.experts + cut.width if direct else cut.width
+    x = gathered(x, axes)
     ids, weights = _gathered_choices(ids, weights, axes)
-    if direct:
-        mine = ids - group.number() * group.own if group.size > 1 else ids
-        return scattered(local(x, gate_up, down, mine, weights, repeat=repeat), axes)
-    move = ragged if travel.transport == "ragged" else dense
-    run = exchanged(local, group, move, travel.rows, travel.waves)
-    apart = (a.reshape(group.size, -1, a.shape[1]) for a in (ids, weights))
-    return scattered(run(x, gate_up, down, *apart, repeat), cut.width)
+    if not direct:
+        y = exchanged(local, plan)(x, gate_up, down, ids, weights, repeat)
+    else:
+        mine = ids if plan is None else ids - plan.group.number() * plan.group.own
+        y = local(x, gate_up, down, mine, weights, repeat=repeat)
+    return scattered(y, axes)
 
 
 def _gathered_choices(ids, weights, axes):

@@ -7,7 +7,7 @@ decode that is a few hundred kilobytes a layer instead of the weights.
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,10 +18,11 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.formats.weights import QuantizedWeight, Weight, is_quantized
 from sharding.activations import Placement
+from sharding.placement import ways
 from sharding.rules import OPTIONAL, axis_names
 
-Letter = tuple[str, int]
-"""A letter that the rules may split, and for outputs the place of its dim among them, or else its size."""
+Letters = tuple[tuple[str, int], ...]
+"""Letters that the rules may split; of outputs with the places of their dims, else with their sizes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,12 +42,7 @@ class LinearOverMesh:
     by_device: bool
 
     def __call__(
-        self,
-        x: Float[Array, "*tokens D"],
-        weight: Weight,
-        *,
-        out: Letter | None = None,
-        over: Letter | None = None,
+        self, x: Float[Array, "*tokens D"], weight: Weight, *, out: Letters = (), over: Letters = ()
     ) -> Float[Array, "..."]:
         """x weight^T over the last axis of both.
 
@@ -54,35 +50,32 @@ class LinearOverMesh:
             x: [*tokens, D]; of three or more dims the first two are rows B and tokens T, of two the first is
                 rows of tokens.
             weight: [*out, D].
-            out: the letter of an output dim, and which one it is; what comes out is split along it.
-            over: the letter of a dim that is a first factor of what is summed over, and its size. Partial
+            out: letters of output dims, and which ones they are; what comes out is split along them.
+            over: letters of the first dims that are folded into what is summed over, and their sizes. Partial
                 sums are added in float32, after each was rounded to the dtype of x.
         """
-        cut = self.axes(weight, out, over)
+        by_letter = self.axes(weight, out, over)
+        cut = tuple(axis for axes in by_letter for axis in axes)
         if not cut and not self.by_device:
             return self.linear(x, weight)
         mesh, num_tokens = self.placement.mesh, x.ndim - 1 - self.grouped
         rows = self.placement.axes_for("B", x.shape[0], cut)
-        tokens = (rows or None,)
+        tokens: tuple[Any, ...] = (rows or None,)
         if num_tokens > 1:
             tokens += (self.placement.axes_for("T", x.shape[1], (*cut, *rows)) or None,)
         tokens += (None,) * (num_tokens - len(tokens))
-        parts = math.prod(mesh.shape[axis] for axis in cut)
-        local_rows = x.shape[0] // math.prod(mesh.shape[axis] for axis in rows)
-        scatters = over is not None and local_rows % parts == 0
-        seen = (cut,) if self.grouped else ()
-        last = cut if over is not None else None
+        scatters = bool(over) and x.shape[0] // ways(mesh, rows) % ways(mesh, cut) == 0
         outputs: list[Any] = [None] * (len(weight.shape) - 1)
-        if out is not None:
-            outputs[out[1]] = cut or None
-        summed = PartitionSpec((*rows, *cut) if scatters else tokens[0], *tokens[1:], *outputs)
-        spec = _weight_spec(weight, out, last, cut)
+        for (_, place), axes in zip(out, by_letter, strict=False):
+            outputs[place] = axes or None
+        result = PartitionSpec((*rows, *cut) if scatters else tokens[0], *tokens[1:], *outputs)
+        groups = (by_letter[0] or None,) if self.grouped and out else (None,) * self.grouped
         held = (weight.blocks, weight.repeat) if is_quantized(weight) else (weight, None)
 
         def own(x: jax.Array, numbers: Any, repeat: Any) -> jax.Array:
-            part = _part(weight, numbers, repeat, out, over, parts)
-            y = self.linear(x, part)
-            if over is None or not cut:
+            parts = [ways(mesh, axes) for axes in by_letter]
+            y = self.linear(x, _part(weight, numbers, repeat, out, over, parts))
+            if not over or not cut:
                 return y
             wide = y.astype(jnp.float32)
             if scatters:
@@ -92,59 +85,78 @@ class LinearOverMesh:
         split = jax.shard_map(
             own,
             mesh=mesh,
-            in_specs=(PartitionSpec(*tokens, *seen, last), spec, PartitionSpec()),
-            out_specs=summed if over is not None else PartitionSpec(*tokens, *outputs),
+            in_specs=(
+                PartitionSpec(*tokens, *groups, (cut or None) if over else None),
+                _weight_spec(weight, out, over, by_letter),
+                PartitionSpec(),
+            ),
+            out_specs=result,
             check_vma=False,  # kernels do not say over which axes their results vary
         )
         return split(x, *held)
 
-    def axes(self, weight: Weight, out: Letter | None, over: Letter | None) -> tuple[str, ...]:
-        """The mesh axes that a weight is split over along its letter: those that its parameter was placed
-        with, as `sharding.placement` decides it."""
-        if out is None and over is None:
-            return ()
-        letter, number = out or over
-        size = weight.shape[number] if out is not None else number
-        block = 1
-        whole = size if out is not None else weight.shape[-1]
-        if is_quantized(weight) and (out is None or number >= len(weight.leading)):
-            block = weight.blocks.block[0 if out is not None else 1]
-            whole = math.prod(weight.dims[:-1]) if out is not None else weight.dims[-1]
-        taken: tuple[str, ...] = ()
-        for axis in axis_names(self.placement.table.parameters.get(letter, ())):
-            axis = axis.removesuffix(OPTIONAL)
-            parts = math.prod(self.placement.mesh.shape[each] for each in (*taken, axis))
-            if self.placement.mesh.shape[axis] > 1 and size % parts == 0 and whole // parts % block == 0:
+    def axes(self, weight: Weight, out: Letters = (), over: Letters = ()) -> list[tuple[str, ...]]:
+        """The mesh axes that a weight is split over along each letter, as its parameter was placed.
+
+        Of letters that one axis of the array folds, a later one is split only where the earlier ones are cut
+        into single elements (`sharding.placement`).
+        """
+        shape, mesh = weight.shape, self.placement.mesh
+        sizes = [(letter, shape[place]) for letter, place in out] or list(over)
+        folds = bool(over) or (is_quantized(weight) and out and out[0][1] >= len(weight.leading))
+        axis_size, block = 0, 1
+        if folds:
+            axis_size = shape[-1] if over else math.prod(weight.dims[:-1])
+            block = weight.blocks.block[1 if over else 0] if is_quantized(weight) else 1
+        found: list[tuple[str, ...]] = []
+        used: tuple[str, ...] = ()
+        whole_before = 1
+        for letter, size in sizes:
+            taken: tuple[str, ...] = ()
+            for name in axis_names(self.placement.table.parameters.get(letter, ())):
+                axis = name.removesuffix(OPTIONAL)
+                if axis in used or mesh.shape[axis] == 1 or size % ways(mesh, (*taken, axis)):
+                    continue
+                parts = ways(mesh, (*used, *taken, axis))
+                if folds and (ways(mesh, used) != whole_before or axis_size // parts % block):
+                    continue
                 taken = (*taken, axis)
-        return taken
+            found.append(taken)
+            used += taken
+            whole_before *= size
+        return found
 
 
-def _weight_spec(weight: Weight, out: Letter | None, last: Any, cut: tuple[str, ...]) -> PartitionSpec:
+def _weight_spec(
+    weight: Weight, out: Letters, over: Letters, by_letter: Sequence[tuple[str, ...]]
+) -> PartitionSpec:
     """Of the arrays that hold the weight."""
+    cut = tuple(axis for axes in by_letter for axis in axes)
+    last = (cut or None) if over else None
+    num_leading = len(weight.leading) if is_quantized(weight) else weight.ndim - 1
+    leading: list[Any] = [None] * num_leading
+    rows: tuple[str, ...] = ()
+    for (_, place), axes in zip(out, by_letter, strict=False):
+        if place < num_leading:
+            leading[place] = axes or None
+        else:
+            rows += axes
     if not is_quantized(weight):
-        entries: list[Any] = [None] * (weight.ndim - 1)
-        if out is not None:
-            entries[out[1]] = cut or None
-        return PartitionSpec(*entries, last or None)
-    leading: list[Any] = [None] * len(weight.leading)
-    outputs = None
-    if out is not None and out[1] < len(leading):
-        leading[out[1]] = cut or None
-    elif out is not None:
-        outputs = cut or None
+        return PartitionSpec(*leading, last)
     stack = () if weight.repeat is None else (None,)
-    return PartitionSpec(*stack, *leading, outputs, last or None)
+    return PartitionSpec(*stack, *leading, rows or None, last)
 
 
 def _part(
-    weight: Weight, numbers: Any, repeat: Any, out: Letter | None, over: Letter | None, parts: int
+    weight: Weight, numbers: Any, repeat: Any, out: Letters, over: Letters, parts: Sequence[int]
 ) -> Weight:
     """A device's part of the weight."""
     if not is_quantized(weight):
         return numbers
     dims = list(weight.dims)
-    if over is not None:
-        dims[-1] //= parts
-    elif out is not None and out[1] >= len(weight.leading):
-        dims[out[1] - len(weight.leading)] //= parts
+    if over:
+        dims[-1] //= math.prod(parts)
+    for (_, place), count in zip(out, parts, strict=False):
+        if place >= len(weight.leading):
+            dims[place - len(weight.leading)] //= count
     return QuantizedWeight(numbers, tuple(dims), repeat)

@@ -76,11 +76,13 @@ def sharding_of(
     for axis in axes:
         taken: tuple[str, ...] = ()
         for position, letter in enumerate(axis.letters):
+            own_start = len(taken)
             for wanted in axis_names(rule_for(rules, name, letter)):
                 mesh_axis = wanted.removesuffix(OPTIONAL)
                 if mesh_axis in used or mesh.shape.get(mesh_axis, 1) == 1:
                     continue
-                problem = _cut_problem(axis, position, (*taken, mesh_axis), mesh)
+                before = ways(mesh, taken[:own_start])
+                problem = _cut_problem(axis, position, before, (*taken[own_start:], mesh_axis), mesh)
                 if problem and wanted.endswith(OPTIONAL):
                     continue
                 problems += [f"{name}: {problem}"] * bool(problem)
@@ -92,22 +94,38 @@ def sharding_of(
     return NamedSharding(mesh, PartitionSpec(*entries)), problems
 
 
-def _cut_problem(axis: Axis, position: int, over: tuple[str, ...], mesh: Mesh | AbstractMesh) -> str | None:
-    """Why an axis of an array cannot be cut over these axes of the mesh, by the dim at `position` of it."""
+def ways(mesh: Mesh | AbstractMesh, axes: Sequence[str]) -> int:
+    """Into how many parts these axes of a mesh split a dim."""
+    return math.prod(mesh.shape[axis] for axis in axes)
+
+
+def _cut_problem(
+    axis: Axis, position: int, before: int, over: tuple[str, ...], mesh: Mesh | AbstractMesh
+) -> str | None:
+    """Why an axis of an array cannot be cut along the dim at `position` of it, by these axes of the mesh.
+
+    Args:
+        axis: of the array.
+        position: of the dim among those that the axis folds.
+        before: parts that the dims in front of it make. They must be single elements: only then is what a
+            device gets one range of the folded axis.
+        over: axes of the mesh.
+        mesh: the devices.
+    """
     letter, size = axis.letters[position], axis.sizes[position]
-    parts = math.prod(mesh.shape[a] for a in over)
+    parts = ways(mesh, over)
     if size % parts:
         can = [n for n in range(1, size + 1) if size % n == 0]
         near = ", ".join(map(str, sorted(sorted(can, key=lambda n: abs(math.log(n / parts)))[:3])))
         return f"{letter} = {size} cannot be split {parts} ways ({_words(over)}); {near} can"
-    if position:
+    if before != math.prod(axis.sizes[:position]):
         return (
             f"{letter} cannot be split ({_words(over)}): its stored matrix folds"
             f" ({' '.join(axis.letters)}), and only the first of them can be cut"
         )
-    if axis.size // parts % axis.block:
+    if axis.size // (before * parts) % axis.block:
         return (
-            f"{parts} parts ({_words(over)}) of {axis.size} elements would cut"
+            f"{before * parts} parts ({_words(over)}) of {axis.size} elements would cut"
             f" a quantisation block of {axis.block}"
         )
     return None

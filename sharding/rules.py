@@ -69,6 +69,10 @@ def axis_names(axes: str | tuple[str, ...]) -> tuple[str, ...]:
 ROUTER_WHOLE = {"ffn/gate/weight:E": (), "ffn/gate/bias:E": (), "ffn/gate/tid2eid:V": ()}
 """Every token asks for the scores of all experts: the router's few megabytes are on every device."""
 
+SMALL_WHOLE = {"attn/attn_sink:G": (), "attn/attn_sink:J": (), "attn/q_norm:Q": ()}
+"""A few numbers, all of which every device of a decode step uses: gathering them would cost a message a
+layer."""
+
 _MODEL = ("expert?", "tensor?")
 """Dense weights are split over the devices that share the experts too, where they divide: copied whole they
 would be the larger part of what a chip reads in a decode step."""
@@ -113,12 +117,15 @@ DECODE = RuleTable(
         {
             "E": "expert",
             "G": _MODEL,
+            "J": _MODEL,
+            "O": _MODEL,
             "Hi": _MODEL,
             "Q": _MODEL,
             "F": _MODEL,
             "V": _MODEL,
             "D": "fsdp?",
             **ROUTER_WHOLE,
+            **SMALL_WHOLE,
         }
     ),
     MappingProxyType(

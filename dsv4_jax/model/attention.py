@@ -94,9 +94,9 @@ class Attention(nnx.Module):
         to_grid = self.grids.activation
         seen_x = to_grid(x)
         pinned = self.operations.pinned
-        latent = pinned(linear(seen_x, self.wq_a[...], out=("Q", 0)), "B T")
+        latent = pinned(linear(seen_x, self.wq_a[...], out=(("Q", 0),)), "B T")
         latent = to_grid(rms_norm(latent, self.q_norm[...], self.eps))
-        q = pinned(linear(latent, self.wq_b[...], out=("G", 0)), "B T G")
+        q = pinned(linear(latent, self.wq_b[...], out=(("G", 0), ("J", 1))), "B T G")
         groups, per_group, head_dim = q.shape[2:]
         q = rotate(rms_norm(q.reshape(batch, length, -1, head_dim), None, self.eps), by_head)
         kv = rms_norm(linear(seen_x, self.wkv[...]), self.kv_norm[...], self.eps)
@@ -146,8 +146,8 @@ class Attention(nnx.Module):
         taps = self.operations.view(*seen, **sizes, collect=asked) if asked else {}
         # The values were rotated at their own positions; turning back by the query's leaves the offset.
         o = rotate(o, by_head.inverse).reshape(batch, length, groups, per_group, head_dim)
-        a = self.operations.grouped_linear(flat(o), flat(self.wo_a[...]), out=("G", 0))
-        y = linear(to_grid(flat(a)), flat(self.wo_b[...]), over=("G", groups))
+        a = self.operations.grouped_linear(flat(o), flat(self.wo_a[...]), out=(("G", 0), ("O", 1)))
+        y = linear(to_grid(flat(a)), flat(self.wo_b[...]), over=(("G", groups), ("O", a.shape[-1])))
         return pinned(y, "B T"), new_cache, taps
 
     def _through_ring(self, ring, kv, span, in_ring, repeat):

@@ -35,15 +35,15 @@ class SharedExpert(nnx.Module):
         self.grids = grids(policy, config.qk_rope_head_dim)
         self.operations = operations
 
-    def __call__(self, x: Float[Array, "tokens D"]) -> Float[Array, "tokens D"]:
+    def __call__(self, x: Float[Array, "*tokens D"]) -> Float[Array, "*tokens D"]:
         """(silu(min(x w1, c)) * clip(x w3, -c, c)) w2; clamp, SiLU and product in float32."""
-        both = self.operations.linear(self.grids.activation(x), self.gate_up[...], out=("F", 1))
+        both = self.operations.linear(self.grids.activation(x), self.gate_up[...], out=(("F", 1),))
         both = both.astype(jnp.float32)
-        gate, up = both[:, 0], both[:, 1]
+        gate, up = both[..., 0, :], both[..., 1, :]
         if self.limit:
             gate, up = jnp.minimum(gate, self.limit), jnp.clip(up, -self.limit, self.limit)
         hidden = self.grids.activation((jax.nn.silu(gate) * up).astype(x.dtype))
-        return self.operations.linear(hidden, self.down[...], over=("F", hidden.shape[-1]))
+        return self.operations.linear(hidden, self.down[...], over=(("F", hidden.shape[-1]),))
 
 
 class MixtureOfExperts(nnx.Module):
@@ -72,8 +72,9 @@ class MixtureOfExperts(nnx.Module):
         The routed weights may be this layer's, or the whole stack of repeats with `repeat` as the index:
         a step that touches a few experts must not copy all of them out of the stack.
         """
-        tokens = x.reshape(-1, x.shape[-1])
-        routing = self.gate(tokens, span.ids.reshape(-1))
+        rows = 2 if self.operations.merges_tokens else 1
+        tokens, ids, valid = (a.reshape(-1, *a.shape[rows:]) for a in (x, span.ids, span.valid))
+        routing = self.gate(tokens, ids)
         gate_up, down = (self.grids.expert(w[...]) for w in (self.experts.gate_up, self.experts.down))
         routed = self.operations.experts(
             self.grids.activation(tokens),
@@ -82,7 +83,7 @@ class MixtureOfExperts(nnx.Module):
             routing.experts,
             routing.weights,
             swiglu_limit=self.limit,
-            valid=span.valid.reshape(-1),
+            valid=valid,
             repeat=repeat if gate_up.ndim == 5 else None,
             round_hidden=self.grids.hidden,
         )

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from dsv4_jax.model import cache, tables
+from dsv4_jax.model.linear import project_float32
 from dsv4_jax.model.operations_on_mesh import spread
 from dsv4_jax.numerics import cache_storage
 from dsv4_jax.numerics.policy import Policy
@@ -74,12 +75,19 @@ class Operations:
     leave: Operation  # streams, update, maps: `hyper_connection.post`
     advance: Operation  # streams, update, maps, fn, base, scale, norm: `hyper_connection.post_pre`
     collapse: Operation  # streams, fn, base, scale: `hyper_connection.collapse`
+    embed: Operation  # table, token ids: `tables.by_rows`
+    score: Operation  # hidden, head, which dims a mesh may split: float32, `linear.project_float32`
     look_up: Operation  # table, token ids: `tables.by_rows`
     experts: Operation  # tokens, gate_up, down, ids, weights: `grouped_matmul.expert_ffn`
     cross_entropy: Operation  # hidden, head, ids, weights: `linear_cross_entropy.weighted_cross_entropy`
     weights_in_place: bool  # quantised weights are read inside their stacks; if not, a layer is sliced out
     cache_of_bits: bool  # caches keep FP8 and bfloat16 numbers as integers (`numerics.cache_formats`)
     placement: Placement | None = None  # the mesh that the model is spread over, and how; None: one device
+
+    @property
+    def merges_tokens(self) -> bool:
+        """Whether rows and their tokens may become one dim: not where a mesh splits both."""
+        return self.placement is None or self.placement.mesh.shape["context"] == 1
 
     def pinned(self, x: jax.Array, dims: str, first: str = "") -> jax.Array:
         """An activation, split over the mesh by the rules for its dims (`Placement.spec`); itself without."""
@@ -102,6 +110,16 @@ def whole_grouped_linear(x: jax.Array, weight: Weight, *, out: Any = None, **set
     """`block_matmul.grouped_linear`, likewise."""
     del out
     return block_matmul.grouped_linear(x, weight, **settings)
+
+
+def whole_scores(x: jax.Array, weight: jax.Array, *, out: Any = ()):
+    """`linear.project_float32`, likewise."""
+    del out
+    return project_float32(x, weight)
+
+
+EMBED = Operation("embed", tables.by_rows)
+SCORE = Operation("score", whole_scores)
 
 
 @functools.lru_cache(maxsize=64)
@@ -137,6 +155,8 @@ def _bound(policy: Policy, hyper_connection_blocks: HyperConnectionBlocks | None
             leave=Operation("leave", hyper_connection_xla.expand),
             advance=Operation("advance", hyper_connection_xla.post_pre_xla),
             collapse=Operation("collapse", hyper_connection_xla.collapse_xla),
+            embed=EMBED,
+            score=SCORE,
             look_up=Operation("look_up", tables.by_rows),
             experts=Operation("experts", expert_ffn, (("impl", "xla"),)),
             cross_entropy=Operation("cross_entropy", weighted_cross_entropy, (("impl", "xla"),)),
@@ -173,6 +193,8 @@ def _bound(policy: Policy, hyper_connection_blocks: HyperConnectionBlocks | None
         leave=Operation("leave", hyper_connection.post, sized, streams),
         advance=Operation("advance", hyper_connection.post_pre, sized, streams),
         collapse=Operation("collapse", hyper_connection.collapse, sized, streams),
+        embed=EMBED,
+        score=SCORE,
         look_up=Operation("look_up", tables.by_columns),
         experts=Operation("experts", expert_ffn, (("impl", "pallas"), *how), ("grouped_matmul",)),
         cross_entropy=Operation(

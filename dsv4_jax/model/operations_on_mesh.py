@@ -1,7 +1,7 @@
 """The operations of a model on a mesh: what is split, and which function moves what is needed elsewhere.
 
 * Experts: `sharding.expert_parallel`, tokens travel.
-* Products with weights: `sharding.linear`, rows travel and weights stay.
+* Products with weights: `sharding.linear`, rows travel and weights stay; `sharding.embedding` likewise.
 * Operations whose rows do not meet (attention, compressors, caches, hyper-connections): `sharding.by_device`.
   With `context` larger than 1 those of XLA are the compiler's to partition, because tokens of a row do meet.
 * The rest is partitioned by the compiler, along the pinned activations.
@@ -17,9 +17,10 @@ from pallas_kernels.hyper_connection.op import SPLITS as STREAMS
 from pallas_kernels.splits import Splits
 from sharding.activations import Placement
 from sharding.by_device import ByDevice, Table
+from sharding.embedding import EmbeddingOverMesh
 from sharding.expert_parallel import over_mesh
+from sharding.expert_rows import ExpertRows
 from sharding.linear import LinearOverMesh
-from sharding.rules import OPTIONAL, axis_names
 
 if TYPE_CHECKING:
     from dsv4_jax.model.operations import Operation, Operations
@@ -53,7 +54,8 @@ def spread(chosen: "Operations", placement: Placement) -> "Operations":
         placement: mesh and rules.
     """
     found: dict[str, Any] = {"placement": placement, "experts": _experts(chosen.experts, placement)}
-    for name, grouped in (("linear", False), ("grouped_linear", True)):
+    found["embed"] = _through(chosen.embed, EmbeddingOverMesh(chosen.embed, placement))
+    for name, grouped in (("linear", False), ("score", False), ("grouped_linear", True)):
         each = getattr(chosen, name)
         over = LinearOverMesh(each, placement, grouped, by_device=bool(each.kernels))
         found[name] = _through(each, over)
@@ -65,17 +67,9 @@ def spread(chosen: "Operations", placement: Placement) -> "Operations":
 
 
 def _experts(each: "Operation", placement: Placement) -> "Operation":
-    rules, taken = placement.table.parameters, set()
-    weight_axes = {}
-    for letter in (
-        "E",
-        "F",
-        "D",
-    ):  # the order of the experts' dims: an axis splits the first that asks for it
-        names = (name.removesuffix(OPTIONAL) for name in axis_names(rules.get(letter, ())))
-        weight_axes[letter] = tuple(axis for axis in names if axis not in taken)
-        taken.update(weight_axes[letter])
-    return _through(each, over_mesh(each, placement.mesh, weight_axes=weight_axes))
+    rules = placement.table.parameters
+    axes = {letter: rules[letter] for letter in "EFD" if letter in rules}
+    return _through(each, ExpertRows(over_mesh(each, placement.mesh, weight_axes=axes), placement))
 
 
 def _through(each: "Operation", function: Any) -> "Operation":

@@ -22,9 +22,9 @@ FLOOR = 1e-20
 class Routing(NamedTuple):
     """Which experts a token uses, and how much."""
 
-    experts: Int32[Array, "tokens Ke"]
-    weights: Float32[Array, "tokens Ke"]
-    scores: Float32[Array, "tokens E"]  # unbiased, of every expert (balance loss)
+    experts: Int32[Array, "*tokens Ke"]
+    weights: Float32[Array, "*tokens Ke"]
+    scores: Float32[Array, "*tokens E"]  # unbiased, of every expert (balance loss)
 
 
 @jax.custom_jvp
@@ -57,7 +57,7 @@ class Router(nnx.Module):
         self.scaling = config.routed_scaling_factor
         self.operations = operations
 
-    def __call__(self, x: Float[Array, "tokens D"], ids: Int32[Array, "tokens"]) -> Routing:
+    def __call__(self, x: Float[Array, "*tokens D"], ids: Int32[Array, "*tokens"]) -> Routing:
         """Routes each token; ties in the biased score go to the lowest expert."""
         scores = sqrt_softplus(project_float32(x, self.weight[...]))
         if self.tid2eid is not None:
@@ -65,10 +65,10 @@ class Router(nnx.Module):
         else:
             biased = jax.lax.stop_gradient(scores + self.bias[...])
             experts = jax.lax.top_k(biased, self.top_k)[1]
-        chosen = jnp.take_along_axis(scores, experts, axis=1)
+        chosen = jnp.take_along_axis(scores, experts, axis=-1)
         # w = chosen / max(sum(chosen), FLOOR). A common factor is taken out first: the slope of the division,
         # 1 / sum^2, would overflow for sums near the floor, and 0 * inf is NaN.
-        size = jax.lax.stop_gradient(jnp.maximum(chosen.max(axis=1, keepdims=True), FLOOR))
+        size = jax.lax.stop_gradient(jnp.maximum(chosen.max(axis=-1, keepdims=True), FLOOR))
         shares = chosen / size
-        total = jnp.maximum(shares.sum(axis=1, keepdims=True), FLOOR / size)
+        total = jnp.maximum(shares.sum(axis=-1, keepdims=True), FLOOR / size)
         return Routing(experts, self.scaling * shares / total, scores)

@@ -1,15 +1,15 @@
-"""Rows of a hash router's table: token id -> expert ids (report, section 2.1)."""
+"""Rows of tables by token id: embeddings, and the experts of hash routers (report, section 2.1)."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Int32
+from jaxtyping import Array, Int32, Shaped
 
 
-def by_rows(table: Int32[Array, "V Ke"], ids: Int32[Array, "tokens"]) -> Int32[Array, "tokens Ke"]:
+def by_rows(table: Shaped[Array, "V width"], ids: Int32[Array, "*tokens"]) -> Shaped[Array, "*tokens width"]:
     """The row of each token; ids are clipped to the vocabulary."""
     return table.at[ids].get(mode="clip")
 
 
-def by_columns(table: Int32[Array, "V Ke"], ids: Int32[Array, "tokens"]) -> Int32[Array, "tokens Ke"]:
+def by_columns(table: Int32[Array, "V Ke"], ids: Int32[Array, "*tokens"]) -> Int32[Array, "*tokens Ke"]:
     """The same, number by number out of the table's columns, one behind the other.
 
     A TPU keeps so narrow a table with the tokens on its lanes. Reading rows would first turn all of it, at
@@ -18,6 +18,6 @@ def by_columns(table: Int32[Array, "V Ke"], ids: Int32[Array, "tokens"]) -> Int3
     vocabulary, width = table.shape
     line = table.T.reshape(-1)
     ids = jnp.clip(ids, 0, vocabulary - 1)
-    return line.at[ids[:, None] + jnp.arange(width, dtype=jnp.int32) * vocabulary].get(
+    return line.at[ids[..., None] + jnp.arange(width, dtype=jnp.int32) * vocabulary].get(
         mode="promise_in_bounds"
     )

@@ -26,7 +26,6 @@ from dsv4_jax.model.gathering import gathered
 from dsv4_jax.model.geometry import compressor_geometry, window_geometry
 from dsv4_jax.model.hyper_connection import StreamCollapse
 from dsv4_jax.model.layer_report import LayerReport, ModelReport
-from dsv4_jax.model.linear import project_float32
 from dsv4_jax.model.mtp import MultiTokenPrediction
 from dsv4_jax.model.norm import rms_norm
 from dsv4_jax.model.operations import Operations, operations
@@ -104,7 +103,7 @@ class Transformer(nnx.Module):
 
     def embedding(self, ids: Int32[Array, "B T"]) -> Float[Array, "B T D"]:
         """Rows of the embedding table in the compute dtype; ids are clipped to the vocabulary."""
-        return self.embed[...].at[ids].get(mode="clip").astype(self.policy.compute_dtype)
+        return self.operations.embed(self.embed[...], ids).astype(self.policy.compute_dtype)
 
     def __call__(
         self, span: Span, cache: Cache | None = None, collect: frozenset[str] = frozenset()
@@ -211,7 +210,7 @@ class Transformer(nnx.Module):
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float32[Array, "B T V"]:
         """Float32 head product (report, section 2.1); no cap, no tying."""
-        return project_float32(hidden, self.head[...])
+        return self.operations.pinned(self.operations.score(hidden, self.head[...], out=(("V", 0),)), "B T V")
 
     def predict_further(
         self,

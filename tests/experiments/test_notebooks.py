@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom, on an untrained model with the quickstart's architecture."""
+"""The notebooks run from top to bottom, on an untrained model with a layer of each kind."""
 
 from pathlib import Path
 
@@ -7,8 +7,10 @@ import pytest
 from nbclient import NotebookClient
 
 from dsv4_jax.language_model import LanguageModel
-from dsv4_jax.training.recipe import QUICKSTART
+from dsv4_jax.numerics.policy import Policy
 from dsv4_jax.training.tokenizer import train_tokenizer
+from tests.conftest import QUICK, exists
+from tests.models import all_kinds
 
 NOTEBOOKS = Path(__file__).parents[2] / "experiments" / "notebooks"
 
@@ -16,9 +18,9 @@ NOTEBOOKS = Path(__file__).parents[2] / "experiments" / "notebooks"
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("notebook") / "model"
-    model = LanguageModel.random(QUICKSTART.config, QUICKSTART.policy)
+    model = LanguageModel.random(all_kinds(vocab_size=300), Policy.of("float32"))
     sources = [path.read_text() for path in sorted(Path(__file__).parents[1].glob("*.py"))]
-    model.tokenizer = train_tokenizer(sources, QUICKSTART.config.vocab_size)
+    model.tokenizer = train_tokenizer(sources, model.config.vocab_size)
     model.save(folder)
     return folder
 
@@ -29,6 +31,9 @@ def checkpoint(tmp_path_factory):
 def test_notebook_runs(path, checkpoint, tmp_path, monkeypatch):
     # As in other tests; the notebook's kernel is a process of its own.
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    known = {name: value for name, value in QUICK.items() if exists(name, value)}
+    flags = [f"--{name}={str(value).lower()}" for name, value in known.items()]
+    monkeypatch.setenv("XLA_FLAGS", " ".join(flags))
     notebook = nbformat.read(path, as_version=4)
     (parameters,) = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
     parameters.source += f"\nCHECKPOINT = {str(checkpoint)!r}\nNEW_TOKENS = 3\n"

@@ -14,7 +14,6 @@ from jax import export
 from pallas_kernels.arithmetic import cdiv
 from pallas_kernels.block_matmul import (
     block_matmul,
-    block_matmul_reference,
 )
 from pallas_kernels.block_matmul.tuning import FEW_ROWS, VMEM_BUDGET, MatmulBlocks, choose_blocks
 from pallas_kernels.chips import CHIPS
@@ -22,6 +21,7 @@ from pallas_kernels.formats.blocks import Fp8Blocks
 from tests.kernels.ahead_of_time import compile_for
 from tests.kernels.checks import STRICT, assert_close
 
+run = jax.jit(block_matmul, static_argnames=("groups", "impl", "blocks", "interpret"))
 SMALL = MatmulBlocks(rows=8, outer=128, summed=128)
 # T, O, I; bfloat16 rows beyond FEW_ROWS take another kernel.
 SIZES = [(1, 1, 1), (3, 130, 100), (17, 256, 384), (24, 300, 129), (FEW_ROWS + 3, 256, 384)]
@@ -54,7 +54,7 @@ def test_reference_matches_torch(size):
     factor = factor.repeat_interleave(128, 0).repeat_interleave(128, 1)[: size[1], : size[2]]
     want = torch.tensor(np.asarray(x, np.float64)) @ (plain * factor).T
     check(
-        block_matmul_reference(x, Fp8Blocks(weight, scale)), jnp.asarray(want.numpy(), jnp.float32), "float32"
+        run(x, Fp8Blocks(weight, scale), impl="reference"), jnp.asarray(want.numpy(), jnp.float32), "float32"
     )
 
 
@@ -62,7 +62,7 @@ def test_reference_matches_torch(size):
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_matches_reference(size, dtype):
     x, weight, scale = operands(*size, dtype)
-    call = functools.partial(block_matmul, x, Fp8Blocks(weight, scale))
+    call = functools.partial(run, x, Fp8Blocks(weight, scale))
     check(call(blocks=SMALL, interpret=True), call(impl="reference"), dtype)
 
 
@@ -71,14 +71,14 @@ def test_matches_reference(size, dtype):
 def test_blocks_need_not_be_square(blocks, dtype):
     """Several scales of a weight in one step, along outputs and along inputs; bfloat16 takes few rows."""
     x, weight, scale = operands(17, 256, 384, dtype)
-    call = functools.partial(block_matmul, x, Fp8Blocks(weight, scale))
+    call = functools.partial(run, x, Fp8Blocks(weight, scale))
     check(call(blocks=blocks, interpret=True), call(impl="reference"), dtype)
 
 
 def test_nothing_uninitialised_is_read():
     x, weight, scale = operands(17, 300, 129)
-    check(block_matmul(x, Fp8Blocks(weight, scale), blocks=SMALL, interpret=STRICT),
-          block_matmul_reference(x, Fp8Blocks(weight, scale)), "float32")  # fmt: skip
+    check(run(x, Fp8Blocks(weight, scale), blocks=SMALL, interpret=STRICT),
+          run(x, Fp8Blocks(weight, scale), impl="reference"), "float32")  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", BOUND)
@@ -87,10 +87,12 @@ def test_gradient_of_the_rows(size, dtype):
     x, weight, scale = operands(*size, dtype)
     dy = jnp.asarray(np.random.default_rng(1).standard_normal((size[0], size[1])), dtype)
 
-    def pulled(**options):
-        return jax.vjp(lambda x: block_matmul(x, Fp8Blocks(weight, scale), **options), x)[1](dy)[0]
+    @functools.partial(jax.jit, static_argnames=("impl", "blocks", "interpret"))
+    def pulled(x, dy, weight, **options):
+        return jax.vjp(lambda x: block_matmul(x, weight, **options), x)[1](dy)[0]
 
-    check(pulled(blocks=SMALL, interpret=True), pulled(impl="reference"), dtype)
+    given = x, dy, Fp8Blocks(weight, scale)
+    check(pulled(*given, blocks=SMALL, interpret=True), pulled(*given, impl="reference"), dtype)
 
 
 # T, G, O and I of a group: one tile a group, several tiles, and groups that share a row of scales.
@@ -114,7 +116,7 @@ def test_grouped_reference_matches_torch(size):
     by_group = torch.tensor(np.asarray(x, np.float64)).reshape(tokens, groups, inputs)
     parts = zip(by_group.unbind(1), (plain * factor).chunk(groups), strict=True)
     want = torch.cat([mine @ matrix.T for mine, matrix in parts], dim=1)
-    got = block_matmul(x, Fp8Blocks(weight, scale), groups=groups, impl="reference")
+    got = run(x, Fp8Blocks(weight, scale), groups=groups, impl="reference")
     check(got, jnp.asarray(want.numpy(), jnp.float32), "float32")
 
 
@@ -139,8 +141,8 @@ def test_groups_and_stacks_match_the_reference_forward_and_backward(size, dtype)
 def test_a_grouped_stack_reads_nothing_uninitialised():
     x, weight, scale = stacked(9, 2, 128, 256, "bfloat16")
     how = {"groups": 2, "repeat": 1}
-    check(block_matmul(x, Fp8Blocks(weight, scale), blocks=SMALL, interpret=STRICT, **how),
-          block_matmul(x, Fp8Blocks(weight, scale), impl="reference", **how), "bfloat16")  # fmt: skip
+    check(run(x, Fp8Blocks(weight, scale), blocks=SMALL, interpret=STRICT, **how),
+          run(x, Fp8Blocks(weight, scale), impl="reference", **how), "bfloat16")  # fmt: skip
 
 
 def test_problems_are_named_together():

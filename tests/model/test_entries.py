@@ -25,6 +25,13 @@ from tests.model.test_compile import abstract_decode
 QUANTISED = CACHE_FORMATS[1:]
 
 
+store_entries = jax.jit(cache_formats.store_entries, static_argnums=(1, 2))
+store_keys = jax.jit(cache_formats.store_keys, static_argnums=1)
+numbers_of = jax.jit(cache_formats.read, static_argnums=1)
+as_bits_of = jax.jit(bits.bits)
+written_ring = jax.jit(write_ring, static_argnames="choose_narrow")
+
+
 def draw(*shape, seed=1):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
@@ -46,20 +53,20 @@ def test_halves_are_even_and_odd_numbers():
 
 @pytest.mark.parametrize("cache_format", QUANTISED)
 def test_bits_read_as_the_numbers(cache_format):
-    stored = cache_formats.store_entries(draw(2, 3, 512), cache_format, 64)
+    stored = store_entries(draw(2, 3, 512), cache_format, 64)
     assert (stored.values.dtype, stored.rotary.dtype) == (jnp.float8_e4m3fn, jnp.bfloat16)
-    as_bits = bits.bits(stored)
+    as_bits = as_bits_of(stored)
     assert (as_bits.values.dtype, as_bits.rotary.dtype) == (jnp.uint8, jnp.uint16)
     scale = np.repeat(np.asarray(e8m0.value(stored.scales)), 64, axis=-1)[..., :448]
     for kept in (stored, as_bits):
-        read = np.asarray(cache_formats.read(kept, jnp.float32))
+        read = np.asarray(numbers_of(kept, jnp.float32))
         np.testing.assert_array_equal(read[..., :448], stored.values.astype(jnp.float32) * scale)
         np.testing.assert_array_equal(read[..., 448:], stored.rotary.astype(jnp.float32))
 
 
 @pytest.mark.parametrize("cache_format", CACHE_FORMATS)
 def test_chosen_entries_are_those_of_the_prefix(cache_format):
-    stack = bits.bits(cache_formats.store_entries(draw(3, 2, 40, 96), cache_format, 16))
+    stack = as_bits_of(store_entries(draw(3, 2, 40, 96), cache_format, 16))
     entries = Entries(stack, jnp.int32(1))
     index = jnp.asarray([[0, 31, 7, 7], [30, 1, 0, 31]], jnp.int32)
     whole = np.asarray(entries.prefix(32, jnp.float32))
@@ -69,12 +76,12 @@ def test_chosen_entries_are_those_of_the_prefix(cache_format):
 
 
 def test_the_prefix_of_rows_is_that_of_entries():
-    stored = cache_formats.store_entries(draw(2, 40, 80), "fp8+fp8", 16)
+    stored = store_entries(draw(2, 40, 80), "fp8+fp8", 16)
     rows = entry_rows.empty(3, 2, 40, entry_rows.Layout(80, 16))
     every = jnp.zeros(2, jnp.int32), jnp.full(2, 40)
     rows = write_entries(rows, jnp.int32(1), stored, *every, columns=entry_write.write_entries)
     got = Entries(rows, jnp.int32(1)).prefix(31, jnp.float32)
-    np.testing.assert_array_equal(got, cache_formats.read(stored, jnp.float32)[:, :31])
+    np.testing.assert_array_equal(got, numbers_of(stored, jnp.float32)[:, :31])
     assert Entries(rows, jnp.int32(1)).size == 40
     np.testing.assert_array_equal(Entries(rows, jnp.int32(0)).prefix(31, jnp.float32), 0)
     for read in (lambda e: e.piece(0, 2), lambda e: e.chosen(jnp.zeros((2, 1), jnp.int32), 40, jnp.float32)):
@@ -87,7 +94,7 @@ def test_the_prefix_of_rows_is_that_of_entries():
 def test_scores_in_pieces(cache_format, size, monkeypatch):
     """A piece at a time, the last one moved back, gives the scores of all decoded keys at once."""
     q, weights = draw(2, 3, 5, 32), draw(2, 3, 5, seed=2)
-    keys = Entries(cache_formats.store_keys(draw(2, 2, 200, 32, seed=3), cache_format), jnp.int32(1))
+    keys = Entries(store_keys(draw(2, 2, 200, 32, seed=3), cache_format), jnp.int32(1))
     monkeypatch.setattr(indexer_xla, "KEYS_AT_ONCE", 64)
     got = jax.jit(lambda q, weights, keys: indexer_xla.index_scores_xla(q, weights, keys, size))(
         q, weights, keys
@@ -99,14 +106,14 @@ def test_scores_in_pieces(cache_format, size, monkeypatch):
 
 def test_bfloat16_numbers_as_bits():
     x = jnp.asarray([0.0, -0.0, 1e-40, 3.14, -2e38, jnp.inf, -jnp.inf], jnp.bfloat16)
-    kept = bits.bits(x)
+    kept = as_bits_of(x)
     assert kept.dtype == jnp.uint16
     for dtype in (jnp.bfloat16, jnp.float32):
-        read = cache_formats.read(kept, dtype)
+        read = numbers_of(kept, dtype)
         assert read.dtype == dtype
         np.testing.assert_array_equal(read.astype(jnp.float32), x.astype(jnp.float32))
     rounded = bits.as_stored(jnp.float32(1 + 2**-8 + 2**-10), jnp.uint16)  # to nearest
-    assert float(cache_formats.read(rounded, jnp.float32)) == 1 + 2**-7
+    assert float(numbers_of(rounded, jnp.float32)) == 1 + 2**-7
 
 
 @pytest.fixture(
@@ -161,13 +168,13 @@ def test_no_stack_of_bits_becomes_numbers(long_decode):
 @pytest.mark.parametrize("num_new", [1, 3, cache_storage.MOST_CHOSEN + 1])
 def test_choosing_writes_what_scattering_writes(num_new, cache_format):
     """Rings of every format, rows that wrap around, and some that are dropped."""
-    stack = cache_formats.store_entries(draw(2, 3, 12, 80), cache_format, 16)
-    new = cache_formats.store_entries(draw(3, num_new, 80, seed=1), cache_format, 16)
+    stack = store_entries(draw(2, 3, 12, 80), cache_format, 16)
+    new = store_entries(draw(3, num_new, 80, seed=1), cache_format, 16)
     start, count = jnp.array([0, 10, 23], jnp.int32), jnp.array([num_new, 1, 0], jnp.int32)
     for as_bits in (False, True):
-        ring = bits.bits(stack) if as_bits else stack
+        ring = as_bits_of(stack) if as_bits else stack
         written = [
-            write_ring(ring, jnp.int32(1), new, start, count, choose_narrow=choose)
+            written_ring(ring, jnp.int32(1), new, start, count, choose_narrow=choose)
             for choose in (True, False)
         ]
-        jax.tree.map(np.testing.assert_array_equal, *[bits.bits(one) for one in written])
+        jax.tree.map(np.testing.assert_array_equal, *[as_bits_of(one) for one in written])

@@ -1,7 +1,7 @@
 """A model on eight devices is the model on one: logits, caches, tokens, MTP, every format and kernel.
 
-Sums over experts and parts of a dim are added in another order, so numbers differ in the last bits of float32;
-tokens of greedy generation do not.
+Sums over experts and parts of a dim are added in another order, so numbers differ in the last bits of
+float32; tokens of greedy generation do not.
 """
 
 import jax
@@ -104,7 +104,6 @@ def test_a_step_is_compiled_once():
     before = steps.decode._cache_size()
     list(spread.stream(TOKENS[:, :5], 3))
     assert steps.decode._cache_size() == before
-    assert before == 1 or steps.prefill._cache_size() <= before
 
 
 def test_caches_lie_over_all_devices():

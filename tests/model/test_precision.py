@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from dsv4_jax.config import tiny
 from dsv4_jax.model import span as spans
 from dsv4_jax.model.cache import new_cache
 from dsv4_jax.model.initial import Network
@@ -13,8 +12,9 @@ from dsv4_jax.numerics.policy import Policy
 from dsv4_jax.training.data import Batch
 from dsv4_jax.training.optimizer import merge_params, split_trainable
 from dsv4_jax.training.step import forward_losses
+from tests.models import all_kinds
 
-CONFIG = tiny()
+CONFIG = all_kinds()
 
 
 def equations(jaxpr, primitive):

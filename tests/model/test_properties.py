@@ -22,6 +22,7 @@ from tests.model.equivalence import (
     SMALL,
     TOLERANCE,
     WIDTH,
+    append,
     chunked,
     even_plan,
     full,
@@ -73,11 +74,21 @@ def test_token_by_token_equals_the_whole(small):
     assert largest_difference(got, full(small, rows, WIDTH)) <= TOLERANCE
 
 
-@pytest.mark.parametrize("width", [1, 100, 257])  # 257: queries in several blocks, past included
-def test_awkward_lengths_at_the_released_ratios(real, width, record_property):
+# Pieces of 257 tokens: queries in several blocks, past included. One token at a time where blocks and windows
+# begin and end, at 1 .. 10, 111 .. 135 and 236 .. 257, with pieces between.
+WIDTHS = {"100": [100] * 3, "257": [257], "1": [1] * 10 + [100] + [1] * 25 + [100] + [1] * 22}
+
+
+@pytest.mark.parametrize("widths", WIDTHS.values(), ids=WIDTHS)
+def test_awkward_lengths_at_the_released_ratios(real, widths, record_property):
     rows = random_rows(REAL.vocab_size, AWKWARD_LENGTHS, seed=2)
-    cache = real.new_cache(len(rows), max(AWKWARD_LENGTHS))
-    got, _ = chunked(real, rows, even_plan(AWKWARD_LENGTHS, width), width, cache)
+    cache, done, parts = real.new_cache(len(rows), max(AWKWARD_LENGTHS)), 0, []
+    for width in widths:
+        logits, cache = append(real, cache, [row[done : done + width] for row in rows], width)
+        parts.append(logits)
+        done += width
+    assert done >= max(AWKWARD_LENGTHS)
+    got = [np.concatenate(pieces) for pieces in zip(*parts, strict=True)]
     worst = largest_difference(got, full(real, rows, max(AWKWARD_LENGTHS)))
     record_property("max_abs_logit_difference", worst)
     assert worst <= TOLERANCE

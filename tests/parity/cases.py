@@ -27,6 +27,8 @@ SECTION_16: ModelConfig = dataclasses.replace(
 
 IRREGULAR: ModelConfig = dataclasses.replace(
     SECTION_16,
+    attention_kinds=("window", "hca", "csa"),
+    router_kinds=("hash", "learned", "learned"),
     vocab_size=97,
     hidden_size=45,
     num_attention_heads=6,
@@ -59,7 +61,7 @@ CASES = {
     # 11 layers: (HCA, CSA) x 4 is one scanned stack. 300 tokens: several query blocks, two HCA entries.
     "flash": Case(tiny(11, qk_rope_head_dim=16), batch=1, length=300),
     # Window 8 lets early tokens go out of reach of everything but the compressed entries.
-    "pro": Case(tiny(5, like="pro", sliding_window=8, routed_scaling_factor=2.5), batch=1, length=261),
+    "pro": Case(tiny(4, like="pro", sliding_window=8, routed_scaling_factor=2.5), batch=1, length=261),
     "section16": Case(SECTION_16, batch=2, length=37),
     "irregular": Case(IRREGULAR, batch=2, length=41),
 }
