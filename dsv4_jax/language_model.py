@@ -51,6 +51,10 @@ class LanguageModel:
     answers for the values: ids within the vocabulary, counts within T, lengths within the cache.
     `generate` and the streams run a Python loop and cannot be traced.
 
+    On a mesh of several processes (`sharding.processes`) every process calls the same methods in the same
+    order with the same values of its host. `generate` and the streams give each of them all tokens; what else
+    comes back lies over the devices of all: `sharding.host_values.fetched` brings it to the hosts.
+
     Args:
         config: the architecture.
         policy: dtypes and numerics.

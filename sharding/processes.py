@@ -14,6 +14,8 @@ collective. JAX itself ends them (SIGABRT, exit code 134) once heartbeats have b
 import dataclasses
 import os
 import re
+import socket
+import time
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -26,6 +28,10 @@ SHUTDOWN_SECONDS = 30
 
 START_SECONDS = 300
 """How long a process waits for the others to appear; images and disks of other hosts may take minutes."""
+
+CONNECT_SECONDS = 5
+CONNECT_PAUSE_SECONDS = 0.2
+"""How long one try to reach the coordinator takes at most, and the pause before the next."""
 
 AUTOMATIC = "auto"
 """In place of a coordinator: ask the cluster, as JAX knows to (Cloud TPU, SLURM, Open MPI)."""
@@ -101,13 +107,17 @@ def join(
 
     Raises:
         JoinError: for options that are half given or no address, numbers out of range (all problems at
-            once), a device that is in use already, or processes that do not come together in time.
+            once), a device that is in use already, or a coordinator that nobody answers at in time. When the
+            others of a coordinator that does listen stay away, JAX raises nothing: it aborts this process,
+            as `what_an_absence_does` says.
     """
     if problems := option_problems(coordinator, num_processes, process_id):
         raise JoinError("cannot join the processes", problems)
     if coordinator is None and not on_a_pod(os.environ):
         return ALONE
     address = None if coordinator == AUTOMATIC else coordinator
+    if address is not None and process_id:
+        _wait_until_somebody_listens(address, start_seconds)
     try:
         jax.distributed.initialize(
             address,
@@ -164,6 +174,14 @@ def on_a_pod(environment: Mapping[str, str]) -> bool:
     return any("," in environment.get(name, "") for name in HOST_LISTS)
 
 
+def what_an_absence_does(coordinator: str | None, start_seconds: int = START_SECONDS) -> str:
+    """A sentence for the log of each process, said before it joins the others."""
+    return (
+        f"waiting for the other processes at {coordinator or AUTOMATIC}; after {start_seconds} seconds"
+        f" without one of them JAX aborts this one (exit code {EXIT_OF_THE_OTHERS})"
+    )
+
+
 def what_a_death_does(joined: Joined, heartbeat_seconds: int = HEARTBEAT_SECONDS) -> str:
     """A sentence for the log of each process, said when it has joined: afterwards nobody can."""
     return (
@@ -171,6 +189,24 @@ def what_a_death_does(joined: Joined, heartbeat_seconds: int = HEARTBEAT_SECONDS
         f" this one some {heartbeat_seconds} seconds later (exit code {EXIT_OF_THE_OTHERS}), naming the dead"
         " one: start all of them again"
     )
+
+
+def _wait_until_somebody_listens(address: str, seconds: float) -> None:
+    """Returns when a connection to the address can be made; what is behind it is found out by JAX."""
+    host, _, port = address.rpartition(":")
+    last = time.monotonic() + seconds
+    while True:
+        try:
+            with socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS):
+                return
+        except OSError as failure:  # no such name yet, nobody there yet
+            if time.monotonic() > last:
+                reason = failure.strerror or str(failure)
+                problem = (
+                    f"nobody has answered at {address} for {seconds} seconds ({reason}): is process 0 up?"
+                )
+                raise JoinError("cannot join the processes", [problem]) from failure
+        time.sleep(CONNECT_PAUSE_SECONDS)
 
 
 def _is_address(text: str) -> bool:

@@ -44,7 +44,7 @@ def generated(lm):
 
 
 def trained(lm):
-    """What one step measures, its gradients, and the parameters after it, by name. Takes the parameters over."""
+    """What a step measures, its gradients, and the parameters after it, by name; takes over those of `lm`."""
     optimizer = AdamW()
     state = initial_state(lm.parameters, optimizer)
     state, report = train_step(lm.network, optimizer, state, batch(), jnp.float32(RATE))

@@ -54,6 +54,12 @@ def test_a_device_that_is_in_use():
         join("127.0.0.1:1", 1, 0)
 
 
+def test_a_coordinator_that_nobody_is_at():
+    port = processes.free_port()
+    with pytest.raises(JoinError, match=f"nobody has answered at 127.0.0.1:{port} for 1 seconds .*refused"):
+        join(f"127.0.0.1:{port}", 2, 1, start_seconds=1)
+
+
 @pytest.mark.parametrize(
     ("environment", "wanted"),
     [
