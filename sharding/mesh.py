@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 AXES = ("data", "fsdp", "expert", "tensor", "context")
@@ -102,9 +103,10 @@ def mesh_of(given: str | Mapping[str, int] | Mesh, devices: Sequence[jax.Device]
             rule += ", all of which several processes must use"
         raise MeshError(f"no mesh {wish!r} here", [rule, *near])
     chosen = everything[:count]
-    if count == len(everything):
-        return jax.make_mesh(shape, AXES, (AxisType.Auto,) * len(AXES), devices=chosen)
-    return Mesh(np.array(chosen).reshape(shape), AXES)
+    if count < len(everything):
+        return Mesh(np.array(chosen).reshape(shape), AXES)
+    # Any split of any slice: an axis of 8 takes half of one side of 4 x 4 chips besides all of the other.
+    return Mesh(mesh_utils.create_device_mesh(shape, chosen, allow_split_physical_axes=True), AXES)
 
 
 def described(given: str) -> AbstractMesh:

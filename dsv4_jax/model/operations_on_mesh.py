@@ -4,6 +4,7 @@
 * Products with weights: `sharding.linear`, rows travel and weights stay; `sharding.embedding` likewise.
 * Operations whose rows do not meet (attention, compressors, caches, hyper-connections): `sharding.by_device`.
   With `context` larger than 1 those of XLA are the compiler's to partition, because tokens of a row do meet.
+* The loss: `sharding.cross_entropy`, tokens over all devices.
 * The rest is partitioned by the compiler, along the pinned activations.
 """
 
@@ -17,6 +18,7 @@ from pallas_kernels.hyper_connection.op import SPLITS as STREAMS
 from pallas_kernels.splits import Splits
 from sharding.activations import Placement
 from sharding.by_device import ByDevice, Table
+from sharding.cross_entropy import CrossEntropyOverMesh
 from sharding.embedding import EmbeddingOverMesh
 from sharding.expert_parallel import over_mesh
 from sharding.expert_rows import ExpertRows
@@ -54,6 +56,8 @@ def spread(chosen: "Operations", placement: Placement) -> "Operations":
         placement: mesh and rules.
     """
     found: dict[str, Any] = {"placement": placement, "experts": _experts(chosen.experts, placement)}
+    loss = CrossEntropyOverMesh(chosen.cross_entropy, placement)
+    found["cross_entropy"] = _through(chosen.cross_entropy, loss)
     found["embed"] = _through(chosen.embed, EmbeddingOverMesh(chosen.embed, placement))
     for name, grouped in (("linear", False), ("score", False), ("grouped_linear", True)):
         each = getattr(chosen, name)
@@ -69,7 +73,10 @@ def spread(chosen: "Operations", placement: Placement) -> "Operations":
 def _experts(each: "Operation", placement: Placement) -> "Operation":
     rules = placement.table.parameters
     axes = {letter: rules[letter] for letter in "EFD" if letter in rules}
-    return _through(each, ExpertRows(over_mesh(each, placement.mesh, weight_axes=axes), placement))
+    # Waves overlap nothing without options of the compiler (`dispatch_cost.ASYNCHRONOUS`), which the compiled
+    # steps do not give yet.
+    flat = over_mesh(each, placement.mesh, waves=1, weight_axes=axes)
+    return _through(each, ExpertRows(flat, placement))
 
 
 def _through(each: "Operation", function: Any) -> "Operation":

@@ -12,7 +12,10 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 CHIPS = {"v5e": "v5e:2x2", "v6e": "v6e:2x2", "v5p": "v5p:2x2x1", "tpu7x": "tpu7x:2x2x1"}
-"""One topology a generation; only its first device is used."""
+"""One topology a generation; kernels use only its first device."""
+
+SLICES = CHIPS | {"v6e 4x4": "v6e:4x4"}
+"""Those, and a slice for meshes."""
 
 # libtpu reads these when it is loaded; without them it looks for a cloud machine's metadata.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -29,7 +32,7 @@ def devices(chip: str) -> tuple[jax.Device, ...]:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return tuple(topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip]).devices)
+        return tuple(topologies.get_topology_desc(platform="tpu", topology_name=SLICES[chip]).devices)
 
 
 def compile_for(chip: str, function: Callable[..., Any], *shapes: jax.ShapeDtypeStruct) -> Any:

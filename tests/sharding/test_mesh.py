@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh
 
 from sharding.mesh import AXES, MeshError, described, mesh_of, parse, spelled
+from tests.kernels import ahead_of_time
 
 DEVICES = jax.devices()
 
@@ -86,3 +87,14 @@ class Process:
 def test_several_processes_use_all_their_devices():
     with pytest.raises(MeshError, match="data=2 takes 2 devices, and there are 4, all of which"):
         mesh_of("data=2", [Process(0), Process(0), Process(1), Process(1)])
+
+
+@pytest.mark.parametrize(
+    "spelling", ["expert=16", "expert=8,tensor=2", "data=2,expert=2,tensor=4", "context=16"]
+)
+def test_axes_of_any_size_on_a_square_of_chips(spelling):
+    """An axis may take a part of one side of the slice."""
+    chips = ahead_of_time.devices("v6e 4x4")
+    mesh = mesh_of(spelling, chips)
+    assert dict(mesh.shape) == dict(described(spelling).shape)
+    assert sorted(device.id for device in mesh.devices.flat) == sorted(device.id for device in chips)
