@@ -96,8 +96,9 @@ def generate(
     _prepare(compilation_cache)
     from dsv4_jax import loading
     from dsv4_jax.command_line import hub
+    from dsv4_jax.refusing import refused_together
 
-    directory = hub.locate(checkpoint, weights=True, announce=note)
+    directory = refused_together(lambda: hub.locate(checkpoint, weights=True, announce=note))
     model = loading.load(
         directory,
         dtype=dtype,
