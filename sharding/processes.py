@@ -9,6 +9,9 @@ collective. JAX itself ends them (SIGABRT, exit code 134) once heartbeats have b
 `HEARTBEAT_SECONDS`, with a message of its own on standard error that names the processes that are gone;
 `what_a_death_does` says beforehand what will happen. Whatever started the processes starts all of them again.
 (`jax_enable_recoverability` is no way out: the survivors then hang and ignore SIGTERM.)
+
+On CPUs the processes must come to each program's first collective within 30 seconds of one another, which JAX
+does not let anybody change: a machine that compiles so much slower than another raises an error there.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""A process among others that sums over all their devices for ever, until process 1 is killed."""
+"""A process among others that sums over all their devices for ever, until one is killed."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ from sharding.mesh import mesh_of
 from sharding.processes import join, what_a_death_does
 
 
-def main(port: int, number: int) -> None:
+def main(port: int, number: int, victim: int) -> None:
     joined = join(f"127.0.0.1:{port}", 2, number, start_seconds=60)
     print(what_a_death_does(joined), file=sys.stderr, flush=True)
     mesh = mesh_of("data=8")
@@ -21,9 +21,9 @@ def main(port: int, number: int) -> None:
     total = jax.jit(lambda x: x + x.sum())
     for step in range(1_000_000):
         x = jax.block_until_ready(total(x) / 100)
-        if number == 1 and step == 10:
+        if number == victim and step == 10:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))
+    main(*map(int, sys.argv[1:]))

@@ -74,11 +74,14 @@ def test_what_a_pod_is(environment, wanted):
     assert on_a_pod(environment) == wanted
 
 
-def test_a_killed_process_ends_the_others(tmp_path):
-    first, second = processes.run("tests.sharding.dying_process", timeout=75, folder=tmp_path)
-    assert second.returncode == -signal.SIGKILL
-    assert first.returncode == -signal.SIGABRT
-    assert first.seconds - second.seconds < 60
-    before, _, after = first.err.partition("\n")
-    assert "process 0 of 2 has joined; if another one dies, JAX aborts this one" in before
-    assert "another task died" in after and "Traceback" not in first.err
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_a_killed_process_ends_the_others(victim, tmp_path):
+    """Process 0 coordinates: without it the others end too."""
+    ended = processes.run("tests.sharding.dying_process", str(victim), timeout=75, folder=tmp_path)
+    dead, other = ended[victim], ended[1 - victim]
+    assert dead.returncode == -signal.SIGKILL
+    assert other.returncode == -signal.SIGABRT
+    assert other.seconds - dead.seconds < 60
+    before, _, after = other.err.partition("\n")
+    assert f"process {1 - victim} of 2 has joined; if another one dies, JAX aborts this one" in before
+    assert "another task died" in after and "Traceback" not in other.err
