@@ -132,10 +132,13 @@ def join(
         )
     except (RuntimeError, ValueError, OSError) as failure:  # JAX's own errors are RuntimeErrors
         reason = " ".join(str(failure).split()) or type(failure).__name__
-        where = "this process" if process_id is None else f"process {process_id} of {num_processes}"
-        raise JoinError(
-            "cannot join the processes", [f"{where}, coordinator {coordinator or AUTOMATIC}: {reason}"]
-        ) from failure
+        if address is None:
+            problem = (
+                f"JAX finds no cluster that names the others, so coordinator must be host:port: {reason}"
+            )
+        else:
+            problem = f"process {process_id} of {num_processes}, coordinator {address}: {reason}"
+        raise JoinError("cannot join the processes", [problem]) from failure
     return Joined(jax.process_index(), jax.process_count())
 
 

@@ -53,7 +53,7 @@ def join(given: Processes, mesh: str | None, request: dict[str, object]) -> None
         raise ProblemsError("cannot compute", [problem])
     from sharding import agreement, processes
 
-    if given.coordinator and not processes.option_problems(*dataclasses.astuple(given)):
+    if given.num_processes and not processes.option_problems(*dataclasses.astuple(given)):
         standard_streams.note(f"note: {processes.what_an_absence_does(given.coordinator)}")
     try:
         joined = processes.join(given.coordinator, given.num_processes, given.process_id)

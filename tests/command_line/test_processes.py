@@ -1,5 +1,9 @@
 """Commands of several processes: refusals before they join, and after."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from dsv4_jax.command_line.main import run
@@ -23,6 +27,17 @@ def test_options_are_refused_before_anything_is_loaded(options, said, capsys):
     assert captured.out == "" and captured.err.startswith("dsv4: cannot join the processes: ")
     for part in said:
         assert part in captured.err
+
+
+def test_no_cluster_to_ask():
+    line = [sys.executable, "-m", "dsv4_jax", "generate", "nowhere", "--ids", "1", "--coordinator", "auto"]
+    clusters = ("SLURM_", "OMPI_", "TPU_", "JAX_COORDINATOR")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(clusters)}
+    done = subprocess.run(
+        line, capture_output=True, text=True, timeout=60, cwd=processes.ROOT, env=environment
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert "JAX finds no cluster that names the others, so coordinator must be host:port" in done.stderr
 
 
 @pytest.mark.parametrize(
