@@ -42,7 +42,13 @@ class LinearOverMesh:
     by_device: bool
 
     def __call__(
-        self, x: Float[Array, "*tokens D"], weight: Weight, *, out: Letters = (), over: Letters = ()
+        self,
+        x: Float[Array, "*tokens D"],
+        weight: Weight,
+        *,
+        out: Letters = (),
+        over: Letters = (),
+        by_rows: bool = False,
     ) -> Float[Array, "..."]:
         """x weight^T over the last axis of both.
 
@@ -53,6 +59,7 @@ class LinearOverMesh:
             out: letters of output dims, and which ones they are; what comes out is split along them.
             over: letters of the first dims that are folded into what is summed over, and their sizes. Partial
                 sums are added in float32, after each was rounded to the dtype of x.
+            by_rows: what comes out is split along rows again, by all axes, and whole along its outputs.
         """
         by_letter = self.axes(weight, out, over)
         cut = tuple(axis for axes in by_letter for axis in axes)
@@ -64,17 +71,29 @@ class LinearOverMesh:
         if num_tokens > 1:
             tokens += (self.placement.axes_for("T", x.shape[1], (*cut, *rows)) or None,)
         tokens += (None,) * (num_tokens - len(tokens))
-        scatters = bool(over) and x.shape[0] // ways(mesh, rows) % ways(mesh, cut) == 0
+        divides = x.shape[0] // ways(mesh, rows) % ways(mesh, cut) == 0
+        scatters = bool(over) and divides
+        # Rows of training are whole over the axes that split its heads: nothing is to be brought together.
+        apart = bool(out) and divides and {*rows, *cut} == {*self.placement.axes_for("B", x.shape[0])}
         outputs: list[Any] = [None] * (len(weight.shape) - 1)
         for (_, place), axes in zip(out, by_letter, strict=False):
             outputs[place] = axes or None
-        result = PartitionSpec((*rows, *cut) if scatters else tokens[0], *tokens[1:], *outputs)
+        every = (*rows, *cut) or None
+        if by_rows and apart:
+            outputs = [None] * len(outputs)
+        result = PartitionSpec(every if scatters or (by_rows and apart) else tokens[0], *tokens[1:], *outputs)
         groups = (by_letter[0] or None,) if self.grouped and out else (None,) * self.grouped
         held = (weight.blocks, weight.repeat) if is_quantized(weight) else (weight, None)
 
         def own(x: jax.Array, numbers: Any, repeat: Any) -> jax.Array:
             parts = [ways(mesh, axes) for axes in by_letter]
+            if apart and cut:
+                x = self._together(x, by_letter)
             y = self.linear(x, _part(weight, numbers, repeat, out, over, parts))
+            if by_rows and apart:
+                for (_, place), axes in zip(out, by_letter, strict=True):
+                    if axes:
+                        y = lax.all_to_all(y, axes, 0, num_tokens + place, tiled=True)
             if not over or not cut:
                 return y
             wide = y.astype(jnp.float32)
@@ -86,7 +105,9 @@ class LinearOverMesh:
             own,
             mesh=mesh,
             in_specs=(
-                PartitionSpec(*tokens, *groups, (cut or None) if over else None),
+                PartitionSpec(every, *tokens[1:])
+                if apart
+                else PartitionSpec(*tokens, *groups, (cut or None) if over else None),
                 _weight_spec(weight, out, over, by_letter),
                 PartitionSpec(),
             ),
@@ -94,6 +115,16 @@ class LinearOverMesh:
             check_vma=False,  # kernels do not say over which axes their results vary
         )
         return split(x, *held)
+
+    def _together(self, x: jax.Array, by_letter: Sequence[tuple[str, ...]]) -> jax.Array:
+        """All rows for a device's part of the weight, from rows that are split over all axes: the parts of
+        minor axes come together first. Of groups a device gets its own alone."""
+        first, *later = by_letter
+        for axes in reversed([axes for axes in later if axes]):
+            x = lax.all_gather(x, axes, tiled=True)
+        if first and self.grouped:
+            return lax.all_to_all(x, first, x.ndim - 2, 0, tiled=True)
+        return lax.all_gather(x, first, tiled=True) if first else x
 
     def axes(self, weight: Weight, out: Letters = (), over: Letters = ()) -> list[tuple[str, ...]]:
         """The mesh axes that a weight is split over along each letter, as its parameter was placed.

@@ -94,9 +94,9 @@ class Attention(nnx.Module):
         to_grid = self.grids.activation
         seen_x = to_grid(x)
         pinned = self.operations.pinned
-        latent = pinned(linear(seen_x, self.wq_a[...], out=(("Q", 0),)), "B T")
+        latent = pinned(linear(seen_x, self.wq_a[...], out=(("Q", 0),), by_rows=True), "B T")
         latent = to_grid(rms_norm(latent, self.q_norm[...], self.eps))
-        q = pinned(linear(latent, self.wq_b[...], out=(("G", 0), ("J", 1))), "B T G")
+        q = pinned(linear(latent, self.wq_b[...], out=(("G", 0), ("J", 1)), by_rows=True), "B T G")
         groups, per_group, head_dim = q.shape[2:]
         q = rotate(rms_norm(q.reshape(batch, length, -1, head_dim), None, self.eps), by_head)
         kv = rms_norm(linear(seen_x, self.wkv[...]), self.kv_norm[...], self.eps)

@@ -43,10 +43,12 @@ class Indexer(nnx.Module):
     ) -> tuple[Float[Array, "B T Hi Di"], Float32[Array, "B T Hi"]]:
         """Rotated head queries (not normalised) and the scaled head weights."""
         linear, pinned = self.operations.linear, self.operations.pinned
-        q = pinned(linear(latent, self.wq_b[...], out=(("Hi", 0),)), "B T")
+        q = pinned(linear(latent, self.wq_b[...], out=(("Hi", 0),), by_rows=True), "B T")
         q = rotate(q, Rotation(rotation.cos[:, :, None], rotation.sin[:, :, None]))
         q = self.grids.index_query(q)
-        weights = pinned(linear(x, self.weights_proj[...], out=(("Hi", 0),)), "B T").astype(jnp.float32)
+        weights = pinned(linear(x, self.weights_proj[...], out=(("Hi", 0),), by_rows=True), "B T").astype(
+            jnp.float32
+        )
         to_grid = self.grids.score
         return q, to_grid(to_grid(weights) * self.scale)
 

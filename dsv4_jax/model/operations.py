@@ -99,22 +99,24 @@ class Operations:
         return tuple(value for value in values if isinstance(value, Operation))
 
 
-def whole_linear(x: jax.Array, weight: Weight, *, out: Any = None, over: Any = None, **settings: Any):
+def whole_linear(
+    x: jax.Array, weight: Weight, *, out: Any = (), over: Any = (), by_rows: bool = False, **settings: Any
+):
     """`block_matmul.linear`. On one device nothing is split along the letters that `sharding.linear` asks
     for."""
-    del out, over
+    del out, over, by_rows
     return block_matmul.linear(x, weight, **settings)
 
 
-def whole_grouped_linear(x: jax.Array, weight: Weight, *, out: Any = None, **settings: Any):
+def whole_grouped_linear(x: jax.Array, weight: Weight, *, out: Any = (), **settings: Any):
     """`block_matmul.grouped_linear`, likewise."""
     del out
     return block_matmul.grouped_linear(x, weight, **settings)
 
 
-def whole_scores(x: jax.Array, weight: jax.Array, *, out: Any = ()):
+def whole_scores(x: jax.Array, weight: jax.Array, *, out: Any = (), by_rows: bool = False):
     """`linear.project_float32`, likewise."""
-    del out
+    del out, by_rows
     return project_float32(x, weight)
 
 

@@ -210,7 +210,9 @@ class Transformer(nnx.Module):
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float32[Array, "B T V"]:
         """Float32 head product (report, section 2.1); no cap, no tying."""
-        return self.operations.pinned(self.operations.score(hidden, self.head[...], out=(("V", 0),)), "B T V")
+        return self.operations.pinned(
+            self.operations.score(hidden, self.head[...], out=(("V", 0),), by_rows=True), "B T V"
+        )
 
     def predict_further(
         self,

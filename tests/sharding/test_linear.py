@@ -44,9 +44,10 @@ def fp8(*shape, dims, stack=None):
 def compare(mesh, table, function, x, weight, is_grouped=False, gradients=True, **letters):
     placement = Placement(mesh_of(mesh), table)
     over = LinearOverMesh(function, placement, is_grouped, by_device=True)
-    got = jax.jit(lambda x, w: over(x, w, **letters))(x, weight)
     want = function(x, weight)
-    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
+    for by_rows in (False, True):
+        got = jax.jit(lambda x, w, by_rows=by_rows: over(x, w, **letters, by_rows=by_rows))(x, weight)
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
     if gradients:
         dy = normal(*want.shape)
         pull = [
@@ -106,7 +107,7 @@ def test_what_is_moved_is_rows():
     weight = jax.device_put(normal(8, 4, 32, 64), jax.NamedSharding(mesh, jax.P(("expert", "tensor"))))
 
     def step(x, weight):
-        return placement.pinned(over(x, weight, out=(("G", 0),)), "B T")
+        return placement.pinned(over(x, weight, out=(("G", 0), ("J", 1)), by_rows=True), "B T")
 
     text = jax.jit(step).lower(x, weight).compile().as_text()
     moved = [line for line in text.splitlines() if "all-gather(" in line or "all-to-all(" in line]
