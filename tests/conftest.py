@@ -50,6 +50,16 @@ def pytest_sessionfinish(session, exitstatus):
         config.cache.set(SECONDS, {file: round(seconds, 1) for file, seconds in _seconds.items()})
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Imports make much and free little: no pass over it until everything is there."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+
+
 def pytest_collection_finish():
     """Tracing allocates much and keeps it: fewer passes over what torch and transformers left behind."""
     gc.freeze()

@@ -6,7 +6,6 @@ import jax
 import pytest
 import tokenizers
 
-from dsv4_jax import config
 from dsv4_jax.checkpoint import storage
 from dsv4_jax.command_line import main as cli
 from dsv4_jax.config import io as config_io
@@ -17,8 +16,9 @@ from pallas_kernels.formats.blocks import Mxfp4
 from pallas_kernels.formats.entries import Fp8Entries
 from pallas_kernels.formats.index_keys import Fp8Keys
 from tests.checkpoint import synthetic
+from tests.models import all_kinds
 
-CONFIG = config.tiny(4, vocab_size=256 + 2, bos_token_id=256, eos_token_id=257)
+CONFIG = all_kinds(vocab_size=256 + 2, bos_token_id=256, eos_token_id=257)
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_every_cache_format_generates_text(capsys, monkeypatch, request, stored,
     greedy = ("--temperature", "0", "--cache", cache, "--json")
     record = json.loads(generate(capsys, directory, "import os, sys", *greedy))
     assert record["text"] and record["prompt"] == "import os, sys"
-    csa = made[0].layers[2][0]
+    csa = made[0].layers[1][0]
     assert isinstance(csa.compressor.entries, Fp8Entries) == (cache != "plain")
     keys = {"plain": jax.Array, "fp8+fp8": Fp8Keys, "fp8+mxfp4": Mxfp4}[cache]
     assert isinstance(csa.indexer.entries, keys)

@@ -11,14 +11,16 @@ from dsv4_jax.language_model import LanguageModel
 from dsv4_jax.model import cache as caches
 from dsv4_jax.model.cache_rows import at_length, put, reset, snapshot, take
 from dsv4_jax.numerics.policy import Policy
-from tests.model.equivalence import SMALL
+from tests.models import all_kinds
 
 LENGTH = 40
+# Counting knows of no layers.
+CONFIG = all_kinds(attention_kinds=("csa",), router_kinds=("hash",), num_nextn_predict_layers=0)
 
 
 @pytest.fixture(scope="module")
 def lm() -> LanguageModel:
-    return LanguageModel.random(SMALL, Policy.of("float32"), 1)
+    return LanguageModel.random(CONFIG, Policy.of("float32"), 1)
 
 
 @pytest.fixture

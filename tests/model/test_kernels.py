@@ -24,8 +24,9 @@ from tests.kernels.checks import assert_close
 from tests.model.telling_weights import telling_model
 from tests.models import all_kinds
 
-# Widths that the kernels accept.
-CONFIG = all_kinds(hidden_size=128, head_dim=128, qk_rope_head_dim=64, index_head_dim=128, index_n_heads=4)
+# Widths that the kernels accept; few iterations of Sinkhorn, which references spell out.
+WIDTHS = dict(hidden_size=128, head_dim=128, qk_rope_head_dim=64, index_head_dim=128, index_n_heads=4)
+CONFIG = all_kinds(**WIDTHS, hc_sinkhorn_iters=4)
 XLA, KERNELS = Policy.of("float32"), Policy.of("float32", kernels="pallas-interpret")
 SMALL_BLOCKS = operations(KERNELS, HyperConnectionBlocks(16, 128))
 """A block is straight-line code in the interpreter's program: small ones compile five times faster."""

@@ -225,7 +225,8 @@ def test_kernels_predict_from_the_slot_what_xla_does_for_whole_rows():
         done -= back
 
 
-@pytest.mark.parametrize("format", ["fp8+fp8", "fp8+mxfp4"])
+# Formats differ in the keys of an indexer, which the block has not.
+@pytest.mark.parametrize("format", ["fp8+fp8", pytest.param("fp8+mxfp4", marks=pytest.mark.slow)])
 def test_bfloat16_and_quantised_windows(format):
     """Streams come back from the ring as they went in, so chunks give the logits of whole rows."""
     policy = Policy.of("bfloat16", cache=format)

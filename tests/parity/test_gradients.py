@@ -16,8 +16,6 @@ from dsv4_jax.numerics.policy import Policy
 from tests.parity.cases import SECTION_16, shallow
 from tests.parity.oracle import Oracle
 
-pytestmark = pytest.mark.as_users_compile
-
 FLOAT32 = Policy.of("float32")
 CONFIG: ModelConfig = shallow(SECTION_16)
 WIDTH = 40

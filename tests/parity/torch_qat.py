@@ -13,6 +13,8 @@ import torch
 from dsv4_jax.config import ModelConfig
 from tests.parity.float64_equations import frequencies
 
+torch.set_num_threads(1)  # as in `oracle`: matrices of a few rows
+
 FP4_GRID = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 
 

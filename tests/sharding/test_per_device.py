@@ -109,6 +109,7 @@ for results in (values, gradients):
 
 def test_values_and_gradients_on_four_devices():
     environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    environment |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # as other tests
     ran = subprocess.run(
         [sys.executable, "-c", ON_FOUR_DEVICES],
         env=os.environ | environment,

@@ -116,6 +116,7 @@ compare(run, HYPER["pre"], {"tokens": ("data", "model")}, streams | {"norm_weigh
 
 def test_eight_devices_compute_what_one_does():
     environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    environment |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # as other tests
     ran = subprocess.run(
         [sys.executable, "-c", ON_EIGHT_DEVICES],
         env=os.environ | environment,
