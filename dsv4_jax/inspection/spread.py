@@ -16,7 +16,7 @@ from dsv4_jax.model.geometry import allocated_length
 from dsv4_jax.numerics.cache_formats import CacheFormat
 from dsv4_jax.numerics.policy import Policy
 from dsv4_jax.parameter_shardings import parameter_shardings
-from dsv4_jax.parameters import parameters
+from dsv4_jax.parameters import parameters, row_at
 from pallas_kernels.formats.weights import QuantizedWeight, is_quantized
 from sharding.activations import Placement
 from sharding.mesh import MeshError, described
@@ -131,14 +131,14 @@ class Spread:
 
 def part_of(path: str) -> str:
     """Which part of a model an array belongs to, by its path in a row."""
-    first, *rest = path.split("/")
-    if first in ("cache", "mtp", "embed", "head"):
+    first, *_ = path.split("/")
+    if first in ("cache", "mtp"):
         return first
-    if "experts" in rest:
+    keys = path.split(".")[0].split("/")
+    row = row_at(tuple(int(key) if key.isdecimal() else key for key in keys))
+    if row.role == "expert":
         return "routed experts"
-    if "shared" in rest or "gate" in rest:
-        return "shared experts and routers"
-    return "attention" if "attn" in rest else "norms and hyper-connections"
+    return {"moe": "shared experts and routers"}.get(row.part, row.part.replace("_", " "))
 
 
 def spread(

@@ -100,7 +100,7 @@ class Attention(nnx.Module):
         groups, per_group, head_dim = q.shape[2:]
         q = rotate(rms_norm(q.reshape(batch, length, -1, head_dim), None, self.eps), by_head)
         kv = rms_norm(linear(seen_x, self.wkv[...]), self.kv_norm[...], self.eps)
-        kv = self.grids.entry(rotate(kv, rotation))
+        kv = pinned(self.grids.entry(rotate(kv, rotation)), "B")
 
         new_cache = cache
         if cache is None:

