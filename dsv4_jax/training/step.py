@@ -49,12 +49,13 @@ def initial_state(params: Params, optimizer: AdamW) -> TrainState:
     """The state before the first step. The parameters' buffers are used, and later donated, as they are; what
     goes with a parameter lies where it does, and counters are on all devices of the parameters."""
     trained, fixed = split_trainable(params)
-    counters = jax.tree.leaves(trained)[0].sharding
-    if isinstance(counters, NamedSharding):
-        counters = NamedSharding(counters.mesh, PartitionSpec())
+    first = jax.tree.leaves(trained)[0]
+    held = None if isinstance(first, jax.core.Tracer) else first.sharding
 
     def placed(leaf: jax.Array) -> jax.Array:
-        return leaf if leaf.ndim else jax.device_put(leaf, counters)
+        if leaf.ndim or not isinstance(held, NamedSharding):
+            return leaf
+        return jax.device_put(leaf, NamedSharding(held.mesh, PartitionSpec()))
 
     moments = jax.tree.map(placed, optimizer.transform().init(trained))
     return TrainState(trained, fixed, moments, placed(jnp.int32(0)))

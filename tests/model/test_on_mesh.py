@@ -17,6 +17,7 @@ from dsv4_jax.model.operations import operations
 from dsv4_jax.numerics.policy import Policy
 from pallas_kernels.hyper_connection.tuning import HyperConnectionBlocks
 from tests.checkpoint import synthetic
+from tests.kernels.checks import assert_close
 from tests.models import all_kinds
 
 # Two stacked repeats of a CSA and an HCA layer behind a window layer, and an MTP block.
@@ -31,6 +32,9 @@ CONFIG = all_kinds(
 FLOAT32 = Policy.of("float32")
 TOKENS = np.random.default_rng(0).integers(0, 64, (8, 24)).astype(np.int32)
 NUM_VALID = np.array([24, 1, 17, 0, 24, 9, 23, 16], np.int32)
+
+BOUND = 1e-5
+"""Of the largest number of an array."""
 
 MESHES = ["expert=4,tensor=2", "data=2,fsdp=2,expert=2"]
 OTHERS = [
@@ -51,11 +55,6 @@ def one():
     return LanguageModel.random(CONFIG, FLOAT32)
 
 
-def close(got, wanted):
-    got, wanted = np.asarray(got, np.float32), np.asarray(wanted, np.float32)
-    np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
-
-
 def run(lm, tokens, num_valid):
     """Logits of a chunk, of a step behind it, and the cache after both."""
     cache = lm.new_cache(len(tokens), 64, mtp=bool(lm.config.num_nextn_predict_layers))
@@ -74,20 +73,21 @@ def test_chunks_steps_and_caches(one, ran, mesh):
     spread = LanguageModel.random(CONFIG, FLOAT32, mesh=mesh)
     chunk, step, cache = run(spread, TOKENS, NUM_VALID)
     for row, count in enumerate(NUM_VALID):
-        close(chunk[row, :count], ran[0][row, :count]) if count else None
-    close(step, ran[1])
+        if count:
+            assert_close(chunk[row, :count], ran[0][row, :count], BOUND)
+    assert_close(step, ran[1], BOUND)
     for got, wanted in zip(jax.tree.leaves(cache), jax.tree.leaves(ran[2]), strict=True):
-        close(got, wanted)
+        assert_close(got, wanted, BOUND)
     further = steps.draft(spread.network, spread.parameters, cache, TOKENS[:, 1])
-    close(further, steps.draft(one.network, one.parameters, ran[2], TOKENS[:, 1]))
+    assert_close(further, steps.draft(one.network, one.parameters, ran[2], TOKENS[:, 1]), BOUND)
 
 
 @pytest.mark.parametrize("mesh", EVERY)
 def test_whole_sequences(one, mesh):
     spread = LanguageModel.random(CONFIG, FLOAT32, mesh=mesh)
-    close(spread.logits(TOKENS), one.logits(TOKENS))
+    assert_close(spread.logits(TOKENS), one.logits(TOKENS), BOUND)
     if mesh not in MESHES:
-        close(spread.mtp_logits(TOKENS), one.mtp_logits(TOKENS))
+        assert_close(spread.mtp_logits(TOKENS), one.mtp_logits(TOKENS), BOUND)
 
 
 @pytest.mark.parametrize("rows", [8, pytest.param(3, marks=pytest.mark.slow)])
@@ -141,7 +141,7 @@ def compare_steps(one, spread):
     tokens = TOKENS % one.config.vocab_size
     for got, wanted in zip(run(spread, tokens, NUM_VALID)[:2], run(one, tokens, NUM_VALID)[:2], strict=True):
         got, wanted = (np.where(NUM_VALID[:, None, None] > 0, x, 0)[:, :1] for x in (got, wanted))
-        close(got, wanted)
+        assert_close(got, wanted, BOUND)
 
 
 @pytest.mark.slow
