@@ -77,6 +77,11 @@ _MODEL = ("expert?", "tensor?")
 """Dense weights are split over the devices that share the experts too, where they divide: copied whole they
 would be the larger part of what a chip reads in a decode step."""
 
+_WHOLE_SEQUENCES: Rules = MappingProxyType(
+    {"B": ("data", "fsdp", "expert"), "T": "context", "G": "tensor", "V": "tensor"}
+)
+"""Activations of many tokens a row: heads stay where their weights are."""
+
 TRAIN = RuleTable(
     "train",
     MappingProxyType(
@@ -90,7 +95,7 @@ TRAIN = RuleTable(
             **ROUTER_WHOLE,
         }
     ),
-    MappingProxyType({"B": ("data", "fsdp", "expert"), "T": "context", "G": "tensor", "V": "tensor"}),
+    _WHOLE_SEQUENCES,
 )
 """Parameters, gradients and moments are split over fsdp; a row's tokens over context."""
 
@@ -107,9 +112,9 @@ PREFILL = RuleTable(
             **ROUTER_WHOLE,
         }
     ),
-    MappingProxyType({"B": ("data", "fsdp", "expert"), "T": "context", "G": "tensor", "V": "tensor"}),
+    _WHOLE_SEQUENCES,
 )
-"""Long prompts: few rows of many tokens, so heads stay where their weights are."""
+"""Long prompts: few rows of many tokens."""
 
 DECODE = RuleTable(
     "decode",
