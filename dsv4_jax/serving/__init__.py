@@ -1,0 +1,1 @@
+"""Serving: how requests of clients become prompts, and tokens become answers."""
