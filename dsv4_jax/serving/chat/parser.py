@@ -261,6 +261,8 @@ class AnswerParser:
             self._begin_call(tag)
         elif tag.kind in (Kind.THINK, Kind.END_THINK):
             self.recoveries["stray_think"] += 1
+        elif tag.kind is Kind.CUT and control.DSML not in tag.raw:
+            self._prose(tag.raw)
         else:
             self.recoveries["stray_markup"] += 1
 
@@ -414,7 +416,7 @@ class AnswerParser:
     def _close(self, reason: FinishReason) -> None:
         if self._state is State.END:
             return
-        cut = self._state not in (*_PROSE, State.BETWEEN_CALLS, State.AFTER_CALLS, State.BROKEN)
+        cut = self._state not in (*_PROSE, State.AFTER_CALLS, State.BROKEN)
         if self._doubt is State.REASONING or (self._doubt is State.CONTENT and reason == "stop"):
             cut = False
             self._was_prose()

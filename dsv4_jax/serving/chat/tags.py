@@ -160,7 +160,7 @@ class TagReader:
             return None, 0, False
         if not final:
             return None, 0, True
-        return (Tag(Kind.CUT, rest), len(rest), False) if control.DSML in rest else (None, 0, False)
+        return Tag(Kind.CUT, rest), len(rest), False
 
     def _headed(self, place: int, head: str, kind: Kind, final: bool) -> tuple[Tag | None, int, bool]:
         """A tag with attributes."""

@@ -4,6 +4,7 @@ A control piece is one token; ordinary text is encoded by a tokenizer that has n
 which spells out a control token becomes ordinary tokens.
 """
 
+import copy
 import dataclasses
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -56,11 +57,10 @@ def chat_tokenizer(
         bos_token_id: of the config, for a tokenizer without V4's BOS.
         eos_token_ids: that end a turn (`LanguageModel.stop_token_ids`).
     """
-    plain = json.loads(tokenizer.to_str())
-    plain |= {"added_tokens": [], "truncation": None, "padding": None, "post_processor": None}
-    full = Tokenizer.from_str(
-        json.dumps(plain | {"added_tokens": json.loads(tokenizer.to_str())["added_tokens"]})
-    )
+    full = copy.deepcopy(tokenizer)  # truncation and padding belong to training batches
+    full.no_truncation()
+    full.no_padding()
+    plain = json.loads(full.to_str()) | {"added_tokens": []}
     added = {token.content: id for id, token in tokenizer.get_added_tokens_decoder().items()}
     ids = {each: added[each] for each in control.CONTROL if each in added}
     if control.BOS not in ids and bos_token_id is not None:
