@@ -5,10 +5,11 @@ Slots that serve nobody draw and append nothing.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float32, Int32, Key, UInt32
 
 from dsv4_jax.inference.logit_rules import LogitRules, applied
@@ -18,7 +19,7 @@ from dsv4_jax.model import span as spans
 from dsv4_jax.model.cache import Cache
 from dsv4_jax.model.initial import Network
 from dsv4_jax.parameters import Parameters
-from dsv4_jax.serving.requests import MOST_LOGPROBS, MOST_STOP_TOKENS
+from dsv4_jax.serving.requests import MOST_BIASES, MOST_LOGPROBS, MOST_STOP_TOKENS, Sampling
 
 NO_STOP = -1
 """Fills up lists of stop tokens; no token has this id."""
@@ -181,3 +182,43 @@ def decode(
         running=running & ~ended,
     )
     return drawn, after.cache, slots
+
+
+def new_slot(
+    prompt: tuple[int, ...],
+    output: list[int],
+    sampling: Sampling,
+    stops: frozenset[int],
+    max_length: int,
+    vocab_size: int,
+) -> NewSlot:
+    """What a request brings to its slot, arrays of the host.
+
+    Args:
+        prompt: its tokens. output: those it has drawn already, if it was interrupted.
+        sampling: how to draw. stops: token ids that end it.
+        max_length: of a sequence. vocab_size: V.
+    """
+
+    def padded(values: Any, size: int, fill: int, dtype: Any = np.int32) -> np.ndarray:
+        array = np.full(size, fill, dtype)
+        array[: len(values)] = values
+        return array
+
+    return NewSlot(
+        seed=np.array([sampling.seed >> 32, sampling.seed & 0xFFFFFFFF], np.uint32),
+        temperature=np.float32(sampling.temperature),
+        top_p=np.float32(sampling.top_p),
+        presence=np.float32(sampling.presence_penalty),
+        frequency=np.float32(sampling.frequency_penalty),
+        repetition=np.float32(sampling.repetition_penalty),
+        bias_ids=padded(list(sampling.logit_bias), MOST_BIASES, vocab_size),
+        bias=padded(list(sampling.logit_bias.values()), MOST_BIASES, 0, np.float32),
+        prompt=padded(prompt, max_length, vocab_size),
+        output=padded(output, max_length, vocab_size),
+        top_k=np.int32(min(sampling.top_k, vocab_size)),
+        min_p=np.float32(sampling.min_p),
+        stops=padded(sorted(stops), MOST_STOP_TOKENS, NO_STOP),
+        stop_from=np.int32(len(prompt) + min(sampling.min_tokens, max_length)),
+        last=np.int32(len(prompt) + sampling.max_tokens - 1),
+    )

@@ -18,8 +18,9 @@ from typing import Self
 from dsv4_jax.errors import ProblemsError
 from dsv4_jax.inference.text import prompt_ids
 from dsv4_jax.language_model import LanguageModel
-from dsv4_jax.serving.core import EngineCore, EngineSettings
+from dsv4_jax.serving.core import EngineCore
 from dsv4_jax.serving.requests import FinishReason, Output, Sampling, TokenLogprob
+from dsv4_jax.serving.settings import EngineSettings
 
 LOGGER = logging.getLogger(__name__)
 

@@ -128,14 +128,26 @@ class Output:
 
 
 def checked_request(
-    prompt_ids: tuple[int, ...], sampling: Sampling, vocab_size: int, max_length: int
-) -> None:
-    """Refuses what the engine cannot serve.
+    prompt_ids: tuple[int, ...],
+    sampling: Sampling,
+    own_stops: tuple[int, ...],
+    has_text: bool,
+    vocab_size: int,
+    max_length: int,
+) -> frozenset[int]:
+    """The token ids that end a request, which is refused if the engine cannot serve it.
+
+    Args:
+        prompt_ids: of the prompt. sampling: how to draw.
+        own_stops: of the model. has_text: whether it has a tokenizer.
+        vocab_size: V. max_length: of a prompt and its answer.
 
     Raises:
         ProblemsError: with every problem.
     """
     problems = sampling.problems(vocab_size)
+    if sampling.stop and not has_text:
+        problems.append("stop texts need a tokenizer.json, which this model does not have")
     if not prompt_ids:
         problems.append("the prompt must have at least one token")
     bad = [token for token in prompt_ids if integer_problem("token", token, 0, vocab_size - 1)]
@@ -149,3 +161,9 @@ def checked_request(
         )
     if problems:
         raise ProblemsError("this request cannot be served", problems)
+    own = frozenset() if sampling.ignore_eos else frozenset(own_stops)
+    stops = own if sampling.stop_token_ids is None else frozenset(sampling.stop_token_ids)
+    if len(stops) > MOST_STOP_TOKENS:
+        rule = f"{len(stops)} stop tokens, at most {MOST_STOP_TOKENS} are allowed"
+        raise ProblemsError("this request cannot be served", [rule])
+    return stops
