@@ -32,7 +32,9 @@ class Lanes:
         self.logits: jax.Array = lm.network.put(empty, "B V")
         self.prefixes: PrefixCache[cache_blocks.State] | None = None
         if settings.num_pages:
-            self._pool = cache_blocks.new_pool(self.cache, lm.config, settings.num_pages, block)
+            self._pool = cache_blocks.new_pool(
+                self.cache, lm.config, settings.num_pages, block, lambda x: lm.network.put(x, "")
+            )
             fingerprint = hashlib.blake2b(repr((lm.config, lm.policy)).encode()).digest()
             self.prefixes = PrefixCache(settings.num_pages, settings.num_states, block, fingerprint)
 
