@@ -181,6 +181,19 @@ def load_blocks(
 
 
 @jax.jit
+def read_page(pool: Pool, page: Int32[Array, ""]) -> tuple[jax.Array, ...]:
+    """A copy of one page: an array [R, ...] for every array of the pool."""
+    return tuple(jax.lax.dynamic_index_in_dim(kept, page, 0, keepdims=False) for kept in pool)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def write_page(pool: Pool, page: Int32[Array, ""], arrays: tuple[jax.Array, ...]) -> Pool:
+    """The pool, which is consumed, with one page as `read_page` gave it."""
+    pairs = zip(pool, arrays, strict=True)
+    return tuple(jax.lax.dynamic_update_index_in_dim(kept, new, page, 0) for kept, new in pairs)
+
+
+@jax.jit
 def take_state(cache: Cache, row: Int32[Array, ""]) -> State:
     """A copy of a row's state; the row's length should be a multiple of the block."""
 

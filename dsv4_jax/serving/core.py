@@ -215,6 +215,10 @@ class EngineCore:
         last = dataclasses.replace(output, finish_reason=reason, error=error)
         self._outputs.append((sequence.id, last))
 
+    def close(self) -> None:
+        """Waits until all prefixes that should be on disk are there."""
+        self._lanes.close()
+
     # ---- starting --------------------------------------------------------------------------------
 
     def warm_up(self) -> float:
