@@ -7,13 +7,12 @@ import pytest
 
 from dsv4_jax.model.operations import Operation
 from dsv4_jax.training.loss import (
-    BALANCE_WEIGHT,
-    MTP_WEIGHT,
     LossParts,
     Targets,
     mean_cross_entropy,
     shifted_targets,
 )
+from dsv4_jax.training.step_settings import Rates
 from pallas_kernels.linear_cross_entropy import weighted_cross_entropy
 
 
@@ -117,4 +116,6 @@ def test_targets_longer_than_the_row_do_not_exist():
 def test_terms_are_weighted_as_specified():
     parts = LossParts(jnp.float32(2.0), jnp.float32(3.0), jnp.float32(10.0))
     np.testing.assert_allclose(parts.total(), 2.0 + 0.3 * 3.0 + 1e-4 * 10.0, rtol=1e-6)
-    assert (MTP_WEIGHT, BALANCE_WEIGHT) == (0.3, 1e-4)
+    rates = Rates(np.float32(1), mtp=np.float32(0.1), balance=np.float32(0.5), indexer=np.float32(2))
+    parts = parts._replace(indexer=jnp.float32(7.0))
+    np.testing.assert_allclose(parts.total(rates), 2.0 + 0.1 * 3.0 + 0.5 * 10.0 + 2 * 7.0, rtol=1e-6)
