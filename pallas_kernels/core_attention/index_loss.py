@@ -65,7 +65,7 @@ def index_loss(
         else has one: the target is data.
     Cost: 2 (W + S) H Dh + 2 S Hi Di FLOP a query forward, the second term three times more backward; a block
         is recomputed in backward. All S entries are multiplied, also where few are visible or chosen.
-    Sharding: `SPLITS`. Heads must be whole: they meet in p.
+    Sharding: `SPLITS`. All heads meet in p.
     Raises:
         ValueError: for an unknown impl, or rounded scores that it does not compute.
     """
