@@ -46,6 +46,7 @@ def forward_losses(
     mode: TrainingMode = INFERENCE,
     totals: BatchTotals | None = None,
     experts: Int16[Array, "layers B T Ke"] | None = None,
+    z_weight: Float32[Array, ""] | None = None,
 ) -> tuple[LossParts, ModelReport]:
     """The terms of the loss of one batch, and what the layers report.
 
@@ -56,6 +57,7 @@ def forward_losses(
         totals: of the batch that these rows are a part of: each term is then the part's share of the batch's,
             and so are the balance losses of the report. None: these rows are the batch.
         experts: of every token in every layer, the MTP block's last; None: the routers choose.
+        z_weight: of the z-loss of the head's targets; None: none.
     """
     tokens, segments = jnp.asarray(batch.tokens), jnp.asarray(batch.segment_ids)
     span = spans.packed(tokens, segments)
@@ -65,7 +67,11 @@ def forward_losses(
     targets = shifted_targets(tokens, segments, 1, batch.counts)
     num_main, num_mtp = (None, None) if totals is None else (totals.main, totals.mtp)
     hidden = model.hidden(forward.streams)
-    main = mean_cross_entropy(hidden, model.head[...], targets, cross_entropy, num_main)
+    z = jnp.float32(0)
+    main = mean_cross_entropy(hidden, model.head[...], targets, cross_entropy, num_main, z_weight)
+    if z_weight is not None:
+        both, z = main
+        main = both - z_weight * z  # z has no gradient of its own: main keeps that of both
     mtp, report = jnp.float32(0), forward.report
     if model.mtp:
         given = None if experts is None else experts[num_layers, :, :-1]
@@ -80,4 +86,4 @@ def forward_losses(
         report = report.weighted(rows, own.further_rows / jnp.maximum(totals.further_rows, 1))
     num_tokens = own.tokens if totals is None else totals.tokens
     indexer = report.by_layer().index_loss.sum() / jnp.maximum(num_tokens, 1)
-    return LossParts(main, mtp, report.balance(), indexer), report
+    return LossParts(main, mtp, report.balance(), indexer, z), report

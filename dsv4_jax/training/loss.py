@@ -50,7 +50,8 @@ def mean_cross_entropy(
     targets: Targets,
     cross_entropy: Operation,
     total: Float32[Array, ""] | None = None,
-) -> Float32[Array, ""]:
+    z_weight: Float32[Array, ""] | None = None,
+) -> Float32[Array, ""] | tuple[Float32[Array, ""], Float32[Array, ""]]:
     """Mean over valid targets of -log softmax(hidden head^T)[target], in nats; 0 without any target.
 
     **Equation** CE = sum_t valid_t (logsumexp_v(h_t . head_v) - h_t . head_target) / sum_t valid_t
@@ -58,12 +59,15 @@ def mean_cross_entropy(
 
     **Args** hidden: what the head multiplies (after the final norm); head: output rows; targets;
     cross_entropy: the model's (`model.operations`), which also says what numbers, memory and gradients cost;
-    total: what to divide by, where these are a part of the targets; None: the number of valid ones here.
+    total: what to divide by, where these are a part of the targets; None: the number of valid ones here;
+    z_weight: adds so many times the mean of the squared log-sum-exp, which is then returned too; without a
+    gradient, as it is in the first result.
     """
     flat = hidden.reshape(-1, hidden.shape[-1])
     weights = targets.valid.reshape(-1).astype(jnp.float32)
     weights = weights / jnp.maximum(weights.sum() if total is None else total, 1.0)
-    return cross_entropy(flat, head, targets.ids.reshape(-1), weights)
+    given = () if z_weight is None else (z_weight,)
+    return cross_entropy(flat, head, targets.ids.reshape(-1), weights, *given)
 
 
 USUAL = Rates(np.float32(0))
@@ -77,8 +81,9 @@ class LossParts(NamedTuple):
     mtp: jax.Array
     balance: jax.Array  # summed over layers
     indexer: jax.Array | float = 0.0  # nats per token, summed over the layers that have an indexer
+    z: jax.Array | float = 0.0  # mean of the squared log-sum-exp; without the gradient, which main has
 
     def total(self, rates: Rates = USUAL) -> jax.Array:
         """L = main + 0.3 mtp + 1e-4 balance, and the indexers' loss; the weights are those of `rates`."""
         language = self.main + rates.mtp * self.mtp + rates.balance * self.balance
-        return language + rates.indexer * self.indexer
+        return language + rates.indexer * self.indexer + rates.z * self.z

@@ -52,6 +52,7 @@ class StepReport(NamedTuple):
     grad_norm: Float32[Array, ""]  # before clipping, of everything but the indexers; 0 in their warm-up
     indexer: Float32[Array, ""]  # nats per token, mean over layers with an indexer; 0 where they do not train
     indexer_grad_norm: Float32[Array, ""]  # before clipping
+    z: Float32[Array, ""]  # mean squared log-sum-exp of the head's logits; 0 without a z-loss
     clamped: Float32[Array, ""]  # share of the shared experts' SwiGLU inputs that the clamp changed
     learning_rate: Float32[Array, ""]
     loads: Float32[Array, "layers E"]  # tokens of each expert, the MTP block's layer last
@@ -123,6 +124,7 @@ def train_step(
         grad_norm=_norm(of_backbone),
         indexer=parts.indexer / max(num_indexers, 1),
         indexer_grad_norm=_norm(of_indexers),
+        z=parts.z,
         clamped=by_layer.clamped.sum() / jnp.maximum(num_inputs, 1.0),
         learning_rate=rate,
         loads=by_layer.loads,
@@ -151,11 +153,12 @@ def _gradients(
 ) -> tuple[_Measured, Params]:
     """What the batch measures, and the gradients of `moving`; a part of the rows at a time."""
     totals = BatchTotals.of(batch)
+    z_weight = jnp.asarray(rates.z, jnp.float32) if settings.z_loss else None
 
     def loss(moving: Params, batch: Batch, experts: jax.Array | None) -> tuple[jax.Array, _Measured]:
         model = network.holding(merge_params(moving, still))
         whole = None if settings.accumulate == 1 else totals
-        parts, layers = forward_losses(model, batch, settings.mode, whole, experts)
+        parts, layers = forward_losses(model, batch, settings.mode, whole, experts, z_weight)
         objective = total = parts.total(rates)
         if settings.indexer == "warm-up":
             objective = rates.indexer * parts.indexer

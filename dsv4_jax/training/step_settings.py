@@ -38,6 +38,7 @@ class StepSettings:
         indexer: how the indexers are trained (report, section 2.3, and DeepSeek-V3.2, arXiv 2512.02556):
             "none": not at all, and not decayed either; "warm-up": they alone, everything else is frozen,
             under dense attention; "sparse": beside everything else, on the entries that they chose.
+        z_loss: whether the mean squared log-sum-exp of the head's logits is part of the loss (`Rates.z`).
 
     Raises:
         ConfigError: for values outside these, and for an indexer stage under the other attention; all
@@ -48,6 +49,7 @@ class StepSettings:
     accumulate: int = 1
     attention: Literal["sparse", "dense"] = "sparse"
     indexer: Literal["none", "warm-up", "sparse"] = "none"
+    z_loss: bool = False
 
     def __post_init__(self) -> None:
         problems = []
@@ -78,4 +80,5 @@ class Rates(NamedTuple):
     mtp: Float32[Array, ""] | np.float32 = np.float32(0.3)  # report, section 4.2; 0.1 once the rate decays
     balance: Float32[Array, ""] | np.float32 = np.float32(1e-4)  # weight of the balance loss, as there
     indexer: Float32[Array, ""] | np.float32 = np.float32(1)  # weight of the indexers' loss, if they train
+    z: Float32[Array, ""] | np.float32 = np.float32(0)  # weight of the z-loss, if the settings have it
     bias_speed: Float32[Array, ""] | np.float32 = np.float32(1e-3)  # of the routers' selection biases

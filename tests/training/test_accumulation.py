@@ -11,7 +11,7 @@ from dsv4_jax.training.batch_losses import BatchTotals, forward_losses
 from dsv4_jax.training.data import Batch
 from dsv4_jax.training.optimizer import Sgd, merge_params, split_trainable
 from dsv4_jax.training.step import Rates, StepSettings, initial_state, train_step
-from tests.models import all_kinds
+from tests.models import all_kinds, compressed_kinds
 
 CONFIG = all_kinds(hidden_size=32, hca_ratio=8, initializer_range=0.2)
 NETWORK = Network(CONFIG, Policy.of("float32"))
@@ -33,19 +33,23 @@ def ragged_batch(counts=True):
     return Batch(tokens, segments, rng.random(segments.shape) < 0.6 if counts else None)
 
 
-def after_a_step(settings, batch, **rates):
+SMALL = Network(compressed_kinds(vocab_size=64, initializer_range=0.2), NETWORK.policy)
+"""With an indexer and an MTP block, and quick to compile."""
+
+
+def after_a_step(settings, batch):
     """Parameters after one step of plain gradient descent with rate 1, and the report."""
-    state = initial_state(initial_parameters(CONFIG, NETWORK.policy, 3), settings.optimizer)
-    weights = {"balance": np.float32(0.5)} | rates
-    return jax.device_get(train_step(NETWORK, settings, state, batch, Rates(np.float32(1), **weights)))
+    state = initial_state(initial_parameters(*SMALL[:2], 3), settings.optimizer)
+    rates = Rates(np.float32(1), balance=np.float32(0.5), z=np.float32(0.1))
+    return jax.device_get(train_step(SMALL, settings, state, batch, rates))
 
 
 @pytest.mark.parametrize("accumulate", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_parts_of_a_batch_give_the_step_of_the_whole_batch(accumulate):
     batch = ragged_batch()
-    state, report = after_a_step(StepSettings(Sgd(), indexer="sparse"), batch)
-    parts, parts_report = after_a_step(StepSettings(Sgd(), accumulate, indexer="sparse"), batch)
-    before = initial_parameters(CONFIG, NETWORK.policy, 3)
+    state, report = after_a_step(StepSettings(Sgd(), indexer="sparse", z_loss=True), batch)
+    parts, parts_report = after_a_step(StepSettings(Sgd(), accumulate, indexer="sparse", z_loss=True), batch)
+    before = initial_parameters(*SMALL[:2], 3)
     leaves = jax.tree_util.tree_leaves_with_path(state.params)
     for (path, want), got, start in zip(
         leaves, jax.tree.leaves(parts.params), jax.tree.leaves(before), strict=True
@@ -59,9 +63,9 @@ def test_parts_of_a_batch_give_the_step_of_the_whole_batch(accumulate):
 
 
 def test_parts_must_be_equal():
-    state = initial_state(initial_parameters(CONFIG, NETWORK.policy, 3), Sgd())
+    state = initial_state(initial_parameters(*SMALL[:2], 3), Sgd())
     with pytest.raises(ValueError, match="accumulate=3 does not divide the batch's 4 rows"):
-        train_step(NETWORK, StepSettings(Sgd(), accumulate=3), state, ragged_batch(), Rates(np.float32(1)))
+        train_step(SMALL, StepSettings(Sgd(), accumulate=3), state, ragged_batch(), Rates(np.float32(1)))
 
 
 def gradients(batch):
