@@ -17,10 +17,17 @@ PADDING_SEGMENT = 0
 
 
 class Batch(NamedTuple):
-    """Packed rows; numpy or jax arrays, i32[B, T] each."""
+    """Packed rows; numpy or jax arrays, i32[B, T] each, and bool[B, T] or None.
+
+    Attributes:
+        tokens: 0 where empty.
+        segment_ids: 1, 2, ... from the left of each row; 0 where empty.
+        counts: whether a token is a target of the loss (assistant tokens of a chat); None: all of them.
+    """
 
     tokens: np.ndarray
-    segment_ids: np.ndarray  # 1, 2, ... from the left of each row; 0 where empty
+    segment_ids: np.ndarray
+    counts: np.ndarray | None = None
 
 
 def _pack(tokens: np.ndarray, documents: np.ndarray, num_valid: np.ndarray) -> Batch:
