@@ -107,7 +107,7 @@ def train_step(
 
     (total, (parts, layers)), grads = jax.value_and_grad(loss, has_aux=True)(state.trained)
     with jax.enable_x64(False):  # Optax leaves the type of Adam's bias correction to JAX's default.
-        updates, moments = optimizer.transform().update(grads, state.moments, state.trained)
+        updates, moments = optimizer.transform(network.placement).update(grads, state.moments, state.trained)
     num_learned = network.config.router_kinds.count("learned") + len(layers.mtp)
     report = StepReport(
         total,
