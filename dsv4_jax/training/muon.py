@@ -87,7 +87,9 @@ def muon(
             },
             lambda tree: jax.tree_util.tree_map_with_path(group, tree),
         ),
-        optax.add_decayed_weights(weight_decay) if weight_decay else optax.identity(),
+        optax.add_decayed_weights(weight_decay)
+        if _is_traced(weight_decay) or weight_decay
+        else optax.identity(),
         optax.scale_by_learning_rate(learning_rate),
     )
 
@@ -95,22 +97,26 @@ def muon(
 def check_numbers(
     momentum: float, weight_decay: float, update_rms: float, compute_dtype: jax.typing.DTypeLike
 ) -> None:
-    """Refuses settings of Muon that cannot be meant.
+    """Refuses settings of Muon that cannot be meant. Traced ones, as of `optax.inject_hyperparams`, are taken.
 
     Raises:
         ProblemsError: with all of them.
     """
     problems = []
-    if not 0 <= momentum < 1:
+    if not (_is_traced(momentum) or 0 <= momentum < 1):
         problems.append(f"momentum={momentum} must be at least 0 and below 1")
-    if not (math.isfinite(weight_decay) and weight_decay >= 0):
+    if not (_is_traced(weight_decay) or (math.isfinite(weight_decay) and weight_decay >= 0)):
         problems.append(f"weight_decay={weight_decay} must be a number of at least 0")
-    if not (math.isfinite(update_rms) and update_rms > 0):
+    if not (_is_traced(update_rms) or (math.isfinite(update_rms) and update_rms > 0)):
         problems.append(f"update_rms={update_rms} must be a positive number")
     if jnp.dtype(compute_dtype).name not in ("float32", "bfloat16"):
         problems.append(f"compute_dtype={jnp.dtype(compute_dtype).name} must be float32 or bfloat16")
     if problems:
         raise ProblemsError("no such Muon", problems)
+
+
+def _is_traced(number: float | jax.Array) -> bool:
+    return isinstance(number, jax.core.Tracer)
 
 
 @dataclasses.dataclass(frozen=True)

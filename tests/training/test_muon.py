@@ -207,6 +207,17 @@ def test_momentum_is_a_plain_sum_in_float32_and_updates_have_the_gradients_dtype
     assert updates["w"].dtype == jnp.bfloat16
 
 
+def test_hyperparameters_may_be_data():
+    made = optax.inject_hyperparams(muon, static_args=("matrices", "layout", "compute_dtype"))
+    ours, plain = made(0.1, momentum=0.5, weight_decay=0.2), muon(0.1, momentum=0.5, weight_decay=0.2)
+    params, gradient = jnp.asarray(normal((6, 4))), jnp.asarray(normal((6, 4), 1))
+    got, state = jax.jit(ours.update)(gradient, ours.init(params), params)
+    want, _ = plain.update(gradient, plain.init(params), params)
+    np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-7)
+    state.hyperparams["learning_rate"] = jnp.float32(0.0)
+    assert not np.any(jax.jit(ours.update)(gradient, state, params)[0])
+
+
 def test_all_numbers_out_of_range_are_named():
     with pytest.raises(ProblemsError) as refused:
         muon(0.1, momentum=1.0, weight_decay=-1.0, update_rms=0.0, compute_dtype="float16")
