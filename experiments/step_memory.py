@@ -85,7 +85,7 @@ def flash(layers: str) -> ModelConfig:
 
 def batch_shapes(tokens: int) -> Batch:
     """One packed row."""
-    return Batch(*[jax.ShapeDtypeStruct((1, tokens), jnp.int32)] * len(Batch._fields))
+    return Batch(*[jax.ShapeDtypeStruct((1, tokens), jnp.int32)] * 2)
 
 
 def kept_bytes(network: Network, tokens: int) -> int:
