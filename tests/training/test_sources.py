@@ -139,9 +139,7 @@ def test_parquet_columns(tmp_path, tokenizer):
     assert texts_of(ParquetFiles(files, reading=SKIP), tokenizer) == ["one", "two", "three"]
     with pytest.raises(DataError, match="a.parquet, row 2: is null(.|\n)*a.parquet, row 3: is empty"):
         all_documents(ParquetFiles(files), tokenizer)
-    with pytest.raises(
-        DataError, match="column 'n' holds int64, not text(.|\n)*b.parquet: has no column"
-    ):
+    with pytest.raises(DataError, match="column 'n' holds int64, not text(.|\n)*b.parquet: has no column"):
         all_documents(ParquetFiles(files, "n"), tokenizer)
     with pytest.raises(DataError, match="more than max_bytes=10;"):
         all_documents(ParquetFiles(files, max_bytes=10), tokenizer)

@@ -93,9 +93,7 @@ def test_files_that_are_no_token_files_are_named_together(tmp_path):
     ):
         assert name in problem and words in problem
     (tmp_path / "empty.bin").write_bytes(b"")
-    with pytest.raises(
-        DataError, match="3 bytes, which is no whole number of uint16(.|\n)*empty.bin: is em"
-    ):
+    with pytest.raises(DataError, match="3 bytes, which is no whole number of uint16(.|\n)*empty.bin: is em"):
         read(tmp_path / "odd.bin", tmp_path / "empty.bin", dtype="uint16")
 
 
