@@ -9,6 +9,7 @@ Every process packs the same rows of the same documents and lays out only its ow
 them all. The price is that each process tokenises all texts; of token files it reads its own rows only.
 """
 
+import collections
 import logging
 import operator
 from collections.abc import Iterator
@@ -92,7 +93,9 @@ class PackedStream:
         self.bad_records: list[BadRecord] = []
         self._place = self._restored = Place(0, 0)
         self._window: _Window | None = None
-        self._ahead: tuple[Place, Iterator[tuple[int, Document | BadRecord]]] | None = None
+        # What was read but belongs to the window that begins at this place, and the records after it.
+        self._ahead: tuple[Place, collections.deque[tuple[int, Document | BadRecord]]] | None = None
+        self._records: Iterator[tuple[int, Document | BadRecord]] = iter(())
 
     def __iter__(self) -> "PackedStream":
         return self
@@ -200,40 +203,41 @@ class PackedStream:
             self._place = window.following
 
     def _read_window(self, start: Place) -> _Window:
-        documents: list[Document] = []
-        numbers: list[int] = []
-        bad: list[BadRecord] = []
-        position, num_tokens = start.document, 0
         ahead = self._records_from(start)
-        while num_tokens < self._window_tokens and position < len(self._documents):
-            number, record = next(ahead)
-            position += 1
-            if isinstance(record, Document) and record.whole and len(record.tokens) > self._seq_len:
-                why = f"has {len(record.tokens)} tokens, more than seq_len={self._seq_len}, and is not cut"
-                record = BadRecord(self._documents.place(number), why)
-            if isinstance(record, BadRecord):
-                bad.append(record)
-                continue
-            documents.append(record)
-            numbers.append(number)
-            num_tokens += len(record.tokens)
+        left = len(self._documents) - start.document
+        read: list[tuple[int, Document | BadRecord]] = []
+        totals = [0]  # tokens of the first so many records
+        while len(read) < left and totals[-1] < self._window_tokens + self._seq_len:
+            number, record = ahead.popleft() if ahead else next(self._records)
+            record = self._fitting(number, record)
+            read.append((number, record))
+            totals.append(totals[-1] + (len(record.tokens) if isinstance(record, Document) else 0))
+        end = left if len(read) == left else _best_end(totals, self._window_tokens, self._seq_len)
+        bad = [record for _, record in read[:end] if isinstance(record, BadRecord)]
         self._judge(bad)
         skipped = start.skipped + len(bad)
-        if position < len(self._documents):
-            following = Place(start.epoch, position, 0, skipped)
-            self._ahead = (following, ahead)
-        else:
+        following = Place(start.epoch, start.document + end, 0, skipped)
+        if end == left:
             following = Place(start.epoch + 1, 0, 0, skipped)
-        tokens = [document.tokens for document in documents]
-        counts = [document.counts for document in documents if document.counts is not None] or None
+        self._ahead = (following, collections.deque(read[end:]))
+        good = [(number, record) for number, record in read[:end] if isinstance(record, Document)]
+        tokens = [record.tokens for _, record in good]
+        counts = [record.counts for _, record in good if record.counts is not None] or None
         rows = best_fit_rows(list(map(len, tokens)), self._seq_len)
         order = self._draw(start.epoch, _ORDER_OF_ROWS, start.document).permutation(len(rows))
+        numbers = [number for number, _ in good]
         return _Window(tokens, counts, numbers, [rows[index] for index in order], following)
 
-    def _records_from(self, start: Place) -> Iterator[tuple[int, Document | BadRecord]]:
-        """(number, document) in the order of the epoch."""
+    def _fitting(self, number: int, record: Document | BadRecord) -> Document | BadRecord:
+        if isinstance(record, BadRecord) or not record.whole or len(record.tokens) <= self._seq_len:
+            return record
+        why = f"has {len(record.tokens)} tokens, more than seq_len={self._seq_len}, and is not cut"
+        return BadRecord(self._documents.place(number), why)
+
+    def _records_from(self, start: Place) -> collections.deque[tuple[int, Document | BadRecord]]:
+        """(number, document) in the order of the epoch, as far as it was read; `_records` has the rest."""
         ahead, self._ahead = self._ahead, None
-        if ahead is not None and ahead[0] == start:
+        if ahead is not None and ahead[0] == start and start.document:
             return ahead[1]
         import grain  # takes as long as JAX to import
 
@@ -243,7 +247,8 @@ class PackedStream:
         ordered = grain.MapDataset.source(read).shuffle(seed=int(seed)).slice(slice(start.document, None))
         threads = self._reading.num_threads
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=AHEAD if threads else 0)
-        return iter(ordered.to_iter_dataset(options))
+        self._records = iter(ordered.to_iter_dataset(options))
+        return collections.deque()
 
     def _judge(self, bad: list[BadRecord]) -> None:
         if not bad:
@@ -310,6 +315,16 @@ class _Epoch:
     def __getitem__(self, number: int) -> tuple[int, Document | BadRecord]:
         number = int(number)
         return number, self._documents.read(number, self._draw(self._epoch, 0, number))
+
+
+def _best_end(totals: list[int], least: int, seq_len: int) -> int:
+    """How many records a window takes: at least so many tokens, and as near to full rows as can be.
+
+    Args:
+        totals: tokens of the first 0, 1, 2, ... records; the last of them is at least `least`.
+    """
+    first = next(end for end, total in enumerate(totals) if total >= least)
+    return min(range(first, len(totals)), key=lambda end: -totals[end] % seq_len / totals[end])
 
 
 def _check(

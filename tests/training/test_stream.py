@@ -280,3 +280,14 @@ def test_rows_are_nearly_full():
         rows += 1
     windows = -(-sum(lengths) // (300 * 32))
     assert rows <= -(-sum(lengths) // 32) + windows
+
+
+def test_a_window_ends_where_its_rows_are_fullest():
+    # Three rows of 8 are asked for.
+    reader = stream([5] * 30, 1, reading=QUIET)
+    state = reader.state()
+    while state["following_document"] == 0:
+        next(reader)
+        state = reader.state()
+    # From 24 tokens on, one row more at most is read: 25, 30 or 35 tokens; 30 leave the smallest part empty.
+    assert state["following_document"] == 6
