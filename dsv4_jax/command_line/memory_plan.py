@@ -1,4 +1,4 @@
-"""What a server will hold, computed from shapes before anything is loaded, and what would fit if it does not."""
+"""What a server will hold, computed from shapes before anything is loaded, and what would fit instead."""
 
 import dataclasses
 import os

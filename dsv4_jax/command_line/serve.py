@@ -152,8 +152,8 @@ def serve(
 ) -> None:
     """Serve a model to clients of OpenAI's and Anthropic's interfaces.
 
-    HTTP answers at once: /health says whether the server lives, /ready whether it takes requests. SIGTERM ends
-    it when the running answers are complete, a second signal at once.
+    HTTP answers at once: /health says whether the server lives, /ready whether it takes requests. SIGTERM
+    ends it when the running answers are complete, a second signal at once.
 
     examples:
       dsv4 serve quickstart

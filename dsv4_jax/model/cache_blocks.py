@@ -92,7 +92,13 @@ def _is_state(store: Store) -> bool:
     return store.holds not in GROWING and (store.kind, store.holds) != ("hca", "rows")
 
 
-def new_pool(cache: Cache, config: ModelConfig, num_pages: int, block: int) -> Pool:
+def new_pool(
+    cache: Cache,
+    config: ModelConfig,
+    num_pages: int,
+    block: int,
+    put: Callable[[jax.Array], jax.Array] = jnp.asarray,
+) -> Pool:
     """Room for so many blocks of rows of such a cache.
 
     Args:
@@ -100,6 +106,7 @@ def new_pool(cache: Cache, config: ModelConfig, num_pages: int, block: int) -> P
         config: of the model.
         num_pages: at least 1.
         block: tokens, a multiple of `block_length`.
+        put: brings an array to the devices where it shall lie.
 
     Raises:
         ValueError: for a block that splits an entry.
@@ -112,7 +119,7 @@ def new_pool(cache: Cache, config: ModelConfig, num_pages: int, block: int) -> P
         shape = list(leaf.shape)
         shape[how.axis] = how.count
         del shape[1]
-        return jnp.zeros((num_pages, *shape), leaf.dtype)
+        return put(jnp.zeros((num_pages, *shape), leaf.dtype))
 
     return tuple(map(pages, _growing(cache), _leaves(cache, config, block)))
 
@@ -171,6 +178,19 @@ def load_blocks(
         return jax.lax.dynamic_update_index_in_dim(leaf, one, row, 1)
 
     return _with_growing(cache, list(map(load, _growing(cache), pool, _leaves(cache, config, block))))
+
+
+@jax.jit
+def read_page(pool: Pool, page: Int32[Array, ""]) -> tuple[jax.Array, ...]:
+    """A copy of one page: an array [R, ...] for every array of the pool."""
+    return tuple(jax.lax.dynamic_index_in_dim(kept, page, 0, keepdims=False) for kept in pool)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def write_page(pool: Pool, page: Int32[Array, ""], arrays: tuple[jax.Array, ...]) -> Pool:
+    """The pool, which is consumed, with one page as `read_page` gave it."""
+    pairs = zip(pool, arrays, strict=True)
+    return tuple(jax.lax.dynamic_update_index_in_dim(kept, new, page, 0) for kept, new in pairs)
 
 
 @jax.jit

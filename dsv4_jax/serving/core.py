@@ -59,7 +59,8 @@ class EngineCore:
         self.steps = 0
         self._lanes = Lanes(lm, settings, self.block)
         self._cache = lm.new_cache(settings.num_slots, settings.max_length)
-        self._slots = device_steps.empty_slots(settings.num_slots, lm.config.vocab_size)
+        empty = device_steps.empty_slots(settings.num_slots, lm.config.vocab_size)
+        self._slots = jax.tree.map(lambda leaf: lm.network.put(leaf, "B"), empty)
         self._sequences: dict[int, Sequence] = {}
         self._pending: _Pending | None = None
         self._outputs: collections.deque[tuple[int, Output]] = collections.deque()
@@ -213,6 +214,10 @@ class EngineCore:
         del self._sequences[sequence.id]
         last = dataclasses.replace(output, finish_reason=reason, error=error)
         self._outputs.append((sequence.id, last))
+
+    def close(self) -> None:
+        """Waits until all prefixes that should be on disk are there."""
+        self._lanes.close()
 
     # ---- starting --------------------------------------------------------------------------------
 

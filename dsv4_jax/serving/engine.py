@@ -311,6 +311,7 @@ class Engine:
                 self._failure = failure
         finally:
             self._abandon()
+            self._core.close()
 
     def _deliver(self, outputs: Sequence[tuple[int, Output]]) -> None:
         for number, output in outputs:

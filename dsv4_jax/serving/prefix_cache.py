@@ -86,6 +86,17 @@ class PrefixCache(Generic[S]):
         """How many of the first blocks have a page, whether or not there is a state."""
         return next((number for number, key in enumerate(keys) if key not in self._nodes), len(keys))
 
+    def pages(self, keys: Sequence[Key]) -> list[int]:
+        """The pages of these blocks, all of which must be known."""
+        return [self._nodes[key].page for key in keys]
+
+    def best(self, keys: Sequence[Key]) -> int:
+        """How many blocks `longest` would find. Nothing counts as used."""
+        for number in range(self.known(keys), 0, -1):
+            if self._nodes[keys[number - 1]].state is not None:
+                return number
+        return 0
+
     def longest(self, keys: Sequence[Key], num_tokens: int) -> Hit[S] | None:
         """The longest known prefix with a state, which then counts as used; None: there is none.
 
@@ -94,14 +105,16 @@ class PrefixCache(Generic[S]):
             num_tokens: of the whole prompt, for the count of queries.
         """
         self.queries += num_tokens
-        for number in range(self.known(keys), 0, -1):
-            state = self._nodes[keys[number - 1]].state
-            if state is not None:
-                self._touch(keys[number - 1])
-                self._states.move_to_end(keys[number - 1])
-                self.hits += number * self.block
-                return Hit(number, tuple(self._nodes[key].page for key in keys[:number]), state)
-        return None
+        number = self.best(keys)
+        if not number:
+            return None
+        last = keys[number - 1]
+        state = self._nodes[last].state
+        assert state is not None
+        self._touch(last)
+        self._states.move_to_end(last)
+        self.hits += number * self.block
+        return Hit(number, tuple(self.pages(keys[:number])), state)
 
     def insert(self, keys: Sequence[Key], number: int) -> int | None:
         """Makes block `number` of a chain known: the page to copy it to, or None if there is nothing to copy.

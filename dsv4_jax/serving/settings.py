@@ -1,6 +1,7 @@
 """Sizes of an engine."""
 
 import dataclasses
+from pathlib import Path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,6 +18,8 @@ class EngineSettings:
     num_pages: int = 256  # blocks of prefixes that are kept; 0: no prefix cache
     num_states: int = 32
     state_interval: int = 4096  # tokens between the states kept along a long prompt
+    disk: Path | None = None  # folder for prefixes that outlive their pages, and the engine; None: none do
+    disk_bytes: int = 8 << 30  # of all its files
 
     def problems(self, smallest: int) -> list[str]:
         """Broken rules; `smallest` is the model's smallest block."""

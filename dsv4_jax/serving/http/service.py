@@ -5,14 +5,10 @@ import hashlib
 import time
 from typing import Literal
 
-import jax
-import numpy as np
-
-import dsv4_jax
-from dsv4_jax.language_model import LanguageModel
 from dsv4_jax.serving.chat.profile import Profile
 from dsv4_jax.serving.chat.tokens import ChatTokenizer, chat_tokenizer
 from dsv4_jax.serving.engine import Engine, EngineStatus
+from dsv4_jax.serving.fingerprint import model_fingerprint
 from dsv4_jax.serving.http import errors
 from dsv4_jax.serving.http.auth import Keys
 from dsv4_jax.serving.http.bodies import BodyRoom
@@ -22,8 +18,6 @@ from dsv4_jax.serving.http.prompt_scores import PromptScores
 from dsv4_jax.serving.http.token_texts import TokenTexts
 
 State = Literal["loading", "ready", "draining", "failed"]
-
-SMALL_LEAF_BYTES = 1 << 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +44,8 @@ class Model:
         scores = PromptScores(lm, engine.settings.max_length, chunk)
         if warm_up:
             scores.score([0, 0])
-        return Model(engine, profile, fingerprint(lm), chat, texts, scores, int(time.time()))
+        fingerprint = f"dsv4_{model_fingerprint(lm, with_weights=True).hex()[:16]}"
+        return Model(engine, profile, fingerprint, chat, texts, scores, int(time.time()))
 
 
 class Service:
@@ -130,20 +125,3 @@ class Service:
 
     def _status(self) -> EngineStatus | None:
         return None if self._model is None else self._model.engine.status()
-
-
-def fingerprint(lm: LanguageModel) -> str:
-    """`system_fingerprint`: changes with code version, config, numerics, and what every training changes.
-
-    Of the weights the small arrays are hashed (norms, biases, hyper-connections), so that it is quick for
-    any size of model.
-    """
-    digest = hashlib.blake2b(digest_size=8)
-    policy = lm.policy
-    digest.update(repr((dsv4_jax.__version__, lm.config, policy.compute_dtype, policy.cache_format)).encode())
-    digest.update(repr(sorted(policy.switches)).encode())
-    for leaf in jax.tree.leaves(lm.parameters):
-        digest.update(repr((leaf.shape, str(leaf.dtype))).encode())
-        if leaf.nbytes <= SMALL_LEAF_BYTES and leaf.is_fully_addressable:
-            digest.update(np.asarray(leaf).tobytes())
-    return f"dsv4_{digest.hexdigest()}"
