@@ -1,6 +1,7 @@
 """The routes, and how each request is answered."""
 
 import asyncio
+import importlib.metadata
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +9,6 @@ from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
-import dsv4_jax
 from dsv4_jax.serving.http.bodies import check_headers, parsed, read_body
 from dsv4_jax.serving.http.chat_completions import ChatAnswer, read_chat
 from dsv4_jax.serving.http.completions import CompletionAnswer, read_completion
@@ -43,7 +43,11 @@ def build_app(service: Service) -> Guard:
             ),
         )
 
+    async def broken(request: Request, error: Exception) -> Response:
+        return Refusal(service, error)
+
     app.add_exception_handler(HTTPException, refused)
+    app.add_exception_handler(Exception, broken)
     return Guard(app, service)
 
 
@@ -69,7 +73,7 @@ def _add_state(app: FastAPI, service: Service) -> None:
 
     @app.get("/version", response_model=None)
     async def version() -> Response:
-        return _json({"version": dsv4_jax.__version__})
+        return _json({"version": importlib.metadata.version("dsv4_jax")})
 
     @app.get("/metrics", response_model=None)
     async def metrics() -> Response:

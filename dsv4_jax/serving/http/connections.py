@@ -20,6 +20,7 @@ def timed_protocol(limits: Limits) -> type[H11Protocol]:
     class TimedProtocol(H11Protocol):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
+            self.access_log = False  # lines of it would hold what clients write into paths
             self._head_timer: asyncio.TimerHandle | None = None
             inner = self.app
 

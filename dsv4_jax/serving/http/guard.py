@@ -29,13 +29,15 @@ class Guard:
         request_id = f"req_{secrets.token_hex(12)}"
         context = Context(request_id, b"", scope["path"].startswith(ANTHROPIC_PATHS))
         scope[CONTEXT] = context
-        started = False
+        started = complete = False
 
         async def send_with_id(message: Any) -> None:
-            nonlocal started
+            nonlocal started, complete
             if message["type"] == "http.response.start":
                 started = True
                 message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+            elif not message.get("more_body", False):
+                complete = True
             await send(message)
 
         service.num_requests += 1
@@ -47,10 +49,10 @@ class Guard:
         except ClientGone:
             service.metrics.disconnects.inc()
         except Exception as error:
-            problem = errors.problem_of(error, request_id)
             if not started:
+                problem = errors.problem_of(error, request_id)
                 await send_problem(service, scope, send_with_id, problem)
-            elif cut := scope.get(CUT):
+            elif not complete and (cut := scope.get(CUT)):
                 cut()
         finally:
             service.num_requests -= 1

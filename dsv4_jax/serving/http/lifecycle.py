@@ -53,7 +53,15 @@ def run(
     Raises:
         BaseException: what `load` raised. RuntimeError: if the engine failed. OSError: if the port is taken.
     """
-    config = uvicorn.Config(
+    server = _Server(configured(service, host, port))
+    asyncio.run(_serve(service, load, server, drain_seconds, announce))
+    if service.is_failed:
+        raise RuntimeError("the engine failed; its log is above")
+
+
+def configured(service: Service, host: str = "127.0.0.1", port: int = 0) -> uvicorn.Config:
+    """uvicorn's settings for a service; address as of `run`."""
+    return uvicorn.Config(
         build_app(service),
         host=host,
         port=port,
@@ -70,9 +78,6 @@ def run(
         timeout_graceful_shutdown=round(LAST_WORDS_SECONDS),
         backlog=2048,
     )
-    asyncio.run(_serve(service, load, _Server(config), drain_seconds, announce))
-    if service.is_failed:
-        raise RuntimeError("the engine failed; its log is above")
 
 
 async def _serve(
