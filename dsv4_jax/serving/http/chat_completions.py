@@ -210,7 +210,8 @@ class ChatAnswer:
         choices = self._choices
         reasoning = sum(turn.tokens.num_reasoning for turn in self._turns)
         num_prompt = len(self._request.prompt.ids)
-        return usage(num_prompt, sum(choices.counts), min(max(choices.cached), num_prompt), reasoning)
+        count = sum(turn.count for turn in self._turns)
+        return usage(num_prompt, count, min(max(choices.cached), num_prompt), reasoning)
 
 
 def _message(answer: Answer) -> dict[str, Any]:

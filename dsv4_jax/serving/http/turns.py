@@ -67,6 +67,7 @@ class Turn:
         by_ids = model.chat.knows_thinking
         self.parser = AnswerParser(reasoning=prompt.reasons, tools=prompt.tools, stops=stops, by_ids=by_ids)
         self.tokens = AnswerTokens(model.chat, self.parser)
+        self.count = 0  # tokens of the answer; the engine may have drawn more before it was told to stop
         self._skipped = frozenset(model.chat.eos_ids) if ignore_eos else frozenset()
 
     def add(self, index: int, output: Output) -> Step:
@@ -79,6 +80,7 @@ class Turn:
         for number, (token, logprob) in enumerate(zip(output.token_ids, found, strict=True)):
             if self.parser.ended:
                 break
+            self.count += 1
             if logprob is not None:
                 logprobs.append((self.parser.in_reasoning, logprob))
             if reason == "stop" and number == last:
