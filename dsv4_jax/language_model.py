@@ -26,7 +26,8 @@ from dsv4_jax.arguments import (
 from dsv4_jax.checkpoint.side_files import stop_token_ids, with_tokenizer
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.inference import generate as generation
-from dsv4_jax.inference import steps
+from dsv4_jax.inference import speculative, steps
+from dsv4_jax.inference.drafters import Draft, draft_problem, rewind_for
 from dsv4_jax.inference.text import TextStream, prompt_ids
 from dsv4_jax.model import span as spans
 from dsv4_jax.model.cache import Cache, check_not_consumed, check_sizes, counts_after
@@ -84,6 +85,7 @@ class LanguageModel:
         self.placement = placement
         on_mesh = None if placement is None else operations(policy, placement=placement)
         self.network = Network(config, policy, on_mesh)
+        self._acceptance: speculative.Acceptance | None = None
 
     @classmethod
     def random(
@@ -262,6 +264,7 @@ class LanguageModel:
         seed: int | Sequence[int] = 0,
         stop_token_ids: Sequence[int] | None = None,
         top_p: float = 1.0,
+        draft: Draft | None = None,
     ) -> Any:
         """Continues prompts.
 
@@ -276,6 +279,9 @@ class LanguageModel:
             stop_token_ids: end a row; None means the model's own, () never stops. A stopped row is
                 filled up with the stop token it drew.
             top_p: nucleus mass, in (0, 1].
+            draft: guess several tokens a step (`inference.drafters`): "mtp" or "dspark", of a model with such
+                a head, or "lookup". The tokens are the same as without; `last_acceptance` tells how often
+                guesses were right.
 
         Returns:
             i32[B, max_new_tokens]; for a str prompt the new text, without stop tokens.
@@ -285,9 +291,10 @@ class LanguageModel:
             FloatingPointError: for logits that are not finite numbers, by row and position.
             TypeError: for traced arguments or parameters.
         """
+        how = (max_new_tokens, temperature, seed, stop_token_ids, top_p, draft)
         if isinstance(tokens, str):
-            return "".join(self.stream_text(tokens, max_new_tokens, temperature, seed, stop_token_ids, top_p))
-        columns = list(self.stream(tokens, max_new_tokens, temperature, seed, stop_token_ids, top_p))
+            return "".join(self.stream_text(tokens, *how))
+        columns = list(self.stream(tokens, *how))
         batch = len(tokens)
         out = np.stack(columns, axis=1) if columns else np.zeros((batch, 0), np.int32)
         missing = max_new_tokens - out.shape[1]
@@ -301,6 +308,7 @@ class LanguageModel:
         seed: int | Sequence[int] = 0,
         stop_token_ids: Sequence[int] | None = None,
         top_p: float = 1.0,
+        draft: Draft | None = None,
     ) -> Iterator[np.ndarray]:
         """As `generate` for ids, yielding i32[B] after each step; arguments are checked at the first."""
         refuse_traced(
@@ -312,19 +320,31 @@ class LanguageModel:
         max_new_tokens = checked_integer("max_new_tokens", max_new_tokens, 0)
         if stop_token_ids is not None:
             stop_token_ids = checked_stops(stop_token_ids, self.config.vocab_size)
+        if problem := draft_problem(draft, self.config):
+            raise ValueError(problem)
         needed = max(len(prompt) for prompt in prompts) + max_new_tokens
-        cache = self.new_cache(len(prompts), capacity(needed, self.config))
-        yield from generation.stream(
-            self.network,
-            self.parameters,
-            cache,
-            prompts,
-            max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-            stop_token_ids=self._stops(stop_token_ids),
-        )
+        size = len(prompts), capacity(needed, self.config)
+        drawing = {"temperature": temperature, "top_p": top_p, "seed": seed}
+        drawing |= {"stop_token_ids": self._stops(stop_token_ids)}
+        model = self.network, self.parameters
+        self._acceptance = None if draft is None else speculative.Acceptance.of(len(prompts))
+        if draft is None:
+            yield from generation.stream(*model, self.new_cache(*size), prompts, max_new_tokens, **drawing)
+            return
+        cache = self.new_cache(*size, max_rewind=rewind_for(draft, self.config), mtp=draft == "mtp")
+        drawing |= {"draft": draft, "acceptance": self._acceptance}
+        yield from speculative.stream(*model, cache, prompts, max_new_tokens, **drawing)
+
+    @property
+    def last_acceptance(self) -> list[list[int]] | None:
+        """Of the last generation: for each row, how many drafts became tokens, step by step; None if it had
+        none. `acceptance` tells more."""
+        return None if self._acceptance is None else self._acceptance.accepted
+
+    @property
+    def acceptance(self) -> speculative.Acceptance | None:
+        """Drafts of the last generation, also those that were rejected, and ratios by position."""
+        return self._acceptance
 
     def stream_ids(
         self,
@@ -334,6 +354,7 @@ class LanguageModel:
         seed: int = 0,
         stop_token_ids: Sequence[int] | None = None,
         top_p: float = 1.0,
+        draft: Draft | None = None,
     ) -> Iterator[int]:
         """Continues one prompt, of text or of ids, yielding new ids up to the stop token, without it.
 
@@ -349,7 +370,7 @@ class LanguageModel:
         if stop_token_ids is not None:
             stop_token_ids = checked_stops(stop_token_ids, self.config.vocab_size)
         stops = set(self._stops(stop_token_ids))
-        for token in self.stream([ids], max_new_tokens, temperature, seed, stop_token_ids, top_p):
+        for token in self.stream([ids], max_new_tokens, temperature, seed, stop_token_ids, top_p, draft):
             if int(token[0]) in stops:
                 return
             yield int(token[0])
@@ -362,6 +383,7 @@ class LanguageModel:
         seed: int = 0,
         stop_token_ids: Sequence[int] | None = None,
         top_p: float = 1.0,
+        draft: Draft | None = None,
     ) -> Iterator[str]:
         """Continues text, yielding pieces that are whole characters (see `inference.text`).
 
@@ -371,7 +393,8 @@ class LanguageModel:
         if not isinstance(prompt, str):
             raise ValueError(f"prompt must be a str, not {type(prompt).__name__}: for ids use stream_ids")
         text = TextStream(self._text_tokenizer())
-        for token in self.stream_ids(prompt, max_new_tokens, temperature, seed, stop_token_ids, top_p):
+        how = (max_new_tokens, temperature, seed, stop_token_ids, top_p, draft)
+        for token in self.stream_ids(prompt, *how):
             if piece := text.add(token):
                 yield piece
         if rest := text.finish():

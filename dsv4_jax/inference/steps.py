@@ -152,3 +152,60 @@ def decode(network, parameters, cache, logits, requests, temperature, top_p, sto
     pinned = model.operations.pinned
     logits = pinned(model.logits(model.hidden(after.streams))[:, 0], "B V")
     return pinned(token, ""), logits, pinned(stopped, "B"), after.cache
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def draw(network, logits, requests, position, temperature, top_p):
+    """Draws the tokens at i32[B] `position` from f32[B, V] `logits`: i32[B], whole on every device."""
+    token = sample(logits, keys_at(requests, position), temperature, top_p)
+    return token if network.operations is None else network.operations.pinned(token, "")
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def draft_further(network, parameters, cache, token, requests, temperature, top_p):
+    """One draft a row, i32[B, 1], from the MTP block: drawn from the scores of `draft` with the very numbers
+    that will draw the token itself, so that close scores give the same token at any temperature."""
+    scores = draft(network, parameters, cache, token)
+    drawn = sample(scores, keys_at(requests, cache.length + 1), temperature, top_p)
+    return drawn[:, None]
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def verify(network, parameters, cache, token, drafts, num_drafts, requests, temperature, top_p):
+    """Appends each row's token and the drafts after it as far as the model draws them itself.
+
+    A draw depends on (request, position) alone, so the model's own token is known at every place whose
+    context is right. A draft is accepted if it is that token: what is generated does not depend on drafts,
+    at any temperature (spec of inference, section 6: distribution-preserving, and reproducible).
+
+    Args:
+        network, parameters: of a model.
+        cache: of rows of n tokens, donated; its `max_rewind` is at least k. What was appended for drafts
+            that were not accepted is taken back.
+        token: i32[B], drawn for position n and not appended yet.
+        drafts: i32[B, k], for positions n + 1 .. n + k.
+        num_drafts: i32[B], how many of them are meant, 0..k; -1: the row rests, and nothing is appended.
+        requests, temperature, top_p: as `decode`.
+
+    Returns:
+        drawn i32[B, 1 + k], of which the first accepted[b] + 1 are the row's next tokens, positions
+        n + 1 and on; accepted i32[B]; next i32[B], the last of those, drawn and not appended; and the cache.
+        Tokens and counts are whole on every device. A token may be `sampling.NO_TOKEN`, as in `decode`.
+    """
+    model = network.holding(parameters)
+    start = cache.length
+    ids = jnp.maximum(jnp.concatenate([token[:, None], drafts], axis=1), 0)
+    after = model(spans.appended(ids, start, num_drafts + 1), cache)
+    logits = model.logits(model.hidden(after.streams))
+    batch, width = ids.shape
+    position = start[:, None] + jnp.arange(1, width + 1, dtype=jnp.int32)
+    keys = jax.vmap(keys_at, in_axes=(None, 1), out_axes=1)(requests, position)
+    each = (jnp.repeat(number, width, total_repeat_length=batch * width) for number in (temperature, top_p))
+    drawn = sample(logits.reshape(batch * width, -1), keys.reshape(-1), *each).reshape(batch, width)
+    meant = jnp.arange(width - 1, dtype=jnp.int32) < num_drafts[:, None]
+    right = (drawn[:, :-1] == drafts) & (drafts >= 0) & meant
+    accepted = jnp.cumprod(right, axis=1, dtype=jnp.int32).sum(axis=1, dtype=jnp.int32)
+    following = jnp.take_along_axis(drawn, accepted[:, None], axis=1)[:, 0]
+    cache = after.cache.rewind(jnp.maximum(num_drafts, 0) - accepted)
+    pinned = model.operations.pinned
+    return pinned(drawn, ""), pinned(accepted, ""), pinned(following, "B"), cache
