@@ -200,14 +200,17 @@ class LanguageModel:
 
     # ---- incremental -----------------------------------------------------------------------------
 
-    def new_cache(self, batch: int, max_length: int, max_rewind: int = 8, *, mtp: bool = False) -> Cache:
+    def new_cache(
+        self, batch: int, max_length: int, max_rewind: int = 8, *, mtp: bool = False, dspark: bool = False
+    ) -> Cache:
         """An empty cache for `batch` rows of up to `max_length` tokens (see `model.cache.new_cache`).
 
         Arrays are allocated for the next power of two, so that lengths between two powers share programs;
-        `dsv4 inspect --context` shows the bytes. `mtp` adds the slot of the MTP block (`steps.draft`).
+        `dsv4 inspect --context` shows the bytes. `mtp` adds the slot of the MTP block (`steps.draft`),
+        `dspark` that of the DSpark head (`steps.draft_block`).
 
         Raises:
-            ValueError: for sizes that are no integers or out of range, or `mtp` without such a block.
+            ValueError: for sizes that are no integers or out of range, or a slot without such a head.
             TypeError: for traced sizes: they decide shapes.
         """
         sizes = (batch, max_length, max_rewind)
@@ -218,6 +221,7 @@ class LanguageModel:
         how = (p.cache_dtype, max_rewind, p.row_dtype, p.cache_format, operations(p).cache_of_bits)
         how = (*how, self.placement)
         more = {"max_length": np.int32(max_length), "stream_dtype": p.compute_dtype if mtp else None}
+        more["dspark"] = bool(dspark)
         empty = steps.empty_cache(self.config, batch, allocated, *how, **more)
         return empty.knowing(Counts.empty(batch, max_length))
 
@@ -331,9 +335,25 @@ class LanguageModel:
         if draft is None:
             yield from generation.stream(*model, self.new_cache(*size), prompts, max_new_tokens, **drawing)
             return
-        cache = self.new_cache(*size, max_rewind=rewind_for(draft, self.config), mtp=draft == "mtp")
+        slots = {"mtp": draft == "mtp", "dspark": draft == "dspark"}
+        cache = self.new_cache(*size, rewind_for(draft, self.config), **slots)
         drawing |= {"draft": draft, "acceptance": self._acceptance}
         yield from speculative.stream(*model, cache, prompts, max_new_tokens, **drawing)
+
+    def draft_block(
+        self, tokens: Any
+    ) -> tuple[Int32[Array, "B K"], Float32[Array, "B K V"], Float32[Array, "B K"]]:
+        """What the DSpark head expects after the greedy next token (the anchor) of prompts: K ids, without
+        that token; their corrected logits; and the raw logits of being accepted. `tokens` as in `generate`.
+
+        Raises:
+            ValueError: for a model without such a head, or bad tokens.
+        """
+        prompts = checked_prompts(tokens, self.config.vocab_size)
+        if problem := draft_problem("dspark", self.config):
+            raise ValueError(problem)
+        cache = self.new_cache(len(prompts), capacity(max(map(len, prompts)), self.config), dspark=True)
+        return speculative.draft_block(self.network, self.parameters, cache, prompts)
 
     @property
     def last_acceptance(self) -> list[list[int]] | None:

@@ -226,7 +226,7 @@ def convert(
         layout: tensor names; 'hybrid' is what transformers' save_pretrained writes by default.
         to: of matrices and norms. 'keep' writes every tensor as it is stored; 'fp8-fp4' rounds experts to
             FP4 and other linear layers to FP8, as the instruct releases store them; 'fp8' rounds all to FP8.
-        ignore_draft_head: leave a DSpark draft head out instead of refusing the checkpoint.
+        ignore_draft_head: leave a DSpark draft head out.
         overwrite: replace a checkpoint at the destination.
     """
     from dsv4_jax.checkpoint.convert import convert_checkpoint
@@ -240,7 +240,7 @@ def convert(
             destination,
             layout=layout,
             to=to,
-            draft_head="ignore" if ignore_draft_head else "refuse",
+            draft_head="ignore" if ignore_draft_head else "load",
             overwrite=overwrite,
             allow_links=allow_links,
             reading=reading,

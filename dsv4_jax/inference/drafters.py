@@ -16,8 +16,8 @@ Draft = Literal["mtp", "dspark", "lookup"]
 
 FLOORS: dict[Draft, float] = {"mtp": 0.4, "dspark": 0.4}
 """Acceptance at position 1 below which something is wrong with a head or with what it reads: published heads
-reach 0.58 to 0.94 there, and a wrong capture point or a stale ring gives no error. Lookup has no floor: what a
-text repeats is up to the text."""
+reach 0.58 to 0.94 there, and a wrong capture point or a stale ring gives no error. Lookup has no floor: what
+a text repeats is up to the text."""
 
 ENOUGH = 64
 """First drafts before acceptance is compared with a floor."""
@@ -36,19 +36,22 @@ def draft_problem(draft: object, config: ModelConfig) -> str | None:
     if draft not in get_args(Draft):
         return f"draft={draft!r} must be one of {', '.join(map(repr, get_args(Draft)))}, or None"
     if draft == "mtp" and not config.num_nextn_predict_layers:
-        return "draft='mtp': this model has no MTP block (num_nextn_predict_layers = 0); draft='lookup' needs none"
+        return "draft='mtp': this model has no MTP block (num_nextn_predict_layers = 0)"
+    if draft == "dspark" and config.dspark is None:
+        return "draft='dspark': this model has no DSpark draft head"
     return None
 
 
 def most_drafts(draft: Draft, config: ModelConfig) -> int:
     """k, drafts of one step at most."""
-    del config
-    return {"mtp": 1, "lookup": LOOKUP_WIDTHS[-1]}[draft]
+    if draft == "dspark":
+        return config.dspark.block_size
+    return 1 if draft == "mtp" else LOOKUP_WIDTHS[-1]
 
 
 def rewind_for(draft: Draft, config: ModelConfig) -> int:
-    """`max_rewind` of a cache for this drafter: a verifying step then finds its rows in the rings, as one token
-    does, and a cache is of the size it has without drafts, where that is enough."""
+    """`max_rewind` of a cache for this drafter: a verifying step then finds its rows in the rings, as one
+    token does, and a cache is of the size it has without drafts, where that is enough."""
     return max(most_drafts(draft, config) + 1, 8)
 
 

@@ -135,6 +135,26 @@ def stream(
         warned = warned or _warn_of_low_acceptance(draft, acceptance)
 
 
+def draft_block(
+    network: Network,
+    parameters: Parameters,
+    cache: Cache,
+    prompts: Sequence[Sequence[int]],
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What a DSpark head makes of prompts: `steps.draft_block` after their greedy next token.
+
+    Args:
+        network, parameters: of a model with such a head.
+        cache: empty, with a slot for it.
+        prompts: of one token at least.
+    """
+    logits, cache = prefill(network, parameters, cache, prompts)
+    greedy = (np.zeros(len(prompts), np.float32), np.ones(len(prompts), np.float32))
+    drawing = tuple(network.put(each, "B") for each in (request_keys(0, len(prompts)), *greedy))
+    token = steps.draw(network, logits, drawing[0], cache.length, *drawing[1:])
+    return steps.draft_block(network, parameters, cache, token, *drawing)
+
+
 def _column(rows: Sequence[_Row], column: int) -> np.ndarray:
     """i32[B]; a row that has stopped repeats its stop token."""
     tokens = [row.new[min(column, len(row.new) - 1)] for row in rows]
@@ -165,7 +185,10 @@ def _drafted(
         for line, guess in zip(drafts, guesses, strict=True):
             line[: len(guess)] = guess
         return drafts, np.minimum(counts, room)
-    drafts = steps.draft_further(network, parameters, cache, token, *drawing)
+    if draft == "dspark":
+        drafts, _, _ = steps.draft_block(network, parameters, cache, token, *drawing)
+    else:
+        drafts = steps.draft_further(network, parameters, cache, token, *drawing)
     return drafts, np.minimum(room, drafts.shape[1]).astype(np.int32)
 
 
@@ -177,8 +200,8 @@ def _warn_of_low_acceptance(draft: Draft, acceptance: Acceptance) -> bool:
     if drafted < ENOUGH or accepted >= FLOORS[draft] * drafted:
         return False
     LOGGER.warning(
-        "draft=%r: %d of %d first drafts were accepted, fewer than %.0f %%: outputs are right, but the draft head"
-        " does not fit the model, or reads the wrong layers or a stale ring",
+        "draft=%r: %d of %d first drafts were accepted, fewer than %.0f %%: outputs are right, but the draft"
+        " head does not fit the model, or reads the wrong layers or a stale ring",
         draft,
         accepted,
         drafted,

@@ -17,7 +17,9 @@ RUNNING = -1
 """In place of a stop token: this row goes on. No token has this id."""
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5, 6, 7, 8), static_argnames="stream_dtype")
+@functools.partial(
+    jax.jit, static_argnums=(0, 1, 2, 3, 4, 5, 6, 7, 8), static_argnames=("stream_dtype", "dspark")
+)
 def empty_cache(
     config,
     batch,
@@ -30,11 +32,13 @@ def empty_cache(
     placement,
     max_length,
     stream_dtype,
+    dspark=False,
 ):
     """As `model.cache.new_cache`, on the mesh of a placement or, for None, on one device. `max_length`, which
     decides no shape, may be any number without compiling."""
     how = (dtype, max_rewind, row_dtype, format, as_bits)
-    empty = new_cache(config, batch, capacity, *how, max_length=max_length, stream_dtype=stream_dtype)
+    slots = {"stream_dtype": stream_dtype, "dspark": dspark}
+    empty = new_cache(config, batch, capacity, *how, max_length=max_length, **slots)
     return empty if placement is None else pinned_cache(empty, placement.pinned)
 
 
@@ -168,6 +172,43 @@ def draft_further(network, parameters, cache, token, requests, temperature, top_
     scores = draft(network, parameters, cache, token)
     drawn = sample(scores, keys_at(requests, cache.length + 1), temperature, top_p)
     return drawn[:, None]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def draft_block(network, parameters, cache, token, requests, temperature, top_p):
+    """The drafts of the DSpark head for the K positions after `token`, which is drawn and not appended yet.
+
+    Args:
+        network, parameters: of a model with such a head.
+        cache: with a slot for it, of rows of n >= 1 tokens; neither donated nor changed.
+        token: i32[B], the next token of each row, at position n.
+        requests, temperature, top_p: as `decode`. A draft is drawn with the very numbers that will draw the
+            token of its position; at temperature 0 it is the argmax.
+
+    Returns:
+        ids i32[B, K] for positions n + 1 .. n + K, their corrected logits f32[B, K, V], and the logits of
+        being accepted f32[B, K].
+    """
+    model = network.holding(parameters)
+    head, spark = model.dspark, network.config.dspark
+    ids = jnp.full((len(token), spark.block_size), spark.noise_token_id, jnp.int32)
+    ids = ids.at[:, 0].set(jnp.maximum(token, 0))
+    slots = head.block(model.embedding(ids), cache.length, cache.dspark)
+    base = model.logits(slots.hidden)
+
+    def correct(token, slot):
+        base, collapsed, place = slot
+        followed = head.follow(jnp.maximum(token, 0))
+        logits = base + head.correction(followed)
+        drawn = sample(logits, keys_at(requests, cache.length + 1 + place), temperature, top_p)
+        return drawn, (drawn, logits, head.confidence_logit(collapsed, followed))
+
+    by_slot = (
+        *(jnp.moveaxis(x, 1, 0) for x in (base, slots.collapsed)),
+        jnp.arange(ids.shape[1], dtype=jnp.int32),
+    )
+    found = jax.lax.scan(correct, token, by_slot)[1]
+    return tuple(jnp.moveaxis(x, 0, 1) for x in found)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
