@@ -60,7 +60,7 @@ class LanguageModel:
         config: the architecture.
         policy: dtypes and numerics.
         parameters: nested dict as `initial_parameters` or `load_checkpoint` return.
-        tokenizer: for text in, text out; None allows token ids only.
+        tokenizer: for text in and out; None: token ids only.
         stored: tensor name -> dtype on disk, as loaded; lets `save` write it back unchanged.
         side_files: small files by name, as loaded, for `save`; `tokenizer` decides about tokenizer.json.
         placement: the mesh that the parameters are spread over, and how the model uses it; None: one device.
@@ -85,7 +85,7 @@ class LanguageModel:
         self.placement = placement
         on_mesh = None if placement is None else operations(policy, placement=placement)
         self.network = Network(config, policy, on_mesh)
-        self._acceptance: speculative.Acceptance | None = None
+        self.acceptance: speculative.Acceptance | None = None  # of the drafts of the last generation
 
     @classmethod
     def random(
@@ -327,18 +327,15 @@ class LanguageModel:
         if problem := draft_problem(draft, self.config):
             raise ValueError(problem)
         needed = max(len(prompt) for prompt in prompts) + max_new_tokens
-        size = len(prompts), capacity(needed, self.config)
-        drawing = {"temperature": temperature, "top_p": top_p, "seed": seed}
-        drawing |= {"stop_token_ids": self._stops(stop_token_ids)}
-        model = self.network, self.parameters
-        self._acceptance = None if draft is None else speculative.Acceptance.of(len(prompts))
-        if draft is None:
-            yield from generation.stream(*model, self.new_cache(*size), prompts, max_new_tokens, **drawing)
-            return
-        slots = {"mtp": draft == "mtp", "dspark": draft == "dspark"}
-        cache = self.new_cache(*size, rewind_for(draft, self.config), **slots)
-        drawing |= {"draft": draft, "acceptance": self._acceptance}
-        yield from speculative.stream(*model, cache, prompts, max_new_tokens, **drawing)
+        size = len(prompts), capacity(needed, self.config), rewind_for(draft, self.config)
+        cache = self.new_cache(*size, mtp=draft == "mtp", dspark=draft == "dspark")
+        how = {"temperature": temperature, "top_p": top_p, "seed": seed}
+        how |= {"stop_token_ids": self._stops(stop_token_ids)}
+        tokens_of, self.acceptance = generation.stream, None
+        if draft is not None:
+            tokens_of, self.acceptance = speculative.stream, speculative.Acceptance.of(len(prompts))
+            how |= {"draft": draft, "acceptance": self.acceptance}
+        yield from tokens_of(self.network, self.parameters, cache, prompts, max_new_tokens, **how)
 
     def draft_block(
         self, tokens: Any
@@ -357,14 +354,9 @@ class LanguageModel:
 
     @property
     def last_acceptance(self) -> list[list[int]] | None:
-        """Of the last generation: for each row, how many drafts became tokens, step by step; None if it had
-        none. `acceptance` tells more."""
-        return None if self._acceptance is None else self._acceptance.accepted
-
-    @property
-    def acceptance(self) -> speculative.Acceptance | None:
-        """Drafts of the last generation, also those that were rejected, and ratios by position."""
-        return self._acceptance
+        """Of the last generation: for each row, how many drafts became tokens, step by step; None without
+        drafts. `acceptance` tells more."""
+        return None if self.acceptance is None else self.acceptance.accepted
 
     def stream_ids(
         self,
@@ -376,11 +368,8 @@ class LanguageModel:
         top_p: float = 1.0,
         draft: Draft | None = None,
     ) -> Iterator[int]:
-        """Continues one prompt, of text or of ids, yielding new ids up to the stop token, without it.
-
-        Raises:
-            ValueError: as `generate`, and for text if the model has no tokenizer.
-        """
+        """Continues one prompt, of text or of ids, yielding new ids up to the stop token, without it. Raises
+        ValueError as `generate`, and for text if the model has no tokenizer."""
         if not is_traced(seed):
             seed = checked_seed(seed)  # of one row: no list
         if isinstance(prompt, str):
@@ -405,11 +394,8 @@ class LanguageModel:
         top_p: float = 1.0,
         draft: Draft | None = None,
     ) -> Iterator[str]:
-        """Continues text, yielding pieces that are whole characters (see `inference.text`).
-
-        Raises:
-            ValueError: as `stream_ids`.
-        """
+        """Continues text, yielding pieces that are whole characters (see `inference.text`). Raises ValueError
+        as `stream_ids`."""
         if not isinstance(prompt, str):
             raise ValueError(f"prompt must be a str, not {type(prompt).__name__}: for ids use stream_ids")
         text = TextStream(self._text_tokenizer())

@@ -49,10 +49,10 @@ def most_drafts(draft: Draft, config: ModelConfig) -> int:
     return 1 if draft == "mtp" else LOOKUP_WIDTHS[-1]
 
 
-def rewind_for(draft: Draft, config: ModelConfig) -> int:
+def rewind_for(draft: Draft | None, config: ModelConfig) -> int:
     """`max_rewind` of a cache for this drafter: a verifying step then finds its rows in the rings, as one
     token does, and a cache is of the size it has without drafts, where that is enough."""
-    return max(most_drafts(draft, config) + 1, 8)
+    return 8 if draft is None else max(most_drafts(draft, config) + 1, 8)
 
 
 def width_for(num_drafts: int) -> int:

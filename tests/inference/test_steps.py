@@ -29,7 +29,7 @@ CONFIG = tiny(
 )
 
 JITTED = {
-    (steps, "empty_cache"): {"static_argnums": tuple(range(9)), "static_argnames": "stream_dtype"},
+    (steps, "empty_cache"): {"static_argnums": tuple(range(9)), "static_argnames": ("stream_dtype", "dspark")},
     (steps, "extend"): {"static_argnums": 0, "donate_argnums": 2},
     (steps, "extend_further"): {"static_argnums": 0, "donate_argnums": 2},
     (steps, "draft"): {"static_argnums": 0},
