@@ -29,7 +29,6 @@ from dsv4_jax.model.span import Span
 from dsv4_jax.numerics import cache_formats
 from dsv4_jax.numerics.grids import grids
 from dsv4_jax.numerics.policy import Policy
-from pallas_kernels.core_attention import softmax_attention
 
 
 class Slots(NamedTuple):
@@ -114,7 +113,7 @@ class DSpark(nnx.Module):
             own = block.attn.entry(x, rotation)
             held = Entries(cache.window, number).at_positions(past, own.dtype)
             keys = jnp.concatenate([held, own], axis=1)
-            o = softmax_attention(q, keys, visible, block.attn.attn_sink[...].reshape(-1))
+            o = self.operations.attend_among(q, keys, visible, block.attn.attn_sink[...].reshape(-1))
             y = block.attn.output(o, rotation)
             streams, x, maps = block.hc_ffn.advance(streams, y, maps, block.ffn_norm[...])
             y, _ = block.ffn(x, span, number)
