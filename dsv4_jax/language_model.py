@@ -328,7 +328,7 @@ class LanguageModel:
             raise ValueError(problem)
         needed = max(len(prompt) for prompt in prompts) + max_new_tokens
         size = len(prompts), capacity(needed, self.config), rewind_for(draft, self.config)
-        cache = self.new_cache(*size, mtp=draft == "mtp", dspark=draft == "dspark")
+        cache = self.new_cache(*size, **({draft: True} if draft in ("mtp", "dspark") else {}))
         how = {"temperature": temperature, "top_p": top_p, "seed": seed}
         how |= {"stop_token_ids": self._stops(stop_token_ids)}
         tokens_of, self.acceptance = generation.stream, None

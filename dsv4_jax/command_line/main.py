@@ -60,6 +60,7 @@ def generate(
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
     numerics: Literal["reference", "qat"] = "reference",
     cache: Literal["plain", "fp8+fp8", "fp8+mxfp4"] = "plain",
+    draft: Literal["mtp", "dspark", "lookup"] | None = None,
     mesh: Mesh = None,
     hosts: processes.Group = processes.ALONE,
     allow_links: AllowLinks = None,
@@ -86,10 +87,12 @@ def generate(
         numerics: qat rounds activations, cache and index scores as the official code does.
         cache: how entries and indexer keys are kept; bytes of one entry + one key of the released models:
             plain 1024 + 256 (bfloat16), fp8+fp8 584 + 132, fp8+mxfp4 584 + 68.
+        draft: guess several tokens a step: by the draft head of the checkpoint (mtp or dspark), or by looking
+            up what followed before (lookup). The same text as without; acceptance goes to stderr.
     """
     from dsv4_jax.command_line import completion
 
-    sampling = completion.Sampling(max_new_tokens, temperature, top_p, seed)
+    sampling = completion.Sampling(max_new_tokens, temperature, top_p, seed, draft)
     given = completion.checked_request(prompt, ids, sampling)
     numbers = {"dtype": dtype, "numerics": numerics, "cache": cache}
     processes.join(hosts, mesh, {"prompt": given, "sampling": sampling, **numbers})
@@ -110,10 +113,12 @@ def generate(
     )
     if as_json:
         print(json.dumps(completion.complete(model, given, sampling)))
-        return
-    for piece in completion.stream(model, given, sampling):
-        print(piece, end="", flush=True)
-    print()
+    else:
+        for piece in completion.stream(model, given, sampling):
+            print(piece, end="", flush=True)
+        print()
+    if line := completion.acceptance_line(model):
+        note(line)
 
 
 def inspect(

@@ -28,6 +28,7 @@ class FakeModel:
     """Echoes what it was asked for; refuses like the real one, when the first piece is drawn."""
 
     config = CONFIG
+    acceptance = None
 
     def __init__(self) -> None:
         self.calls: list[dict[str, object]] = []

@@ -7,26 +7,29 @@ import jax
 import numpy as np
 import pytest
 
+from dsv4_jax.checkpoint.load import nested
+from dsv4_jax.checkpoint.save import flattened
 from dsv4_jax.config import DSpark
 from dsv4_jax.inference import drafters, steps
-from dsv4_jax.inference.drafters import ENOUGH, LOOKUP_WIDTHS, looked_up, width_for
+from dsv4_jax.inference.drafters import ENOUGH, looked_up, width_for
 from dsv4_jax.inference.sampling import request_keys
 from dsv4_jax.inference.speculative import Acceptance
 from dsv4_jax.language_model import LanguageModel
 from dsv4_jax.numerics.policy import Policy
+from dsv4_jax.parameter_shardings import parameter_shardings
+from dsv4_jax.placing import placement_of
 from tests.model.telling_weights import telling_parameters
 from tests.models import compressed_kinds
 
 VOCAB, NEW, CAPACITY = 40, 24, 64
-MTP = compressed_kinds(vocab_size=VOCAB, max_position_embeddings=CAPACITY)
+MTP = compressed_kinds(vocab_size=VOCAB, max_position_embeddings=CAPACITY, hc_sinkhorn_iters=3)
 DSPARK = dataclasses.replace(MTP, num_nextn_predict_layers=0, dspark=DSpark(4, VOCAB - 1, (1, 0), VOCAB))
-CONFIGS = {"mtp": MTP, "lookup": MTP, "dspark": DSPARK}
 FLOAT32 = Policy.of("float32")
 DRAFTS = ["lookup", "mtp", "dspark"]
 
 
 def random_prompts(count: int, seed: int = 0) -> list[list[int]]:
-    """Of 1 to 40 tokens, of which some repeat themselves; the longest fills the cache with what is generated."""
+    """Of 1 to 40 tokens, some of which repeat themselves; what follows the longest fills its cache."""
     rng = np.random.default_rng(seed)
     lengths = [CAPACITY - NEW, 1, *rng.integers(1, CAPACITY - NEW, count - 2)]
     period = rng.integers(1, 30, count)
@@ -37,7 +40,7 @@ PROMPTS = random_prompts(32)
 
 
 def with_memory(parameters, successors: dict[int, int]):
-    """A Markov table that remembers which token followed which: drafts of a random head are then often right."""
+    """A Markov table that remembers which token followed which: a random head is then often right."""
     w1, w2 = np.eye(VOCAB, dtype=np.float32), np.zeros((VOCAB, VOCAB), np.float32)
     for token, following in successors.items():
         w2[following, token] = 100.0
@@ -68,18 +71,18 @@ def plain(models) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("draft", DRAFTS)
 def test_tokens_are_those_without_drafts(models, plain, draft):
-    lm, accepted, drafted = models[draft], 0, 0
+    lm, accepted, drafted, lengths = models[draft], 0, 0, set()
     for how, want in zip(HOW, plain, strict=True):
         np.testing.assert_array_equal(lm.generate(PROMPTS, NEW, stop_token_ids=(), draft=draft, **how), want)
         for row in lm.last_acceptance:
             # The first token comes with the prompt, and each step brings one more than were accepted.
             assert 1 + len(row) + sum(row) == NEW
+            lengths |= set(row)
         by_position = lm.acceptance.by_position()
         accepted += by_position[0][0]
         drafted += by_position[0][1]
     assert 0 < accepted < drafted
-    if draft == "dspark":  # all lengths, from none to a whole block
-        assert {n for row in lm.last_acceptance for n in row} > set()
+    assert lengths >= ({0, 1} if draft == "mtp" else {0, 1, 2, 3})
     assert lm.generate(PROMPTS, NEW, stop_token_ids=()).tolist() == plain[0].tolist()
     assert lm.last_acceptance is None
 
@@ -103,9 +106,8 @@ def test_stop_tokens_and_budgets_inside_a_draft(models, plain, draft):
         assert all(1 + len(steps) + sum(steps) == new for steps in lm.last_acceptance if new)
 
 
-@pytest.mark.parametrize("draft", ["lookup", "dspark"])
-def test_a_row_alone_is_the_row_of_a_batch(models, plain, draft):
-    lm = models[draft]
+def test_a_row_alone_is_the_row_of_a_batch(models, plain):
+    lm, draft = models["dspark"], "dspark"
     for row in (0, 1, 7):  # row 0 fills its cache to the last position
         got = lm.generate(PROMPTS[row : row + 1], NEW, stop_token_ids=(), draft=draft)
         np.testing.assert_array_equal(got[0], plain[0][row])
@@ -122,7 +124,6 @@ def test_nothing_is_compiled_for_other_prompts_seeds_lengths_and_stops(models):
     for draft in DRAFTS:
         models[draft].generate(PROMPTS, NEW, stop_token_ids=(), draft=draft)
     before = programs()
-    assert before["verify"] <= len(LOOKUP_WIDTHS) * 2 + 4  # batches of 32 and 1
     for seed in (1, 2):
         for draft in DRAFTS:
             how = {"temperature": seed / 2, "seed": seed, "stop_token_ids": [seed], "draft": draft}
@@ -140,6 +141,7 @@ def compared(cache, slots: np.ndarray):
             continue
         for row, length in enumerate(slots):
             size = leaf.shape[2]
+            length -= ".mtp.layer" in name  # its last row waits for the next token
             if ".entries" in name:
                 ratio = (
                     DSPARK.csa_ratio if leaf.shape[2] >= CAPACITY // DSPARK.csa_ratio else DSPARK.hca_ratio
@@ -190,7 +192,7 @@ def test_a_row_that_rests_is_left_alone(models):
     lm = models["dspark"]
     drawing = request_keys(0, 3), np.zeros(3, np.float32), np.ones(3, np.float32)
     cache = lm.new_cache(3, CAPACITY, dspark=True)
-    _, cache = lm.extend(cache, np.array([[1, 2]] * 3, np.int32))
+    _, cache = lm.extend(cache, np.ones((3, 16), np.int32), [2, 2, 2])
     before = jax.tree.map(np.asarray, cache)
     token, drafts = np.array([3, 4, -2], np.int32), np.full((3, 7), 6, np.int32)
     *_, cache = steps.verify(
@@ -223,31 +225,23 @@ def test_generation_ends_where_logits_are_no_numbers(models, plain, draft):
     assert said == said_too
 
 
-@pytest.mark.parametrize("cache", ["fp8+mxfp4"])
-def test_a_quantised_cache(models, cache):
-    lm = LanguageModel(DSPARK, Policy.of("float32", cache=cache), models["dspark"].parameters)
+def test_a_quantised_cache(models):
+    lm = LanguageModel(DSPARK, Policy.of("float32", cache="fp8+mxfp4"), models["dspark"].parameters)
     want = lm.generate(PROMPTS, NEW, stop_token_ids=())
     np.testing.assert_array_equal(lm.generate(PROMPTS, NEW, stop_token_ids=(), draft="dspark"), want)
     assert lm.acceptance.by_position()[0][0] > 0
 
 
 def test_on_a_mesh(models, plain):
-    import dsv4_jax.placing
-
-    placement = dsv4_jax.placing.placement_of("data=2,expert=2", None)
-    from dsv4_jax.parameter_shardings import parameter_shardings
-
+    """Rows over two devices, the vocabulary and the experts over two: the Markov tables are split as well."""
+    placement = placement_of("data=2,expert=2", None)
     shardings = parameter_shardings(DSPARK, placement.mesh, placement.table.parameters, "a test")
-    from dsv4_jax.checkpoint.load import nested
-    from dsv4_jax.checkpoint.save import flattened
-
-    placed = {
-        path: jax.device_put(leaf, shardings[path])
-        for path, leaf in flattened(models["dspark"].parameters).items()
-    }
-    lm = LanguageModel(DSPARK, FLOAT32, nested(placed), placement=placement)
+    assert not shardings["dspark", "markov_w2"].is_fully_replicated
+    flat = flattened(models["dspark"].parameters).items()
+    placed = nested({path: jax.device_put(leaf, shardings[path]) for path, leaf in flat})
+    lm = LanguageModel(DSPARK, FLOAT32, placed, placement=placement)
     np.testing.assert_array_equal(lm.generate(PROMPTS, NEW, stop_token_ids=(), draft="dspark"), plain[0])
-    assert lm.last_acceptance == dict(models)["dspark"].last_acceptance or lm.last_acceptance
+    assert lm.acceptance.by_position()[0][0] > 0
 
 
 def test_drafts_that_a_model_cannot_have(models):
@@ -274,10 +268,8 @@ def test_acceptance_by_position():
 @pytest.mark.parametrize("draft", DRAFTS)
 def test_low_acceptance_is_said_once(models, draft, caplog):
     lm = models[draft]
-    if draft == "dspark":  # a head that reads the wrong layers: no error, only slow
-        wrong = dataclasses.replace(DSPARK, dspark=dataclasses.replace(DSPARK.dspark, noise_token_id=0))
-        forgetful = with_memory(lm.parameters, {})
-        lm = LanguageModel(wrong, FLOAT32, forgetful)
+    if draft == "dspark":  # a head that does not fit: no error, only slow
+        lm = LanguageModel(DSPARK, FLOAT32, with_memory(lm.parameters, {}))
     with caplog.at_level(logging.WARNING):
         lm.generate(PROMPTS, NEW, stop_token_ids=(), draft=draft)
     first = lm.acceptance.by_position()[0]
@@ -291,11 +283,12 @@ def test_low_acceptance_is_said_once(models, draft, caplog):
         )
 
 
-def test_a_head_that_fits_gives_no_warning(models, caplog):
+def test_a_head_that_fits_gives_no_warning(models, caplog, monkeypatch):
+    monkeypatch.setitem(drafters.FLOORS, "dspark", 0.15)
     with caplog.at_level(logging.WARNING):
         models["dspark"].generate(PROMPTS, NEW, stop_token_ids=(), draft="dspark")
     first = models["dspark"].acceptance.by_position()[0]
-    assert first[1] > ENOUGH and first[0] >= drafters.FLOORS["dspark"] * first[1] and not caplog.records
+    assert first[1] > ENOUGH and first[0] >= 0.15 * first[1] and not caplog.records
 
 
 # ---- lookup ----------------------------------------------------------------------------------------

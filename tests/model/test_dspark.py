@@ -10,11 +10,13 @@ import torch
 
 from dsv4_jax.config import DSpark
 from dsv4_jax.inference import steps
+from dsv4_jax.inference.sampling import request_keys
 from dsv4_jax.language_model import LanguageModel
 from dsv4_jax.numerics.policy import Policy
 from tests.kernels import hyper_connection_torch as hyper
 from tests.model.telling_weights import telling_model
 from tests.models import all_kinds
+from tests.parity import torch_qat
 
 CONFIG = all_kinds(
     num_nextn_predict_layers=0, sliding_window=6, dspark=DSpark(5, 60, (2, 0, 1), 7), hc_sinkhorn_iters=4
@@ -32,6 +34,21 @@ def lm() -> LanguageModel:
 def prompts() -> list[list[int]]:
     rng = np.random.default_rng(8)
     return [rng.integers(0, CONFIG.vocab_size, length).tolist() for length in LENGTHS]
+
+
+def backbone(lm, prompts) -> list[tuple[np.ndarray, int]]:
+    """Of each prompt, the streams [L, n, N, D] after each layer, and the greedy next token."""
+    tokens = np.zeros((len(prompts), max(LENGTHS)), np.int32)
+    for line, prompt in zip(tokens, prompts, strict=True):
+        line[: len(prompt)] = prompt
+    streams = np.asarray(lm.streams(tokens, LENGTHS))
+    logits = np.asarray(lm.logits(tokens, LENGTHS))
+    return [(streams[1:, row, :n], int(logits[row, n - 1].argmax())) for row, n in enumerate(LENGTHS)]
+
+
+@pytest.fixture(scope="module")
+def seen(lm, prompts) -> list[tuple[np.ndarray, int]]:
+    return backbone(lm, prompts)
 
 
 def tensors(tree):
@@ -67,7 +84,8 @@ def experts(x, ffn):
     chosen = torch.topk(scores + ffn["gate"]["bias"], CONFIG.num_experts_per_tok).indices
     weights = scores[chosen] / scores[chosen].sum() * CONFIG.routed_scaling_factor
     routed = [
-        w * swiglu(ffn["experts"]["gate_up"][e], ffn["experts"]["down"][e]) for w, e in zip(weights, chosen)
+        w * swiglu(ffn["experts"]["gate_up"][e], ffn["experts"]["down"][e])
+        for w, e in zip(weights, chosen, strict=True)
     ]
     return sum(routed) + swiglu(ffn["shared"]["gate_up"], ffn["shared"]["down"])
 
@@ -85,12 +103,11 @@ def sublayer(streams, hc, norm, function):
     )
 
 
-def draft_attention(x, attn, ring, first: int):
+def draft_attention(x, attn, ring, first: int, rounded):
     """Every slot sees all of the ring and all of the block."""
     heads, width = CONFIG.num_attention_heads, CONFIG.head_dim
-    keys = torch.stack(
-        [*ring, *(rope(rms(attn["wkv"] @ x[i], attn["kv_norm"]), first + i) for i in range(len(x)))]
-    )
+    own = [rounded(rope(rms(attn["wkv"] @ row, attn["kv_norm"]), first + i)) for i, row in enumerate(x)]
+    keys = torch.stack([*ring, *own])
     out = []
     for i, row in enumerate(x):
         q = attn["wq_b"].reshape(heads, width, -1) @ rms(attn["wq_a"] @ row, attn["q_norm"])
@@ -102,8 +119,9 @@ def draft_attention(x, attn, ring, first: int):
     return torch.stack(out)
 
 
-def drafted(parameters, streams, token: int):
-    """ids, corrected logits and confidences after `token`, from the streams [L, n, N, D] after each layer."""
+def drafted(parameters, streams, token: int, rounded=lambda entry: entry):
+    """ids, corrected logits and confidences after `token`, from the streams [L, n, N, D] after each layer;
+    `rounded` is what the cache makes of an entry."""
     head, dspark = tensors(parameters["dspark"]), CONFIG.dspark
     stages = [jax.tree.map(lambda leaf, s=s: leaf[s], head["stages"]) for s in range(3)]
     embed, out = (torch.tensor(np.asarray(parameters[name])) for name in ("embed", "head"))
@@ -112,13 +130,13 @@ def drafted(parameters, streams, token: int):
     n = len(main)
     near = range(max(0, n - CONFIG.sliding_window), n)
     rings = [
-        [rope(rms(stage["attn"]["wkv"] @ main[p], stage["attn"]["kv_norm"]), p) for p in near]
+        [rounded(rope(rms(stage["attn"]["wkv"] @ main[p], stage["attn"]["kv_norm"]), p)) for p in near]
         for stage in stages
     ]
     ids = [token] + [dspark.noise_token_id] * (dspark.block_size - 1)
     x = embed[ids][:, None].repeat(1, CONFIG.hc_mult, 1)
     for stage, ring in zip(stages, rings, strict=True):
-        attend = lambda u, stage=stage, ring=ring: draft_attention(u, stage["attn"], ring, n)  # noqa: E731
+        attend = lambda u, s=stage, ring=ring: draft_attention(u, s["attn"], ring, n, rounded)  # noqa: E731
         x = sublayer(x, stage["hc_attn"], stage["attn_norm"], attend)
         route = lambda u, stage=stage: torch.stack([experts(row, stage["ffn"]) for row in u])  # noqa: E731
         x = sublayer(x, stage["hc_ffn"], stage["ffn_norm"], route)
@@ -135,29 +153,46 @@ def drafted(parameters, streams, token: int):
     return np.array(ids), torch.stack(logits).numpy(), torch.stack(confidence).numpy()
 
 
-def test_the_head_equals_the_specification(lm, prompts, record_property):
+def worst_difference(lm, prompts, seen, rounded=lambda entry: entry) -> float:
+    """Relative to the largest number, of logits and confidences; ids are equal."""
     ids, logits, confidence = (np.asarray(x) for x in lm.draft_block(prompts))
     assert ids.shape == (len(prompts), 5) and logits.shape == (*ids.shape, CONFIG.vocab_size)
     assert confidence.shape == ids.shape and logits.dtype == confidence.dtype == np.float32
     worst = 0.0
-    for row, prompt in enumerate(prompts):
-        streams = np.asarray(lm.streams([prompt]))[1:, 0]
-        token = int(np.asarray(lm.logits([prompt]))[0, -1].argmax())
-        want = drafted(lm.parameters, streams, token)
+    for row, (streams, token) in enumerate(seen):
+        want = drafted(lm.parameters, streams, token, rounded)
         np.testing.assert_array_equal(ids[row], want[0])
         for got, expected in ((logits[row], want[1]), (confidence[row], want[2])):
             worst = max(worst, float(np.abs(got - expected).max() / np.abs(expected).max()))
+    return worst
+
+
+def test_the_head_equals_the_specification(lm, prompts, seen, record_property):
+    worst = worst_difference(lm, prompts, seen)
     record_property("worst_relative_difference", worst)
     assert worst < 1e-5
 
 
+def test_keys_in_fp8_are_rounded_once(lm, prompts):
+    """As the specification's QDQ8 with 64 channels to a scale; rotary channels in bfloat16. The bound is wider:
+    a number on the border of two may round the other way when its last bit differs."""
+
+    def rounded(entry):
+        plain = CONFIG.head_dim - CONFIG.qk_rope_head_dim
+        return torch.cat([torch_qat.qdq8(entry[:plain], 64), torch_qat.bf16(entry[plain:])])
+
+    quantised = LanguageModel(CONFIG, Policy.of("float32", cache="fp8+fp8"), lm.parameters)
+    seen = backbone(quantised, prompts)
+    assert worst_difference(quantised, prompts, seen, rounded) < 1e-4
+    with pytest.raises(AssertionError):  # ids, or logits
+        assert worst_difference(quantised, prompts, seen) < 5e-4
+
+
 @pytest.mark.parametrize("change", ["capture", "window", "noise", "stages"])
-def test_the_comparison_would_see_a_mistake(lm, prompts, monkeypatch, change):
-    """What gives no error in a served model: a wrong layer, a ring one row short, another id, a stage missed."""
-    prompt = prompts[-1]
-    streams = np.asarray(lm.streams([prompt]))[1:, 0]
-    logits = np.asarray(lm.draft_block([prompt])[1])[0]
-    token = int(np.asarray(lm.logits([prompt]))[0, -1].argmax())
+def test_the_comparison_would_see_a_mistake(lm, prompts, seen, monkeypatch, change):
+    """What gives no error in a served model: a wrong layer, a short ring, another id, a stage missed."""
+    streams, token = seen[-1]
+    logits = np.asarray(lm.draft_block(prompts)[1])[-1]
     parameters, dspark = dict(lm.parameters), CONFIG.dspark
     changes = {
         "capture": {"dspark": dataclasses.replace(dspark, target_layer_ids=(0, 1, 2))},
@@ -173,42 +208,26 @@ def test_the_comparison_would_see_a_mistake(lm, prompts, monkeypatch, change):
 
 
 def test_rings_are_the_same_however_tokens_came(lm, prompts):
-    """In one call, one by one, in uneven pieces, and after tokens that were taken back."""
-    prompt = np.array([prompts[-1]], np.int32)
-    token, greedy = (
-        np.array([3], np.int32),
-        (jax.random.split(jax.random.key(0), 1), *np.array([[0], [1]], np.float32)),
-    )
+    """In one call, in pieces, and after tokens that were taken back."""
+    prompt = np.zeros((1, 20), np.int32)
+    prompt[0, :19] = prompts[-1]
+    numbers = np.zeros(1, np.float32), np.ones(1, np.float32)
+    drawing = np.array([3], np.int32), request_keys(0, 1), *numbers
 
-    def logits(*pieces: int, wrong: int = 0):
-        cache, start = lm.new_cache(1, 32, dspark=True), 0
-        for size in pieces:
-            piece = prompt[:, start : start + size]
-            _, cache = lm.extend(cache, piece)
+    def logits(size: int, wrong: bool = False):
+        cache = lm.new_cache(1, 32, dspark=True)
+        for start in range(0, 19, size):
+            count = min(size, 19 - start)
             if wrong:
-                _, cache = lm.extend(cache, (piece[:, :1] + np.arange(1, wrong + 1, dtype=np.int32)) % 61)
-                cache = cache.rewind(wrong)
-            start += size
-        assert start == prompt.shape[1]
-        return np.asarray(steps.draft_block(lm.network, lm.parameters, cache, token, *greedy)[1])
+                other = (prompt[:, start : start + size] + 1) % CONFIG.vocab_size
+                cache = lm.extend(cache, other)[1].rewind(size)
+            _, cache = lm.extend(cache, prompt[:, start : start + size], [count])
+        assert cache.length.tolist() == [19]
+        return np.asarray(steps.draft_block(lm.network, lm.parameters, cache, *drawing)[1])
 
-    whole = logits(19)
-    for pieces, wrong in [((5,) * 3 + (4,), 0), ((1,) * 19, 0), ((5,) * 3 + (4,), 8)]:
-        np.testing.assert_allclose(
-            logits(*pieces, wrong=wrong), whole, rtol=0, atol=2e-5 * np.abs(whole).max()
-        )
-    assert (logits(*(5,) * 3, 4) == logits(*(5,) * 3, 4, wrong=8)).all()
-
-
-@pytest.mark.parametrize("cache", ["fp8+fp8", "fp8+mxfp4"])
-def test_rings_in_fp8(lm, prompts, cache):
-    """Keys are rounded once, however they are kept: a plain cache of the same rounding gives the same drafts."""
-    quantised = LanguageModel(CONFIG, Policy.of("float32", cache=cache), lm.parameters)
-    ids, logits, _ = quantised.draft_block(prompts)
-    assert np.isfinite(np.asarray(logits)).all()
-    plain = np.asarray(lm.draft_block(prompts)[1])
-    difference = np.abs(np.asarray(logits) - plain).max() / np.abs(plain).max()
-    assert 1e-4 < difference < 0.5
+    pieces = logits(5)
+    np.testing.assert_allclose(pieces, logits(20), rtol=0, atol=2e-5 * np.abs(pieces).max())
+    np.testing.assert_array_equal(logits(5, wrong=True), pieces)
 
 
 def test_what_has_no_head_is_refused():
@@ -219,6 +238,7 @@ def test_what_has_no_head_is_refused():
         lm.new_cache(1, 8, dspark=True)
 
 
+@pytest.mark.slow
 def test_a_new_model_drafts():
     lm = LanguageModel.random(CONFIG, Policy.of("bfloat16"))
     ids, logits, confidence = lm.draft_block(np.array([[1, 2, 3]], np.int32))
