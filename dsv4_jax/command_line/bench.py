@@ -34,7 +34,7 @@ def bench(
     console = Console(stderr=True, highlight=False)
     with console.status(f"loading {folder}"):
         lm = load(folder, dtype=dtype, mesh=mesh)
-    if problems := settings.problems(block_length(lm.config)):
+    if problems := settings.problems(block_length(lm.config), lm.config):
         raise ProblemsError("the engine cannot start", problems)
     with console.status("compiling"):
         engine = Engine(lm, settings)

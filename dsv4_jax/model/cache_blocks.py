@@ -2,7 +2,7 @@
 
 What grows with the context (compressed entries and indexer keys) is the same for every sequence that begins
 with the same tokens, and comes in blocks: all entries and keys of `block` tokens, of all layers. The rest is
-a *state* of fixed size: window rings, the compressors' recent rows and the MTP block's slot. A prefix whose
+a *state* of fixed size: window rings, the compressors' recent rows and slots of draft heads. A prefix whose
 length is a multiple of the block is its blocks and the state at its end (report, section 3.5).
 
 A pool keeps blocks of many prefixes by page number. Everything here is compiled once, whichever rows, pages
@@ -40,7 +40,7 @@ class State(NamedTuple):
 
     length: Int32[Array, ""]
     rings: tuple[Any, ...]
-    mtp: Any
+    heads: Any  # slots of the MTP block and of the DSpark head
 
 
 def block_length(config: ModelConfig) -> int:
@@ -202,7 +202,7 @@ def take_state(cache: Cache, row: Int32[Array, ""]) -> State:
 
     rings = tuple(jax.tree.map(cut, store.stored) for store in stores(cache) if _is_state(store))
     length = jax.lax.dynamic_index_in_dim(cache.length, row, 0, keepdims=False)
-    return State(length, rings, jax.tree.map(cut, cache.mtp))
+    return State(length, rings, jax.tree.map(cut, (cache.mtp, cache.dspark)))
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -217,10 +217,11 @@ def put_state(cache: Cache, row: Int32[Array, ""], state: State) -> Cache:
         jax.tree.map(put, store.stored, next(rings)) if _is_state(store) else store.stored
         for store in stores(cache)
     ]
-    put_into: Callable[[Any, Any], Any] = functools.partial(jax.tree.map, put)
+    mtp, dspark = jax.tree.map(put, (cache.mtp, cache.dspark), state.heads)
     return dataclasses.replace(
         with_stores(cache, every),
-        mtp=None if cache.mtp is None else put_into(cache.mtp, state.mtp),
+        mtp=mtp,
+        dspark=dspark,
         length=cache.length.at[row].set(state.length),
         written=cache.written.at[row].set(state.length),
     )
