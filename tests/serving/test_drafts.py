@@ -90,7 +90,8 @@ def test_lookup_on_the_device_is_lookup_on_the_host():
         row[: len(line) - 1] = line[:-1]
     length = np.array([len(line) - 1 for line in lines], np.int32)
     token = np.array([line[-1] for line in lines], np.int32)
-    guesses, counts = map(np.asarray, jax.jit(looked_up, static_argnums=3)(jnp.asarray(history), length, token, most))
+    on_device = jax.jit(looked_up, static_argnums=3)
+    guesses, counts = map(np.asarray, on_device(jnp.asarray(history), length, token, most))
     for line, guess, count in zip(lines, guesses, counts, strict=True):
         assert guess[:count].tolist() == drafters.looked_up(line, most)
 
