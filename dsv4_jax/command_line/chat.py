@@ -49,9 +49,10 @@ def begin(session: "ChatSession", effort: str | None) -> list[str]:
     session.manner = dataclasses.replace(session.manner, thinking=thinking, effort=effort)
     if not tokenizer.missing:
         return []
+    missing, example = len(tokenizer.missing), tokenizer.missing[0]
     return [
-        f"note: {len(tokenizer.missing)} marks of the chat format, such as {tokenizer.missing[0]}, are no tokens of"
-        " this tokenizer: they are written as text, which the model may not know and words of users can imitate"
+        f"note: {missing} marks of the chat format, such as {example}, are no tokens of this tokenizer:"
+        " they are written as text, which the model may not know and words of users can imitate"
     ]
 
 

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 class Continuation:
     """Continues prompts, one after the other, and computes only what the cache does not hold.
 
-    The cache is used again where a prompt begins with everything that it holds: the last prompt and the tokens
-    that were drawn. Otherwise, as after reasoning that the next prompt leaves out, it is filled anew.
+    The cache is used again where a prompt begins with everything that it holds: the last prompt and the
+    tokens that were drawn. Otherwise, as after reasoning that the next prompt leaves out, it is filled anew.
 
     Attributes:
         num_reused: tokens of the last prompt that were in the cache.
