@@ -201,31 +201,24 @@ def test_what_cannot_be_is_refused(capsys, checkpoint, tmp_path):
         assert told in capsys.readouterr().err
 
 
+OWN_TERMINAL = """
+import fcntl, os, termios
+os.setsid()
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+from dsv4_jax.command_line.main import main
+main()
+"""
+"""The command with its standard input as the terminal whose keys send signals."""
+
+
 @pytest.mark.slow
 def test_a_conversation_in_a_terminal(checkpoint):
     """Typed, stopped with Ctrl-C, and left: the program ends well."""
     main, side = pty.openpty()
-    command = [
-        sys.executable,
-        "-m",
-        "dsv4_jax",
-        "chat",
-        checkpoint,
-        *QUICKLY[:3],
-        "--max-new-tokens",
-        "600",
-    ]
+    command = [sys.executable, "-c", OWN_TERMINAL, "chat", checkpoint, *QUICKLY[:3]]
     environment = os.environ | {"TERM": "xterm", "COLUMNS": "200"}
-    process = subprocess.Popen(
-        command,
-        stdin=side,
-        stdout=side,
-        stderr=side,
-        env=environment,
-        start_new_session=True,
-        close_fds=True,
-        preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
-    )
+    command += ["--max-new-tokens", "600"]
+    process = subprocess.Popen(command, stdin=side, stdout=side, stderr=side, env=environment)
     os.close(side)
     seen = b""
 
