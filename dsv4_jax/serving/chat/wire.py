@@ -36,11 +36,11 @@ class Problems(list):
             return default
         return value
 
-    def object(self, path: str, value: object) -> Mapping[str, Any]:
+    def object(self, path: str, value: object) -> Mapping[str, Any] | None:
         if isinstance(value, Mapping):
             return value
         self.say(path, f"must be an object, not {kind(value)}")
-        return {}
+        return None
 
     def array(self, path: str, value: object, most: int | None = None) -> Sequence[Any]:
         if not isinstance(value, (list, tuple)):
@@ -102,7 +102,9 @@ class Problems(list):
     def tool(self, path: str, function: object, schema_key: str = "parameters") -> Tool:
         """A tool whose description is `function`; `schema_key` is how its schema is called in paths."""
         before = len(self)
-        found = dict(self.object(path, function))
+        found = self.object(path, function)
+        if found is None:
+            return Tool({"name": "?"})
         self.name(f"{path}.name", found.get("name"))
         if found.get("description") is not None:
             self.text(f"{path}.description", found["description"])
@@ -111,7 +113,7 @@ class Problems(list):
             self.say(f"{path}.{schema_key}", f"must be an object, not {kind(parameters)}")
         if len(self) == before:
             self.json(path, found)
-        return Tool(found if len(self) == before else {"name": "?"})
+        return Tool(dict(found) if len(self) == before else {"name": "?"})
 
 
 def json_problem(value: object) -> str | None:
