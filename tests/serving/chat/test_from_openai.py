@@ -1,6 +1,7 @@
 """Requests of OpenAI's form: what they become, and what is wrong with them, all of it, by path."""
 
 import json
+import random
 
 import pytest
 
@@ -312,3 +313,57 @@ def test_a_message_becomes_openais_form_again():
     assert [from_openai.message_to_openai(message) for message in read] == given
     with pytest.raises(RequestError, match="the messages cannot be used"):
         from_openai.messages_from_openai([{"role": "x"}])
+
+
+ODD = (None, True, 0, -1, 1.5, float("nan"), "", "x", "\ud800", [], {}, [[]], {"a": {}}, ["x", {}], 10**400)
+
+
+def changed(draw, value):
+    """`value` with one thing in it replaced, removed or repeated."""
+    if not isinstance(value, (dict, list)) or not value or draw.random() < 0.2:
+        return draw.choice(ODD)
+    copy = dict(value) if isinstance(value, dict) else list(value)
+    key = draw.choice(list(copy)) if isinstance(copy, dict) else draw.randrange(len(copy))
+    if draw.random() < 0.1:
+        del copy[key]
+    elif draw.random() < 0.1 and isinstance(copy, list):
+        copy.append(copy[key])
+    else:
+        copy[key] = changed(draw, copy[key])
+    return copy
+
+
+def test_whatever_is_sent_is_rendered_or_refused():
+    """The encoder takes everything that the conversion lets through."""
+    draw = random.Random(0)
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": [1, "b"]}'}}
+    whole = {
+        "messages": [
+            {"role": "system", "content": [{"type": "text", "text": "a"}]},
+            {**USER, "task": "query"},
+            {"role": "assistant", "content": None, "reasoning_content": "r", "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "1", "content": [{"type": "text", "text": "t"}]},
+        ],
+        "tools": [TOOL],
+        "tool_choice": {"type": "function", "function": {"name": "f"}},
+        "response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "object"}}},
+        "reasoning_effort": "max",
+        "thinking": {"type": "enabled"},
+        "chat_template_kwargs": {"thinking": True},
+    }
+    outcomes = {True: 0, False: 0}
+    for _ in range(3000):
+        body = whole
+        for _ in range(draw.randrange(1, 4)):
+            body = changed(draw, body)
+        if not isinstance(body, dict):
+            continue
+        try:
+            got = conversation_from_openai(body, OWN)
+        except RequestError as refused:
+            outcomes[False] += 1
+            assert all(": " in problem for problem in refused.problems)
+            continue
+        outcomes[True] += 1
+        render.text_of(render.render(got.messages, OWN, thinking=got.thinking, effort=got.effort)).encode()
+    assert min(outcomes.values()) > 100
