@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from dsv4_jax.errors import ProblemsError
 from dsv4_jax.serving.chat.answer import ContentDelta, Finish, ReasoningDelta
-from dsv4_jax.serving.chat.from_openai import message_to_openai
+from dsv4_jax.serving.chat.to_openai import message_to_openai
 
 if TYPE_CHECKING:
     from dsv4_jax.serving.chat.session import ChatSession

@@ -6,7 +6,6 @@ Problems are collected with the path of each, so that a client sees all of them 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dsv4_jax.errors import ProblemsError
 from dsv4_jax.serving.chat import control
 from dsv4_jax.serving.chat.messages import (
     ROLES,
@@ -21,13 +20,17 @@ from dsv4_jax.serving.chat.messages import (
     placed,
 )
 from dsv4_jax.serving.chat.profile import Profile
-from dsv4_jax.serving.chat.wire import MAX_CALLS, MAX_MESSAGES, MAX_SCHEMA_CHARS, MAX_TOOLS, Problems, kind
+from dsv4_jax.serving.chat.wire import (
+    MAX_CALLS,
+    MAX_MESSAGES,
+    MAX_SCHEMA_CHARS,
+    MAX_TOOLS,
+    Problems,
+    RequestError,
+    kind,
+)
 
 _THINKING_KEYS = ("thinking", "enable_thinking")
-
-
-class RequestError(ProblemsError):
-    """A request that is refused, with every problem as `path: what is wrong`."""
 
 
 def conversation_from_openai(
@@ -79,20 +82,6 @@ def messages_from_openai(
     if problems:
         raise RequestError("the messages cannot be used", problems)
     return messages
-
-
-def message_to_openai(message: Message) -> dict[str, Any]:
-    """An assistant's, user's or system message of texts in OpenAI's form, as `/save` writes it."""
-    content = "\n\n".join(part.text for part in message.parts if isinstance(part, Text))
-    result: dict[str, Any] = {"role": message.role, "content": content}
-    if message.reasoning is not None:
-        result["reasoning_content"] = message.reasoning
-    if message.tool_calls:
-        result["tool_calls"] = [
-            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-            for call in message.tool_calls
-        ]
-    return result
 
 
 def read_messages(
@@ -301,7 +290,7 @@ def _thinking(body: Mapping[str, Any], profile: Profile, problems: Problems) -> 
     asked = body.get("reasoning_effort")
     if asked is not None:
         try:
-            thinking, effort = profile.effort(asked if isinstance(asked, str) else repr(asked))
+            thinking, effort = profile.effort(asked)
         except ValueError as error:
             problems.say("reasoning_effort", str(error))
     if (value := body.get("thinking")) is not None:

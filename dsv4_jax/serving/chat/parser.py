@@ -67,6 +67,7 @@ class AnswerParser:
 
     Attributes:
         recoveries: kind of deviation -> how often it was mended.
+        stop: the stop string that ended the turn, if one did.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class AnswerParser:
         new_id: Callable[[], str] = call_id,
     ) -> None:
         self.recoveries: collections.Counter[str] = collections.Counter()
+        self.stop: str | None = None
         self._tools = {tool.name: tool for tool in tools}
         self._stops = StopStrings(stops)
         self._max_calls, self._new_id = max_calls, new_id
@@ -207,10 +209,10 @@ class AnswerParser:
         window = (self._tail + text).replace(control.DSML, control.DSML[:-1] + " ")
         text = window[len(self._tail) :]
         self._tail = window[1 - len(control.DSML) :]
-        shown, stopped = self._stops.add(text)
+        shown, self.stop = self._stops.add(text)
         if shown:
             self._events.append(ContentDelta(shown))
-        if stopped:
+        if self.stop is not None:
             self._newlines = 0
             self._end("stop")
 

@@ -272,7 +272,8 @@ def test_row_23_whatever_arrives_the_text_is_unicode():
 def test_row_24_stop_strings_end_content_and_nothing_else():
     text = "STOP</think>a STO b STOP c"
     got = read(text, reasoning=True, stops=["STOP"])
-    assert got.answer == answer.Answer("STOP", "a STO b ", (), "stop") and got.parser.ended
+    assert got.answer == answer.Answer("STOP", "a STO b ", (), "stop")
+    assert got.parser.ended and got.parser.stop == "STOP"
     assert read("ST</think>OP", reasoning=True, stops=["STOP"]).answer.content == "OP"
     inside = block(invoke("f", parameter("a", "STOP")))
     assert read("x STO\n\n" + inside, stops=["STOP"]).calls == [("f", '{"a": "STOP"}')]
