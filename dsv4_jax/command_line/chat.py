@@ -177,7 +177,7 @@ def _answer(session: "ChatSession", words: str, out: TextIO, styled: bool) -> No
     if asked.is_set():
         print("(stopped)", file=out)
     elif reason == "length":
-        print(f"(the limit of {session.manner.max_new_tokens} new tokens)", file=out)
+        print(f"(cut: at most {session.manner.max_new_tokens} new tokens, or no room left)", file=out)
     elif reason not in ("stop", "tool_calls"):
         print(f"({reason})", file=out)
     out.flush()

@@ -73,7 +73,10 @@ def test_thinking_is_dimmed_on_a_terminal_and_on_its_own_lines_everywhere():
     assert talk(Scripted(THOUGHT), "a", styled=True) == "\x1b[2mHmm.\x1b[0m\nHello\n\n"
     assert talk(Scripted(THOUGHT), "a") == "Hmm.\nHello\n\n"
     only = [ReasoningDelta("Hm"), Finish("length")]
-    assert talk(Scripted(only), "a", styled=True) == "\x1b[2mHm\x1b[0m\n(the limit of 7 new tokens)\n\n"
+    assert (
+        talk(Scripted(only), "a", styled=True)
+        == "\x1b[2mHm\x1b[0m\n(cut: at most 7 new tokens, or no room left)\n\n"
+    )
 
 
 def test_nothing_that_a_model_writes_changes_the_terminal():

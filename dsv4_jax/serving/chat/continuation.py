@@ -9,6 +9,7 @@ import numpy as np
 from dsv4_jax.arguments import capacity
 from dsv4_jax.inference import generate, steps
 from dsv4_jax.inference.sampling import NO_TOKEN, checked_sampling, request_keys
+from dsv4_jax.model.geometry import allocated_length
 
 if TYPE_CHECKING:
     from dsv4_jax.language_model import LanguageModel
@@ -57,7 +58,7 @@ class Continuation:
             or list(prompt[: len(held)]) != held
             or len(prompt) == len(held)
         ):
-            self._room = min(2 * needed, model.config.max_position_embeddings)
+            self._room = allocated_length(model.config, needed)  # all that its arrays hold
             cache, held = model.new_cache(1, self._room), []
         self.num_reused = len(held)
         put = model.network.put

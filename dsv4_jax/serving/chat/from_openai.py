@@ -61,6 +61,12 @@ def conversation_from_openai(
         raise RequestError("the request cannot be used", problems)
     if choice == "none":
         tools = ()
+    if thinking and tools:  # reasoning of earlier turns is then part of the prompt
+        warnings += [
+            f"messages[{index}].reasoning_content: missing beside tool calls; rendered as empty"
+            for index, message in enumerate(messages)
+            if message.role == "assistant" and message.tool_calls and message.reasoning is None
+        ]
     return Conversation(
         messages=tuple(placed(messages, tools, schema)),
         thinking=thinking,

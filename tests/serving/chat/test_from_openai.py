@@ -105,6 +105,11 @@ def test_tools_and_their_choice():
     assert converted(tools=[TOOL], tool_choice="required").tool_choice == "required"
     (warning,) = converted({**USER, "tools": [TOOL]}).warnings
     assert warning.startswith("messages[0].tools: ignored")
+    call = {"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": "{}"}}]}
+    given = (USER, call, {"role": "tool", "tool_call_id": "1", "content": "r"})
+    (warning,) = converted(*given, tools=[TOOL]).warnings
+    assert warning.startswith("messages[1].reasoning_content: missing beside tool calls")
+    assert converted(*given, tools=[TOOL], reasoning_effort="none").warnings == ()
 
 
 def test_formats_of_a_response():

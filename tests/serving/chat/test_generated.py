@@ -11,10 +11,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dsv4_jax.serving.chat import answer, control, from_openai, messages, parser, render
+from dsv4_jax.serving.chat import answer, control, from_openai, messages, parser, render, tokens
 from dsv4_jax.serving.chat.messages import Message, Text, Tool, ToolCall
 from dsv4_jax.serving.chat.profile import OWN
+from tests.serving.chat import official
 from tests.serving.chat.composed import composed
+from tests.serving.chat.official import needs_tokenizer
 from tests.serving.chat.turns import CORPUS, Read, block, invoke, parameter
 
 SHRINKING = settings(max_examples=100, deadline=None, database=None, suppress_health_check=list(HealthCheck))
@@ -177,6 +179,33 @@ def test_answers_are_read_back(number):
 @given(RANDOM)
 def test_answers_are_read_back_small(draw):
     is_read_back(draw)
+
+
+def is_gone_on_with(draw, tokenizer):
+    thinking = draw.random() < 0.6
+    calls = tuple(ToolCall(str(i), *call) for i, call in enumerate(calls_of(draw)))
+    content = words(draw).rstrip("\n" if calls else "")
+    turn = Message("assistant", (Text(content),) if content else (), words(draw) if thinking else None, calls)
+    history = messages.placed([messages.text_message("user", words(draw) + ".")], DECLARED)
+    before = render.render(history, OWN, thinking=thinking)
+    written = render.render([*history, turn], OWN, thinking=thinking)
+    assert written[: len(before)] == before
+    generated = tokens.prompt_ids(tokenizer, written[len(before) :])
+    reader = parser.AnswerParser(reasoning=thinking, tools=DECLARED, by_ids=True)
+    answered = answer.answer_of(tokens.AnswerTokens(tokenizer, reader).add(generated)).message()
+    later = render.render(
+        [*history, answered, messages.text_message("user", words(draw))], OWN, thinking=thinking
+    )
+    expected = tokens.prompt_ids(tokenizer, before) + generated
+    assert tokens.prompt_ids(tokenizer, later)[: len(expected)] == expected
+
+
+@needs_tokenizer
+def test_prompts_go_on_with_the_tokens_that_were_generated():
+    """What a kept cache holds is the beginning of the next prompt."""
+    draw = random.Random(0)
+    for _ in range(300):
+        is_gone_on_with(draw, official.real_tokenizer())
 
 
 WELL_FORMED = "x\n\n" + block(

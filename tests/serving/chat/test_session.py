@@ -1,7 +1,5 @@
 """A conversation with a small random model: the same tokens as without a kept cache, and a true history."""
 
-import dataclasses
-
 import pytest
 
 from dsv4_jax.errors import ProblemsError
@@ -90,11 +88,26 @@ def test_an_answer_that_is_stopped_is_kept_as_far_as_it_came():
 
 
 def test_a_conversation_that_is_too_long_is_refused_and_not_kept():
-    session = ChatSession(small.model(), OWN, None, Manner(thinking=False))
-    session.manner = dataclasses.replace(session.manner, max_new_tokens=10**9)
-    with pytest.raises(ProblemsError, match="the model holds at most"):
-        list(session.answer("a"))
+    session = ChatSession(small.model(), OWN, None, Manner(thinking=False, max_new_tokens=4))
+    most = small.model().config.max_position_embeddings
+    with pytest.raises(ProblemsError, match=f"the model holds at most {most}"):
+        list(session.answer("a" * most))
     assert session.messages == []
+    assert isinstance(list(session.answer("a"))[-1], answer.Finish)
+
+
+def test_a_tokenizer_without_the_marks_of_the_format_can_chat():
+    """As that of the quickstart: marks are text, in the prompt and in the answer."""
+    model = small.model()
+    plain = type(model)(model.config, model.policy, model.parameters, small.tokenizer(()))
+    session = ChatSession(plain, OWN, None, Manner(thinking=True, max_new_tokens=6, temperature=0.0))
+    got = answer.answer_of(session.answer("a"))
+    prompt = [
+        small.IDS["<｜begin▁of▁sentence｜>"],
+        *plain.tokenizer.encode("<｜User｜>a<｜Assistant｜><think>").ids,
+    ]
+    drawn = [id for id in unkept(prompt, 6, temperature=0.0, seed=0) if id < 256]
+    assert got.reasoning == (plain.tokenizer.decode(drawn) or None) and got.content is None
 
 
 def test_a_model_without_a_tokenizer_cannot_chat():
