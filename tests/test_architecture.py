@@ -52,7 +52,7 @@ ROOM_ARROWS = {
     "numerics": {"errors", "config"},
     "model": _BELOW_MODEL,
     "inference": {*_BELOW_MODEL, "model"},
-    "training": {*_BELOW_MODEL, "model"},
+    "training": {*_BELOW_MODEL, "model", "reading"},
     "checkpoint": {*_BELOW_MODEL, "reading"},
     "language_model": {*_BELOW_MODEL, "model", "inference", "checkpoint"},
     "serving": {*_BELOW_MODEL, "model", "inference", "checkpoint", "language_model", "reading"},
@@ -227,7 +227,7 @@ def test_files_are_short():
 def test_every_runtime_import_is_a_declared_dependency():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = set()
-    for requirement in project["dependencies"]:
+    for requirement in project["dependencies"] + project["optional-dependencies"]["parquet"]:
         name = re.match(r"[\w-]+", requirement)[0]
         declared.add(IMPORT_OF_DISTRIBUTION.get(name, name))
     ours = {*PACKAGE_ARROWS}

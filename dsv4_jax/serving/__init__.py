@@ -1,1 +1,1 @@
-"""Serving: how requests of clients become prompts, and tokens become answers."""
+"""Serving: many requests at once from one model, in the chat format of the official releases."""
