@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from dsv4_jax.errors import ProblemsError
 from dsv4_jax.serving.chat.answer import ContentDelta, Finish, ReasoningDelta
+from dsv4_jax.serving.chat.headings import QUESTION, uses_headings
 from dsv4_jax.serving.chat.to_openai import message_to_openai
 
 if TYPE_CHECKING:
@@ -49,10 +50,14 @@ def begin(session: "ChatSession", effort: str | None) -> list[str]:
     session.manner = dataclasses.replace(session.manner, thinking=thinking, effort=effort)
     if not tokenizer.missing:
         return []
+    if uses_headings(tokenizer, session.profile):
+        form = f"turns stand under headings ({QUESTION.strip()})"
+    else:
+        form = "they are written as text, which the model may not know"
     missing, example = len(tokenizer.missing), tokenizer.missing[0]
     return [
         f"note: {missing} marks of the chat format, such as {example}, are no tokens of this tokenizer:"
-        " they are written as text, which the model may not know and words of users can imitate"
+        f" {form}, and words of users can imitate them"
     ]
 
 

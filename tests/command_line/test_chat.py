@@ -1,6 +1,7 @@
 """`dsv4 chat`: what can be typed, what is printed, and a real conversation in a pseudo-terminal."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -162,7 +163,9 @@ def test_efforts_and_what_a_user_should_know():
         chat.begin(session, "most")
     session.tokenizer = small.chat_tokenizer(())
     (remark,) = chat.begin(session, None)
-    assert "words of users can imitate" in remark and not session.manner.thinking
+    assert "turns stand under headings (### Question)" in remark and not session.manner.thinking
+    session.profile = dataclasses.replace(OWN, name="other")
+    assert "written as text" in chat.begin(session, None)[0]
 
 
 @pytest.fixture(scope="module")

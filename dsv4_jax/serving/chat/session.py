@@ -7,6 +7,7 @@ from dsv4_jax.errors import ProblemsError
 from dsv4_jax.serving.chat import render
 from dsv4_jax.serving.chat.answer import Event, FinishReason, answer_of
 from dsv4_jax.serving.chat.continuation import Continuation
+from dsv4_jax.serving.chat.headings import prompt_pieces
 from dsv4_jax.serving.chat.manner import Manner
 from dsv4_jax.serving.chat.messages import Message, text_message
 from dsv4_jax.serving.chat.parser import AnswerParser
@@ -76,7 +77,7 @@ class ChatSession:
         manner = self.manner
         asked = [*self.messages, text_message("user", words)]
         how = {"thinking": manner.thinking, "effort": manner.effort}
-        pieces = render.render(asked, self.profile, **how)
+        pieces = prompt_pieces(self.tokenizer, asked, self.profile, **how)
         ids = prompt_ids(self.tokenizer, pieces)
         left = self._most_tokens - len(ids)
         if left < 1:

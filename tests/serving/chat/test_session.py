@@ -1,5 +1,7 @@
 """A conversation with a small random model: the same tokens as without a kept cache, and a true history."""
 
+import dataclasses
+
 import pytest
 
 from dsv4_jax.errors import ProblemsError
@@ -96,18 +98,19 @@ def test_a_conversation_that_is_too_long_is_refused_and_not_kept():
     assert isinstance(list(session.answer("a"))[-1], answer.Finish)
 
 
-def test_a_tokenizer_without_the_marks_of_the_format_can_chat():
-    """As that of the quickstart: marks are text, in the prompt and in the answer."""
+@pytest.mark.parametrize("headings", [True, False])
+def test_a_tokenizer_without_the_marks_of_the_format_can_chat(headings):
+    """As that of the quickstart: turns under headings, or, by another profile, with marks that are text."""
     model = small.model()
     plain = type(model)(model.config, model.policy, model.parameters, small.tokenizer(()))
-    session = ChatSession(plain, OWN, None, Manner(thinking=True, max_new_tokens=6, temperature=0.0))
+    profile = OWN if headings else dataclasses.replace(OWN, name="other")
+    session = ChatSession(plain, profile, None, Manner(thinking=True, max_new_tokens=6, temperature=0.0))
     got = answer.answer_of(session.answer("a"))
-    prompt = [
-        small.IDS["<｜begin▁of▁sentence｜>"],
-        *plain.tokenizer.encode("<｜User｜>a<｜Assistant｜><think>").ids,
-    ]
+    text = "### Question\na\n### Answer\n" if headings else "<｜User｜>a<｜Assistant｜><think>"
+    prompt = [small.IDS["<｜begin▁of▁sentence｜>"], *plain.tokenizer.encode(text).ids]
     drawn = [id for id in unkept(prompt, 6, temperature=0.0, seed=0) if id < 256]
-    assert got.reasoning == (plain.tokenizer.decode(drawn) or None) and got.content is None
+    said = plain.tokenizer.decode(drawn) or None
+    assert (got.reasoning, got.content) == ((None, said) if headings else (said, None))
 
 
 def test_a_model_without_a_tokenizer_cannot_chat():
