@@ -147,8 +147,8 @@ def chat(
     Args:
         system: what the model is told before everything else.
         effort: how much it thinks before an answer, such as none, low, high or max.
-        chat_profile: words around tools and efforts: auto (of the checkpoint's encoding folder, read as text, or
-            our own without one), preview, official, own, or a file.
+        chat_profile: words around tools and efforts: auto (of the checkpoint's encoding folder, read as
+            text, or our own without one), preview, official, own, or a file.
         max_new_tokens: of one answer, thinking included.
         temperature: 0 takes the most likely token each time.
         top_p: draw from the most likely tokens that hold this probability together.

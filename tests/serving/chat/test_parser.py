@@ -175,6 +175,51 @@ def test_row_14_nothing_of_a_call_comes_before_it_is_complete():
     assert (start.name, arguments.text) == ("f", '{"a": [1, 2]}')
 
 
+def streamed(text, **more):
+    return read(text, stream_arguments=True, **more)
+
+
+def test_row_14_strings_may_come_while_they_are_written_and_nothing_else():
+    text = block(invoke("f", parameter("a", 'x "\n', "true"), parameter("b", "[1, 2]", "false")))
+    reader = parser.AnswerParser(reasoning=False, tools=TOOLS, stream_arguments=True)
+    events = [(at, event) for at, each in enumerate(text) for event in reader.feed(each)]
+    came = {at: event.text for at, event in events if isinstance(event, answer.ToolArguments)}
+    start = text.index('x "')
+    assert came[start - 1] == '{"a": "'
+    assert [came.get(start + i, "") for i in range(4)] == ["x", " ", '\\"', ""]
+    pair = text.index(END_PARAMETER, text.index("[1, 2]")) + len(END_PARAMETER) - 1
+    assert came[pair] == ', "b": [1, 2]'
+    assert not any(text.index("[1, 2]") - 2 < at < pair for at in came)
+    assert streamed(text).calls == read(text).calls == [("f", '{"a": "x \\"\\n", "b": [1, 2]}')]
+
+
+@pytest.mark.parametrize("name", CORPUS)
+def test_streamed_arguments_are_those_of_the_whole_call(name):
+    text, reasoning = CORPUS[name]
+    whole, pieces = Read([text], reasoning=reasoning), streamed(text, reasoning=reasoning)
+    assert pieces.all() == whole.all()
+
+
+def test_streamed_calls_wait_where_they_must():
+    wrapped = block(invoke("get_weather", parameter("arguments", '{"location": "Paris"}')))
+    assert streamed(wrapped).calls == PARIS_CALL
+    both = block(invoke("get_weather", parameter("input", "x"), parameter("location", "Paris")))
+    assert streamed(both).calls == [("get_weather", '{"input": "x", "location": "Paris"}')]
+    orphan = streamed("x " + invoke("get_weather", parameter("days", "a")))
+    assert orphan.calls == []
+    twice = streamed(block(invoke("f", parameter("a", "1"), parameter("a", "2"))))
+    assert twice.calls == [("f", '{"a": "1"}')] and twice.recoveries == {"repeated_parameter": 1}
+    assert streamed(block(invoke("nope", parameter("a", "1")))).calls == []
+    assert streamed(block(invoke("f"))).calls == [("f", "{}")]
+
+
+@pytest.mark.parametrize("reason", ["stop", "length", "abort"])
+def test_a_streamed_call_that_is_cut_is_told_by_the_reason(reason):
+    cut = Read([block(invoke("f", parameter("a", "some words")))[:-60]], reason=reason, stream_arguments=True)
+    assert cut.calls == [("f", '{"a": "some words')] or cut.calls[0][1].startswith('{"a": "some')
+    assert cut.answer.finish_reason == ("abort" if reason == "abort" else "length")
+
+
 def test_row_15_a_long_argument_takes_linear_time():
     def seconds(size):
         text = block(invoke("f", parameter("a", "x <y\n" * (size // 5))))
@@ -272,7 +317,8 @@ def test_row_23_whatever_arrives_the_text_is_unicode():
 def test_row_24_stop_strings_end_content_and_nothing_else():
     text = "STOP</think>a STO b STOP c"
     got = read(text, reasoning=True, stops=["STOP"])
-    assert got.answer == answer.Answer("STOP", "a STO b ", (), "stop") and got.parser.ended
+    assert got.answer == answer.Answer("STOP", "a STO b ", (), "stop")
+    assert got.parser.ended and got.parser.stop == "STOP"
     assert read("ST</think>OP", reasoning=True, stops=["STOP"]).answer.content == "OP"
     inside = block(invoke("f", parameter("a", "STOP")))
     assert read("x STO\n\n" + inside, stops=["STOP"]).calls == [("f", '{"a": "STOP"}')]
