@@ -164,14 +164,9 @@ def placed(
     """
     if sharding is None:
         return jax.device_put(read_box(tuple(slice(0, size) for size in shape)))
-    shape = tuple(shape)
-    holders: dict[tuple[tuple[int, int, int], ...], list[jax.Device]] = {}
-    for device, index in sharding.addressable_devices_indices_map(shape).items():
-        key = tuple(part.indices(size) for part, size in zip(index, shape, strict=True))
-        holders.setdefault(key, []).append(device)
-    trees = []
-    for key, devices in holders.items():
-        box = read_box(tuple(slice(start, stop) for start, stop, _ in key))
+    shape, trees = tuple(shape), []
+    for index, devices in own_boxes(shape, sharding):
+        box = read_box(index)
         copies = [jax.device_put(box, device) for device in devices]
         del box  # once it is on its devices
         trees += jax.block_until_ready(copies)
@@ -182,6 +177,19 @@ def placed(
         return jax.make_array_from_single_device_arrays(size, sharding, list(arrays))
 
     return jax.tree.map(joined, *trees)
+
+
+def own_boxes(
+    shape: Sequence[int], sharding: jax.sharding.Sharding
+) -> list[tuple[tuple[slice, ...], list[jax.Device]]]:
+    """The different boxes of an array that are this process's, each with its devices that hold it."""
+    holders: dict[tuple[tuple[int, int, int], ...], list[jax.Device]] = {}
+    for device, index in sharding.addressable_devices_indices_map(tuple(shape)).items():
+        key = tuple(part.indices(size) for part, size in zip(index, shape, strict=True))
+        holders.setdefault(key, []).append(device)
+    return [
+        (tuple(slice(start, stop) for start, stop, _ in key), devices) for key, devices in holders.items()
+    ]
 
 
 def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -338,6 +338,7 @@ def test_convert_passes_its_arguments_on(capsys, monkeypatch):
         "draft_head": "ignore",
         "overwrite": True,
         "allow_links": pathlib.Path("disk"),
+        "placement": None,
     }
 
 
