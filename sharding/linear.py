@@ -117,14 +117,17 @@ class LinearOverMesh:
         return split(x, *held)
 
     def _together(self, x: jax.Array, by_letter: Sequence[tuple[str, ...]]) -> jax.Array:
-        """All rows for a device's part of the weight, from rows that are split over all axes: the parts of
-        minor axes come together first. Of groups a device gets its own alone."""
+        """All rows for a device's part of the weight, from rows that are split over all axes, in their order.
+        Of groups a device gets its own alone: those are exchanged before anything is copied."""
         first, *later = by_letter
-        for axes in reversed([axes for axes in later if axes]):
-            x = lax.all_gather(x, axes, tiled=True)
-        if first and self.grouped:
-            return lax.all_to_all(x, first, x.ndim - 2, 0, tiled=True)
-        return lax.all_gather(x, first, tiled=True) if first else x
+        minor = tuple(axis for axes in later for axis in axes)
+        if not (first and self.grouped):
+            return lax.all_gather(x, (*first, *minor), tiled=True)
+        x = lax.all_to_all(x, first, x.ndim - 2, 0, tiled=True)
+        if not minor:
+            return x
+        parts = x.reshape(ways(self.placement.mesh, first), -1, *x.shape[1:])
+        return lax.all_gather(parts, minor, axis=1, tiled=True).reshape(-1, *x.shape[1:])
 
     def axes(self, weight: Weight, out: Letters = (), over: Letters = ()) -> list[tuple[str, ...]]:
         """The mesh axes that a weight is split over along each letter, as its parameter was placed."""
