@@ -279,11 +279,33 @@ def convert(
         note(f"warning: {warning}")
 
 
-def doctor(as_json: Json = False) -> None:
-    """Show versions, devices, and what will be used. Exit code 2 if something will not work."""
+def doctor(
+    mesh: Mesh = None,
+    model: Literal["flash", "pro"] = "flash",
+    tokens: tuple[int, ...] = (64, 4096, 131072),
+    link: Literal["here", "v5e", "v5p", "v6e", "tpu7x", "gpu", "cpu"] = "here",
+    as_json: Json = False,
+) -> None:
+    """Show versions, devices, and what will be used. Exit code 2 if something will not work.
+
+    examples:
+      dsv4 doctor
+      dsv4 doctor --mesh expert=16,tensor=2 --link v6e
+
+    Args:
+        mesh: also what it costs to bring tokens to their experts and back on such a mesh, a layer, by
+            formula, and which transport is chosen; nobody needs to have the mesh.
+        model: whose experts they are.
+        tokens: of a step over the whole mesh.
+        link: what connects the devices of the mesh; 'here' stands for the devices of this machine.
+    """
     from dsv4_jax.command_line import doctor as checks
 
     diagnosis = checks.diagnose()
+    if mesh is not None and not diagnosis.problems:
+        from dsv4_jax.command_line import transports
+
+        diagnosis = transports.asked(diagnosis, mesh, model, tokens, link)
     print(json.dumps(diagnosis.as_plain()) if as_json else "\n".join(diagnosis.lines()))
     if diagnosis.problems:
         raise ProblemsError("this installation has problems", diagnosis.problems)
