@@ -73,9 +73,7 @@ def spread(chosen: "Operations", placement: Placement) -> "Operations":
 def _experts(each: "Operation", placement: Placement) -> "Operation":
     rules = placement.table.parameters
     axes = {letter: rules[letter] for letter in "EFD" if letter in rules}
-    # Waves overlap nothing without options of the compiler (`dispatch_cost.ASYNCHRONOUS`), which the compiled
-    # steps do not give yet.
-    flat = over_mesh(each, placement.mesh, waves=1, weight_axes=axes)
+    flat = over_mesh(each, placement.mesh, weight_axes=axes)
     return _through(each, ExpertRows(flat, placement))
 
 

@@ -19,6 +19,7 @@ from dsv4_jax.training.balance import balanced_parameters
 from dsv4_jax.training.data import Batch
 from dsv4_jax.training.loss import LossParts, Targets, mean_cross_entropy, shifted_targets
 from dsv4_jax.training.optimizer import AdamW, Params, apply_updates, merge_params, split_trainable
+from sharding.compiling import compiled_step
 
 
 class TrainState(NamedTuple):
@@ -79,7 +80,7 @@ def forward_losses(model: Transformer, batch: Batch) -> tuple[LossParts, ModelRe
     return LossParts(main, mtp, report.balance()), report
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+@compiled_step(static_argnums=(0, 1), donate_argnums=2)
 def train_step(
     network: Network,
     optimizer: AdamW,
