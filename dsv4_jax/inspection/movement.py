@@ -59,8 +59,8 @@ def traffic(
         for way, axes, product, moved in (*step.gathered(weight), *step.kept(weight)):
             key = (name, axes, product)
             layers = found[key].layers if key in found else 0
-            traffic = (product.parts, axes, product.of_weight(), moved, way)
-            found[key] = Traffic(name, layers + repeats, *traffic)
+            amounts = (product.parts, axes, product.of_weight(), moved, way)
+            found[key] = Traffic(name, layers + repeats, *amounts)
     return list(found.values())
 
 
