@@ -58,7 +58,8 @@ class LinearOverMesh:
             weight: [*out, D].
             out: letters of output dims, and which ones they are; what comes out is split along them.
             over: letters of the first dims that are folded into what is summed over, and their sizes. Partial
-                sums are added in float32, after each was rounded to the dtype of x.
+                sums are added in float32, after each was rounded to the dtype of x; of bfloat16 ones XLA's
+                compiler for TPUs makes a sum in bfloat16 (seen in a decode step for v6e).
             by_rows: what comes out is split along rows again, by all axes, and whole along its outputs.
         """
         by_letter = self.axes(weight, out, over)
