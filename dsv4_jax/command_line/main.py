@@ -290,19 +290,35 @@ def evaluate(
     )
 
 
-def verify(checkpoint: Checkpoint, allow_links: AllowLinks = None, as_json: Json = False) -> None:
+def verify(
+    checkpoint: Checkpoint,
+    mesh: Mesh = None,
+    hosts: processes.Group = processes.ALONE,
+    allow_links: AllowLinks = None,
+    as_json: Json = False,
+) -> None:
     """Check a checkpoint in full: config, index, headers, and every value. Exit code 2 if unsound.
+
+    With a mesh it is read as it would be loaded there, each process its own part, and the devices
+    must be there.
 
     examples:
       dsv4 verify DIRECTORY
+      dsv4 verify DIRECTORY --mesh expert=4,tensor=2
     """
+    processes.join(hosts, mesh, {"checkpoint": checkpoint})
+    if mesh is not None:
+        _require(devices.device_problem)
     from dsv4_jax.checkpoint.verify import verify_checkpoint
     from dsv4_jax.command_line import hub, terminal
     from dsv4_jax.inspection import verification
+    from dsv4_jax.placing import placement_of
+    from dsv4_jax.refusing import refused_together
 
-    directory = hub.locate(checkpoint, weights=True, announce=note)
+    where = {} if mesh is None else {"placement": placement_of(mesh, None)}
+    directory = refused_together(lambda: hub.locate(checkpoint, weights=True, announce=note))
     with terminal.byte_progress("verifying") as progress:
-        found = verify_checkpoint(directory, progress=progress, allow_links=allow_links)
+        found = verify_checkpoint(directory, progress=progress, allow_links=allow_links, **where)
     if as_json:
         print(json.dumps(verification.as_plain(found)))
     else:
@@ -317,15 +333,21 @@ def convert(
     layout: Literal["official", "transformers", "hybrid"] = "official",
     to: Literal["keep", "bfloat16", "float32", "fp8", "fp8-fp4"] = "keep",
     ignore_draft_head: bool = False,
+    mesh: Mesh = None,
+    hosts: processes.Group = processes.ALONE,
     allow_links: AllowLinks = None,
     overwrite: bool = False,
 ) -> None:
     """Write a checkpoint in another naming layout or number format.
 
+    The files are the same with a mesh: then all of it is read onto the devices first, and of
+    several processes each reads and writes a part.
+
     examples:
       dsv4 convert SOURCE DESTINATION --layout transformers
       dsv4 convert SOURCE DESTINATION --to bfloat16
       dsv4 convert SOURCE DESTINATION --to fp8-fp4
+      dsv4 convert SOURCE DESTINATION --to bfloat16 --mesh expert=8
 
     Args:
         destination: a new or empty directory.
@@ -335,20 +357,27 @@ def convert(
         ignore_draft_head: leave a DSpark draft head out.
         overwrite: replace a checkpoint at the destination.
     """
+    request = {"checkpoint": checkpoint, "destination": destination, "layout": layout, "to": to}
+    draft_head = "ignore" if ignore_draft_head else "load"
+    processes.join(hosts, mesh, request | {"draft head": draft_head, "overwrite": overwrite})
+    _require(devices.device_problem)
     from dsv4_jax.checkpoint.convert import convert_checkpoint
     from dsv4_jax.command_line import hub, terminal
+    from dsv4_jax.placing import placement_of
+    from dsv4_jax.refusing import refused_together
 
-    _require(devices.device_problem)
-    directory = hub.locate(checkpoint, weights=True, announce=note)
+    placement = placement_of(mesh, None)
+    directory = refused_together(lambda: hub.locate(checkpoint, weights=True, announce=note))
     with terminal.byte_progress("reading") as reading, terminal.byte_progress("writing") as writing:
         warnings = convert_checkpoint(
             directory,
             destination,
             layout=layout,
             to=to,
-            draft_head="ignore" if ignore_draft_head else "load",
+            draft_head=draft_head,
             overwrite=overwrite,
             allow_links=allow_links,
+            placement=placement,
             reading=reading,
             writing=writing,
         )
@@ -356,11 +385,33 @@ def convert(
         note(f"warning: {warning}")
 
 
-def doctor(as_json: Json = False) -> None:
-    """Show versions, devices, and what will be used. Exit code 2 if something will not work."""
+def doctor(
+    mesh: Mesh = None,
+    model: Literal["flash", "pro"] = "flash",
+    tokens: tuple[int, ...] = (64, 4096, 131072),
+    link: Literal["here", "v5e", "v5p", "v6e", "tpu7x", "gpu", "cpu"] = "here",
+    as_json: Json = False,
+) -> None:
+    """Show versions, devices, and what will be used. Exit code 2 if something will not work.
+
+    examples:
+      dsv4 doctor
+      dsv4 doctor --mesh expert=16,tensor=2 --link v6e
+
+    Args:
+        mesh: also what it costs to bring tokens to their experts and back on such a mesh, a layer, by
+            formula, and which transport is chosen; nobody needs to have the mesh.
+        model: whose experts they are.
+        tokens: of a step over the whole mesh.
+        link: what connects the devices of the mesh; 'here' stands for the devices of this machine.
+    """
     from dsv4_jax.command_line import doctor as checks
 
     diagnosis = checks.diagnose()
+    if mesh is not None and not diagnosis.problems:
+        from dsv4_jax.command_line import transports
+
+        diagnosis = transports.asked(diagnosis, mesh, model, tokens, link)
     print(json.dumps(diagnosis.as_plain()) if as_json else "\n".join(diagnosis.lines()))
     if diagnosis.problems:
         raise ProblemsError("this installation has problems", diagnosis.problems)

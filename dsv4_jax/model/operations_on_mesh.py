@@ -18,7 +18,7 @@ from pallas_kernels.entry_write.op import SPLITS as ENTRIES
 from pallas_kernels.hyper_connection.op import SPLITS as STREAMS
 from pallas_kernels.splits import Splits
 from sharding.activations import Placement
-from sharding.by_device import ByDevice, Table
+from sharding.by_device import ByDevice
 from sharding.cross_entropy import CrossEntropyOverMesh
 from sharding.embedding import EmbeddingOverMesh
 from sharding.expert_parallel import over_mesh
@@ -68,16 +68,14 @@ def spread(chosen: "Operations", placement: Placement) -> "Operations":
     for name, (splits, rows, heads) in BY_ROWS.items():
         each = getattr(chosen, name)
         if each.kernels or placement.mesh.shape["context"] == 1:
-            found[name] = _through(each, ByDevice(each, placement, Table.of(splits), rows, heads))
+            found[name] = _through(each, ByDevice(each, placement, splits, rows, heads))
     return dataclasses.replace(chosen, **found)
 
 
 def _experts(each: "Operation", placement: Placement) -> "Operation":
     rules = placement.table.parameters
     axes = {letter: rules[letter] for letter in "EFD" if letter in rules}
-    # Waves overlap nothing without options of the compiler (`dispatch_cost.ASYNCHRONOUS`), which the compiled
-    # steps do not give yet.
-    flat = over_mesh(each, placement.mesh, waves=1, weight_axes=axes)
+    flat = over_mesh(each, placement.mesh, weight_axes=axes)
     return _through(each, ExpertRows(flat, placement))
 
 

@@ -26,6 +26,7 @@ from dsv4_jax.training.step_settings import Optimizer as Optimizer
 from dsv4_jax.training.step_settings import Rates as Rates
 from dsv4_jax.training.step_settings import StepSettings as StepSettings
 from dsv4_jax.training.trained_parts import moments_after, moved_by, of_indexer, parted
+from sharding.compiling import compiled_step
 
 
 class TrainState(NamedTuple):
@@ -79,7 +80,7 @@ def initial_state(params: Params, optimizer: Optimizer) -> TrainState:
     return TrainState(trained, fixed, moments, placed(jnp.int32(0)))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+@compiled_step(static_argnums=(0, 1), donate_argnums=2)
 def train_step(
     network: Network,
     settings: StepSettings,
