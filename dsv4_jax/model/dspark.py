@@ -116,7 +116,7 @@ class DSpark(nnx.Module):
             o = self.operations.attend_among(q, keys, visible, block.attn.attn_sink[...].reshape(-1))
             y = block.attn.output(o, rotation)
             streams, x, maps = block.hc_ffn.advance(streams, y, maps, block.ffn_norm[...])
-            y, _ = block.ffn(x, span, number)
+            y, *_ = block.ffn(x, span, number)
             return block.hc_ffn.leave(streams, y, maps)
 
         streams = self._over_stages(step, streams)
