@@ -242,7 +242,7 @@ def verify(network, parameters, cache, token, drafts, num_drafts, requests, temp
     batch, width = ids.shape
     position = start[:, None] + jnp.arange(1, width + 1, dtype=jnp.int32)
     keys = jax.vmap(keys_at, in_axes=(None, 1), out_axes=1)(requests, position)
-    each = (jnp.repeat(number, width, total_repeat_length=batch * width) for number in (temperature, top_p))
+    each = (jnp.broadcast_to(number[:, None], ids.shape).reshape(-1) for number in (temperature, top_p))
     drawn = sample(logits.reshape(batch * width, -1), keys.reshape(-1), *each).reshape(batch, width)
     meant = jnp.arange(width - 1, dtype=jnp.int32) < num_drafts[:, None]
     right = (drawn[:, :-1] == drafts) & (drafts >= 0) & meant

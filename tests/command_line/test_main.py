@@ -24,6 +24,9 @@ def config_file(tmp_path):
     return path
 
 
+NO_DRAFT = {"draft": None}
+
+
 class FakeModel:
     """Echoes what it was asked for; refuses like the real one, when the first piece is drawn."""
 
@@ -142,7 +145,7 @@ def test_text_is_streamed_to_stdout(capsys, model):
     assert model.loaded == [(pathlib.Path("some/dir"), "bfloat16", "reference", "plain")]
     assert model.calls == [
         "cache on",
-        {"prompt": "Once", "max_new_tokens": 128, "temperature": 1.0, "top_p": 1.0, "seed": 0},
+        {"prompt": "Once", "max_new_tokens": 128, "temperature": 1.0, "top_p": 1.0, "seed": 0} | NO_DRAFT,
     ]
 
 
@@ -155,7 +158,7 @@ def test_ids_and_every_option(capsys, model):
     assert (code, out) == (0, "7 8\n")  # the stop token is not shown
     assert model.loaded == [(pathlib.Path("some/dir"), "float32", "qat", "fp8+mxfp4")]
     assert model.calls == [
-        {"prompt": [5, 6], "max_new_tokens": 9, "temperature": 0.0, "top_p": 0.5, "seed": 3}
+        {"prompt": [5, 6], "max_new_tokens": 9, "temperature": 0.0, "top_p": 0.5, "seed": 3} | NO_DRAFT
     ]
 
 
