@@ -54,6 +54,7 @@ class EveryMatrixFp4(NamedTuple):
 
     config: ModelConfig
     policy: Policy
+    placement = None  # one device
 
     def holding(self, parameters: Parameters) -> Transformer:
         """As `Network.holding`."""

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float32, Num
 
 from dsv4_jax.model.layer_report import LayerReport, ModelReport
 from dsv4_jax.parameters import Path, row_at
+from pallas_kernels.formats.weights import is_quantized
 
 BIAS_SPEED = 0.001
 
@@ -54,4 +55,4 @@ def balanced_parameters(
             return leaf
         return updated_bias(leaf, layer(keys).loads, speed)
 
-    return jax.tree_util.tree_map_with_path(update, fixed)
+    return jax.tree_util.tree_map_with_path(update, fixed, is_leaf=is_quantized)

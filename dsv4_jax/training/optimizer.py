@@ -1,6 +1,7 @@
-"""AdamW with warm-up and decay, over the part of the parameter tree that has gradients.
+"""AdamW and plain SGD over the part of the parameter tree that has gradients, and the rate of each step.
 
-Report, sections 2.4 and 4.2.2, for what AdamW treats; here it treats the matrices too (Muon is to come).
+Report, sections 2.4 and 4.2.2, for what AdamW treats; these settings treat the matrices by it too, for
+comparisons. The report's own, Muon for matrices, is `muon.Muon`.
 """
 
 import dataclasses

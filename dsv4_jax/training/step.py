@@ -201,7 +201,6 @@ def _updated(
     rate: Float32[Array, ""],
 ) -> tuple[Params, optax.OptState]:
     """The next parameters and moments; what stands still keeps its moments and is not decayed."""
-    placement = None if network.operations is None else network.operations.placement
     # Clipped already: a part's norm must not scale the other part.
     whole = settings.optimizer
     if whole.max_grad_norm is not None:
@@ -211,7 +210,7 @@ def _updated(
         whole = dataclasses.replace(whole, max_grad_norm=math.inf)
     everything = merge_params(gradients, jax.tree.map(jnp.zeros_like, still))
     with jax.enable_x64(False):  # Optax leaves the type of Adam's bias correction to JAX's default.
-        updates, moments = whole.transform(placement).update(everything, state.moments, state.trained)
+        updates, moments = whole.transform(network.placement).update(everything, state.moments, state.trained)
     moves = moved_by(settings.indexer)
     updates, moving = (parted(tree, moves)[0] for tree in (updates, state.trained))
     trained = merge_params(apply_updates(moving, updates, rate), still)
