@@ -206,3 +206,22 @@ def test_every_problem_of_the_settings_is_named():
             with_lora(Network(config, POLICY), dataclasses.replace(wrong, targets=empty))
     everything = chosen(config, Lora(1, 1.0, ("*",)))
     assert {p.role for p in everything.values()} == {"matrix", "expert", "embedding", "head"}
+
+
+def test_a_model_on_a_mesh_keeps_its_place():
+    alone = LanguageModel.random(CONFIG, POLICY)
+    spread = LanguageModel.random(CONFIG, POLICY, mesh="fsdp=2,tensor=2", rules="train")
+    lora = Lora(2, 4.0, ("*/experts/*", "*/attn/wq_b", "head"))
+    results = []
+    for model in (alone, spread):
+        network = with_lora(model.network, lora)
+        state = lora_state(network, model.parameters, 0, AdamW())
+        factors = random_factors(network)
+        if model is spread:
+            everywhere = state.trained[LORA]["head"]["a"].sharding
+            assert everywhere.is_fully_replicated and len(everywhere.device_set) == 4
+            factors = jax.device_put(factors, everywhere)
+        results.append(merged(network, {**state.fixed, LORA: factors}))
+    for one, other, before in zip(*map(jax.tree.leaves, [*results, spread.parameters]), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6)
+        assert other.sharding.is_equivalent_to(before.sharding, other.ndim)
