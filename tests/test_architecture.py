@@ -38,6 +38,7 @@ ROOMS = {
     "dsv4_jax.arguments": "language_model",
     "dsv4_jax.language_model": "language_model",
     "dsv4_jax.loading": "language_model",
+    "dsv4_jax.serving": "serving",
     "dsv4_jax.inspection": "inspection",
     "dsv4_jax.command_line": "command_line",
     "dsv4_jax.__main__": "command_line",
@@ -54,6 +55,7 @@ ROOM_ARROWS = {
     "training": {*_BELOW_MODEL, "model", "reading"},
     "checkpoint": {*_BELOW_MODEL, "reading"},
     "language_model": {*_BELOW_MODEL, "model", "inference", "checkpoint"},
+    "serving": {*_BELOW_MODEL, "model", "inference", "checkpoint", "language_model", "reading"},
     "inspection": {*_BELOW_MODEL, "model", "checkpoint"},
     "command_line": {*ROOMS.values()},
     "top": {"training", "language_model", *_BELOW_MODEL},  # the public names

@@ -15,7 +15,9 @@ BIAS_SPEED = 0.001
 
 
 def updated_bias(
-    bias: Float32[Array, "*layers E"], loads: Num[Array, "*layers E"], speed: float = BIAS_SPEED
+    bias: Float32[Array, "*layers E"],
+    loads: Num[Array, "*layers E"],
+    speed: float | Float32[Array, ""] = BIAS_SPEED,
 ) -> Float32[Array, "*layers E"]:
     """bias_e + speed * sign(mean(n) - n_e); exactly equal load changes nothing.
 
@@ -30,7 +32,9 @@ def updated_bias(
     return bias - jnp.float32(speed) * jnp.sign(excess)
 
 
-def balanced_parameters(fixed: dict, report: ModelReport, speed: float = BIAS_SPEED) -> dict:
+def balanced_parameters(
+    fixed: dict, report: ModelReport, speed: float | Float32[Array, ""] = BIAS_SPEED
+) -> dict:
     """The parameters without gradients after one application of the rule; hash tables stay.
 
     Args:
