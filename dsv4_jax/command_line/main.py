@@ -6,12 +6,16 @@ Imports are inside the functions, so that `dsv4 --help` does not wait for JAX.
 import json
 import pathlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import tyro
 
 from dsv4_jax.command_line import devices, processes, standard_streams
+from dsv4_jax.command_line.evaluate import evaluate
+from dsv4_jax.command_line.options import AllowLinks, Checkpoint, CompilationCache, Json, Mesh
+from dsv4_jax.command_line.preparing import prepare as _prepare
+from dsv4_jax.command_line.preparing import require as _require
 from dsv4_jax.command_line.standard_streams import note
 from dsv4_jax.errors import CheckpointError, ProblemsError
 
@@ -28,26 +32,8 @@ examples:
   dsv4 inspect config.json
 """
 
-Checkpoint = Annotated[
-    tyro.conf.Positional[str],
-    tyro.conf.arg(metavar="CHECKPOINT", help="directory, or hf://org/name@revision"),
-]
 Destination = Annotated[tyro.conf.Positional[pathlib.Path], tyro.conf.arg(metavar="DESTINATION")]
 Prompt = Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[PROMPT]")]
-CompilationCache = Annotated[
-    bool, tyro.conf.arg(help="keep compiled programs under ~/.cache/dsv4_jax/compiled")
-]
-AllowLinks = Annotated[
-    pathlib.Path | None,
-    tyro.conf.arg(metavar="DIR", help="accept links of CHECKPOINT that lead into this directory"),
-]
-Mesh = Annotated[
-    str | None,
-    tyro.conf.arg(
-        metavar="AXIS=SIZE,...", help="devices to spread the model over, such as expert=8,tensor=2"
-    ),
-]
-Json = Annotated[bool, tyro.conf.arg(name="json", help="print one JSON object")]
 
 
 def generate(
@@ -242,49 +228,6 @@ def inspect(
         report.print_mesh(held, tables)
 
 
-def evaluate(
-    checkpoint: Checkpoint,
-    files: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE")] = (),
-    seq_len: int = 4096,
-    batch_size: int = 1,
-    max_bytes: int = 1_000_000,
-    needles: Annotated[tuple[int, ...], tyro.conf.arg(metavar="LENGTH")] = (),
-    trials: int = 1,
-    seed: int = 0,
-    dtype: Literal["bfloat16", "float32"] = "bfloat16",
-    mesh: Mesh = None,
-    allow_links: AllowLinks = None,
-    as_json: Json = False,
-    compilation_cache: CompilationCache = True,
-) -> None:
-    """Measure how well a model predicts text, and whether it finds needles in long contexts.
-
-    examples:
-      dsv4 eval quickstart --seq-len 256
-      dsv4 eval DIRECTORY --files "books/*.txt" --needles 4096 65536
-
-    Args:
-        files: UTF-8 texts, paths or patterns; by default the validation part of Python's standard library.
-        seq_len: tokens of context at most.
-        batch_size: rows that are computed together.
-        max_bytes: of text, whole files.
-        needles: also hide a number in contexts of so many tokens, at five depths, and ask for it.
-        trials: needles of each length and depth.
-        seed: of the needles.
-        dtype: of parameters and activations.
-    """
-    _prepare(compilation_cache)
-    from dsv4_jax import loading
-    from dsv4_jax.command_line import evaluate as evaluation
-    from dsv4_jax.command_line import hub
-
-    directory = hub.locate(checkpoint, weights=True, announce=note)
-    model = loading.load(directory, dtype=dtype, allow_links=allow_links, mesh=mesh)
-    evaluation.show(
-        evaluation.evaluate(model, files, seq_len, batch_size, max_bytes, needles, trials, seed), as_json
-    )
-
-
 def verify(checkpoint: Checkpoint, allow_links: AllowLinks = None, as_json: Json = False) -> None:
     """Check a checkpoint in full: config, index, headers, and every value. Exit code 2 if unsound.
 
@@ -436,25 +379,6 @@ def run(arguments: Sequence[str]) -> int:
         note(f"dsv4: a fault of this program, {name}: {fault}\n`python -X dev -m dsv4_jax` shows where")
         return 1
     return 0
-
-
-def _prepare(keep_programs: bool) -> None:
-    """A device to compute on, and the place where compiled programs are kept."""
-    _require(devices.device_problem)
-    if not keep_programs:
-        return
-    from dsv4_jax.command_line import compilation_cache
-
-    try:
-        compilation_cache.enable()
-    except compilation_cache.NoCache as why:
-        note(f"note: compiled programs are not kept: {why}")
-
-
-def _require(check: Callable[[], str | None]) -> None:
-    """Comes before the imports of modules that import JAX, so that its refusal is a sentence."""
-    if problem := check():
-        raise ProblemsError("cannot compute", [problem])
 
 
 if __name__ == "__main__":
