@@ -216,6 +216,9 @@ MTP_ROWS = (
 )
 """Besides a whole window layer with learned routing, under `block`."""
 
+LORA = "lora"
+"""Branch of a tree with the small matrices `a` and `b` of LoRA, at the path of the matrix they belong to."""
+
 LETTERS = frozenset(
     letter for row in (*MODEL_ROWS, *LAYER_ROWS, *MTP_ROWS) for letter in re.findall(r"\w+", row.dims)
 ) | {"R"}
@@ -227,12 +230,14 @@ _OF_MODEL, _OF_LAYER, _OF_MTP = (
 
 
 def row_at(path: Path) -> Row:
-    """The line of the table for a place in the tree of any model.
+    """The line of the table for a place in the tree of any model; for a small matrix of LoRA, its matrix'.
 
     Raises:
         KeyError: no model has a parameter there.
     """
     match path:
+        case (branch, *rest, "a" | "b") if branch == LORA:
+            return row_at(tuple(rest))
         case ("stacks", int(), "blocks", int(), *rest) | ("mtp", int(), "block", *rest):
             rows, key = _OF_LAYER, tuple(rest)
         case ("mtp", int(), *rest):

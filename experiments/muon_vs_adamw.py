@@ -30,7 +30,7 @@ from dsv4_jax.training.data import TrainingRows
 from dsv4_jax.training.muon import Muon
 from dsv4_jax.training.optimizer import AdamW, Schedule
 from dsv4_jax.training.recipe import QUICKSTART, Recipe
-from dsv4_jax.training.step import initial_state, train_step, validation_loss
+from dsv4_jax.training.step import Rates, StepSettings, initial_state, train_step, validation_loss
 from experiments import study_record
 from experiments.qat_study import Data, quickstart_data
 
@@ -73,7 +73,7 @@ def run(
         start = time.process_time()
         learning_rate = np.float32(schedule.learning_rate(step))
         state, report = jax.block_until_ready(
-            train_step(network, settings, state, rows.batch(step), learning_rate)
+            train_step(network, StepSettings(settings), state, rows.batch(step), Rates(learning_rate))
         )
         if step:
             cpu, counted = cpu + time.process_time() - start, counted + 1

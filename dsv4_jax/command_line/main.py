@@ -24,6 +24,7 @@ looked up in the hub's local cache.
 examples:
   dsv4 quickstart
   dsv4 generate quickstart "def main("
+  dsv4 chat quickstart
   dsv4 inspect config.json
 """
 
@@ -116,6 +117,63 @@ def generate(
     print()
 
 
+def chat(
+    checkpoint: Checkpoint,
+    system: str | None = None,
+    effort: str | None = None,
+    chat_profile: str = "auto",
+    max_new_tokens: int = 2048,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    numerics: Literal["reference", "qat"] = "reference",
+    cache: Literal["plain", "fp8+fp8", "fp8+mxfp4"] = "plain",
+    mesh: Mesh = None,
+    allow_links: AllowLinks = None,
+    compilation_cache: CompilationCache = True,
+) -> None:
+    """Talk with a model. /help lists what can be typed; Ctrl-C ends an answer, Ctrl-D the conversation.
+
+    examples:
+      dsv4 chat quickstart
+      dsv4 chat DIRECTORY --effort max --system "Answer in one sentence."
+
+    Args:
+        system: what the model is told before everything else.
+        effort: how much it thinks before an answer, such as none, low, high or max.
+        chat_profile: words around tools and efforts: auto (of the checkpoint's encoding folder, read as text, or
+            our own without one), preview, official, own, or a file.
+        max_new_tokens: of one answer, thinking included.
+        temperature: 0 takes the most likely token each time.
+        top_p: draw from the most likely tokens that hold this probability together.
+        seed: of the first answer; each further one counts it up.
+        dtype: of parameters, activations and a plain cache.
+        numerics: qat rounds activations, cache and index scores as the official code does.
+        cache: how entries and indexer keys are kept, see `dsv4 generate --help`.
+    """
+    from dsv4_jax.command_line import chat as conversation
+    from dsv4_jax.serving.chat.manner import Manner, checked_manner
+
+    manner = checked_manner(Manner(True, "high", max_new_tokens, temperature, top_p, seed))
+    read_line = conversation.terminal_lines()
+    _prepare(compilation_cache)
+    from dsv4_jax import loading
+    from dsv4_jax.command_line import hub
+    from dsv4_jax.serving.chat.profile import choose_profile
+    from dsv4_jax.serving.chat.session import ChatSession
+
+    directory = hub.locate(checkpoint, weights=True, announce=note)
+    profile, why = choose_profile(directory, chat_profile)
+    note(why)
+    numbers = {"dtype": dtype, "numerics": numerics, "cache": cache}
+    model = loading.load(directory, **numbers, allow_links=allow_links, mesh=mesh)
+    session = ChatSession(model, profile, system, manner)
+    for remark in conversation.begin(session, effort):
+        note(remark)
+    conversation.converse(session, read_line, sys.stdout, styled=sys.stdout.isatty())
+
+
 def inspect(
     checkpoint: Checkpoint,
     context: int | None = None,
@@ -182,6 +240,49 @@ def inspect(
         report.print_context(cost, tables)
     if held is not None:
         report.print_mesh(held, tables)
+
+
+def evaluate(
+    checkpoint: Checkpoint,
+    files: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE")] = (),
+    seq_len: int = 4096,
+    batch_size: int = 1,
+    max_bytes: int = 1_000_000,
+    needles: Annotated[tuple[int, ...], tyro.conf.arg(metavar="LENGTH")] = (),
+    trials: int = 1,
+    seed: int = 0,
+    dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    mesh: Mesh = None,
+    allow_links: AllowLinks = None,
+    as_json: Json = False,
+    compilation_cache: CompilationCache = True,
+) -> None:
+    """Measure how well a model predicts text, and whether it finds needles in long contexts.
+
+    examples:
+      dsv4 eval quickstart --seq-len 256
+      dsv4 eval DIRECTORY --files "books/*.txt" --needles 4096 65536
+
+    Args:
+        files: UTF-8 texts, paths or patterns; by default the validation part of Python's standard library.
+        seq_len: tokens of context at most.
+        batch_size: rows that are computed together.
+        max_bytes: of text, whole files.
+        needles: also hide a number in contexts of so many tokens, at five depths, and ask for it.
+        trials: needles of each length and depth.
+        seed: of the needles.
+        dtype: of parameters and activations.
+    """
+    _prepare(compilation_cache)
+    from dsv4_jax import loading
+    from dsv4_jax.command_line import evaluate as evaluation
+    from dsv4_jax.command_line import hub
+
+    directory = hub.locate(checkpoint, weights=True, announce=note)
+    model = loading.load(directory, dtype=dtype, allow_links=allow_links, mesh=mesh)
+    evaluation.show(
+        evaluation.evaluate(model, files, seq_len, batch_size, max_bytes, needles, trials, seed), as_json
+    )
 
 
 def verify(checkpoint: Checkpoint, allow_links: AllowLinks = None, as_json: Json = False) -> None:
@@ -289,6 +390,8 @@ def quickstart(
 SUBCOMMANDS = {
     "quickstart": quickstart,
     "generate": generate,
+    "chat": chat,
+    "eval": evaluate,
     "inspect": inspect,
     "verify": verify,
     "convert": convert,

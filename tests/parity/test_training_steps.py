@@ -23,7 +23,7 @@ from dsv4_jax.model.initial import Network
 from dsv4_jax.numerics.policy import Policy
 from dsv4_jax.training.data import Batch
 from dsv4_jax.training.optimizer import AdamW, Sgd
-from dsv4_jax.training.step import StepReport, initial_state, train_step
+from dsv4_jax.training.step import Rates, StepReport, StepSettings, initial_state, train_step
 from tests.parity import torch_training
 from tests.parity.cases import SECTION_16, shallow
 from tests.parity.oracle import Oracle
@@ -61,7 +61,11 @@ def steps(name: str) -> list[Compared]:
         measured = torch_training.step(oracle, theirs, ids, max_norm)
         batch = Batch(ids, np.ones_like(ids))
         state, report = train_step(
-            Network(CONFIG, Policy.of("float32")), settings, state, batch, np.float32(rate)
+            Network(CONFIG, Policy.of("float32")),
+            StepSettings(settings),
+            state,
+            batch,
+            Rates(np.float32(rate)),
         )
         pre, post, comb = (
             oracle.model.model.layers[0].attn_hc.fn.grad.abs().tensor_split([STREAMS, 2 * STREAMS])

@@ -7,7 +7,7 @@ from dsv4_jax.language_model import LanguageModel
 from dsv4_jax.numerics.policy import Policy
 from dsv4_jax.training.data import Batch
 from dsv4_jax.training.muon import Muon
-from dsv4_jax.training.step import initial_state, train_step
+from dsv4_jax.training.step import Rates, StepSettings, initial_state, train_step
 from tests.models import compressed_kinds
 
 CONFIG = compressed_kinds(initializer_range=0.2, num_nextn_predict_layers=0)
@@ -25,7 +25,9 @@ def steps(model, count=3):
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     before, reports = train_step._cache_size(), []
     for _ in range(count):
-        state, report = train_step(model.network, OPTIMIZER, state, BATCH, np.float32(2e-3))
+        state, report = train_step(
+            model.network, StepSettings(OPTIMIZER), state, BATCH, Rates(np.float32(2e-3))
+        )
         reports.append(jax.device_get(report))
         for got, want in zip(jax.tree.leaves(state), jax.tree.leaves(shardings), strict=True):
             assert got.sharding.is_equivalent_to(want, got.ndim)
