@@ -190,9 +190,13 @@ def test_lines_from_a_pipe(capsys, monkeypatch, checkpoint, tmp_path):
     assert saved[0] == {"role": "system", "content": "S"}
 
 
-def test_what_cannot_be_is_refused(capsys, checkpoint, tmp_path):
+def test_what_cannot_be_is_refused(capsys, monkeypatch, checkpoint, tmp_path):
     assert cli.run(["chat", checkpoint, "--top-p", "0", "--max-new-tokens", "0"]) == 2
     assert "cannot chat: 2 problems" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdin", None)
+        assert cli.run(["chat", checkpoint]) == 2
+    assert "standard input is closed" in capsys.readouterr().err
     for arguments, told in (
         (("--chat-profile", "official"), "no encoding/encoding_dsv4.py to take its words from"),
         (("--chat-profile", str(tmp_path / "none.json")), "cannot be opened"),

@@ -237,3 +237,13 @@ def test_where_the_model_goes_on():
         return render.starts_reasoning(render.render([messages.text_message("user", "a")], PROFILE, **how))
 
     assert starts() and not starts(thinking=False) and not render.starts_reasoning(())
+
+
+def test_thousands_of_results_are_one_turn():
+    ids = [str(number) for number in range(2000)]
+    calls = tuple(messages.ToolCall(id, "f", "") for id in ids)
+    answers = (Message("tool", (ToolResult(id, (Text(id),)),)) for id in reversed(ids))
+    given = [Message("assistant", tool_calls=calls), *answers, messages.text_message("user", "b")]
+    text = render.text_of(render.render(given, PROFILE))
+    results = "\n\n".join(f"<tool_result>{id}</tool_result>" for id in ids)
+    assert text.endswith(f"<｜User｜>{results}\n\nb<｜Assistant｜><think>")

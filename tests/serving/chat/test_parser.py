@@ -88,7 +88,8 @@ def test_row_06_a_call_without_a_block_is_a_call_only_if_it_could_be_meant():
     missing = invoke("get_weather", parameter("days", "3", "false"))
     for text, tools in ((PARIS, ()), (invoke("nope", parameter("a", "b")), TOOLS), (missing, TOOLS)):
         got = read("x " + text, tools=tools)
-        assert got.calls == [] and "DSML" not in got.answer.content and got.answer.content.startswith("x ")
+        assert got.calls == [] and "DSML" not in got.answer.content
+        assert got.answer.content.split() in (["x", "Paris"], ["x", "b"], ["x", "3"])
     unclosed = read("x " + PARIS.removesuffix(END_INVOKE))
     assert unclosed.calls == [] and unclosed.answer.content.split() == ["x", "Paris"]
 
@@ -129,6 +130,17 @@ def test_row_10_empty_blocks_and_stray_ends_are_swallowed():
     assert got.answer.content == "a\n\n\nb" and got.answer.finish_reason == "stop"
     assert read(f"a{CLOSE}b{END_INVOKE}c{END_PARAMETER}d").answer.content == "abcd"
     assert read(f"a\n\n{OPEN}{CLOSE}").answer.content == "a"
+
+
+def test_removing_a_marker_leaves_no_other_behind():
+    for text in (
+        "<｜｜DSML｜DSML｜tool_calls>",
+        "｜DS｜DSML｜ML｜",
+        "｜DS｜DS｜DSML｜ML｜ML｜",
+        "｜DSML" * 3 + "｜" * 9,
+    ):
+        assert "｜DSML｜" not in read(f"a {text} b").answer.content
+    assert read("a ｜DS｜DSML｜ML｜ b").answer.content == "a ｜DSML  b"
 
 
 def test_row_11_text_after_the_calls_is_dropped_and_counted():

@@ -49,6 +49,22 @@ def test_a_cache_that_is_too_small_is_replaced_and_a_stream_that_was_left_is_gon
     assert running.num_reused == 0
 
 
+def test_a_step_that_fails_leaves_no_used_cache_behind(monkeypatch):
+    running = Continuation(small.model())
+    drawn = list(running.stream([1, 2, 3], 2, **SAMPLING))
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dsv4_jax.serving.chat.continuation.steps.decode", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            list(running.stream([1, 2, 3, *drawn, 4], 2, **SAMPLING))
+    longer = [1, 2, 3, *drawn, 4, 5]
+    assert list(running.stream(longer, 2, **SAMPLING)) == unkept(longer, 2, **SAMPLING)
+    assert running.num_reused == 0
+
+
 @pytest.mark.parametrize("thinking", [False, True])
 def test_the_history_is_what_was_said(thinking):
     manner = Manner(thinking=thinking, max_new_tokens=8, seed=1)
