@@ -14,7 +14,7 @@ from dsv4_jax.inspection.training_cost import flops_per_token, optimizer_groups,
 from dsv4_jax.model.initial import Network
 from dsv4_jax.parameters import DECAYED, Parameter
 from dsv4_jax.training.optimizer import split_trainable
-from dsv4_jax.training.run_config import RunConfig, Source, Stage
+from dsv4_jax.training.run_config import RunConfig
 
 
 def print_run(config: RunConfig, console: Console) -> None:
@@ -29,6 +29,9 @@ def print_run(config: RunConfig, console: Console) -> None:
     console.print(_groups(config, model))
     console.print(_bytes(config, model))
     console.print(_stages(config, model))
+    for number in range(len(config.stages)):
+        if number == 0 or config.stages[number].source is not None:
+            console.print(f"text from stage {number} on: {config.source_of(number)}")
     rate, last = config.learning_rate, config.num_steps
     start = rate.decay_start(last)
     console.print(
@@ -60,11 +63,11 @@ def print_model(config: RunConfig, model: ModelConfig, console: Console) -> None
     counts, (mtp, _) = count_parameters(model), count_mtp(model)
     origin = "fresh" if isinstance(config.model, ModelConfig) else f"from {config.model}"
     console.print(
-        f"model: {_count(counts.total)} parameters, {_count(counts.active)} active, MTP {_count(mtp)};"
+        f"model: {amount(counts.total)} parameters, {amount(counts.active)} active, MTP {amount(mtp)};"
         f" {model.num_hidden_layers} layers, {origin}; {config.policy.param_dtype.name} parameters,"
         f" {config.policy.compute_dtype.name} arithmetic, remat {config.policy.remat}"
     )
-    console.print(f"mesh: {config.mesh or 'one device'}; {config.num_tokens / 1e6:,.2f}M tokens in all")
+    console.print(f"mesh: {config.mesh or 'one device'}; {amount(config.num_tokens)} tokens in all")
 
 
 def _groups(config: RunConfig, model: ModelConfig) -> Table:
@@ -104,36 +107,27 @@ def _bytes(config: RunConfig, model: ModelConfig) -> Table:
 
 
 def _stages(config: RunConfig, model: ModelConfig) -> Table:
-    names = ("stage", "steps", "length", "batch", "attention", "indexer", "tokens", "PFLOP a step", "text")
-    table = Table(*names, title="stages")
+    heads = ("", "steps", "length", "rows", "parts", "attention", "indexer", "tokens", "FLOP")
+    table = Table(*heads, title="stages; rows of a batch, taken in parts; FLOP of a full step")
     for number, stage in enumerate(config.stages):
         flops = flops_per_token(model, stage.seq_len, dense=stage.attention == "dense")
+        ramp = "" if stage.ramp is None else f"{stage.ramp.first:,} to "
         table.add_row(
             str(number),
             f"{stage.num_steps:,}",
             f"{stage.seq_len:,}",
-            _batch(stage),
+            f"{ramp}{stage.batch_size:,}",
+            str(stage.accumulate),
             stage.attention,
             stage.indexer,
-            f"{stage.num_tokens / 1e6:,.2f}M",
-            f"{flops * stage.batch_size * stage.seq_len / 1e15:.3g}",
-            _source(config.source_of(number)),
+            amount(stage.num_tokens),
+            f"{flops * stage.batch_size * stage.seq_len:.1e}",
         )
     return table
 
 
-def _batch(stage: Stage) -> str:
-    parts = f" in {stage.accumulate} parts" if stage.accumulate > 1 else ""
-    if stage.ramp is None:
-        return f"{stage.batch_size:,}{parts}"
-    return f"{stage.ramp.first:,} to {stage.batch_size:,} within {stage.ramp.num_steps:,} steps{parts}"
-
-
-def _source(source: Source) -> str:
-    return repr(source)
-
-
-def _count(number: int) -> str:
+def amount(number: int) -> str:
+    """A count in a few characters: 284.33B."""
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6)):
         if number >= size:
             return f"{number / size:.2f}{unit}"

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
+import logging
 import os
 import pathlib
 import secrets
@@ -17,6 +18,7 @@ from rich.console import Console
 from tokenizers import Tokenizer
 
 from dsv4_jax.command_line import dry_run
+from dsv4_jax.command_line.dry_run import amount
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.errors import ProblemsError
 from dsv4_jax.inspection.training_cost import flops_per_token, peak_flops
@@ -71,10 +73,10 @@ def configured(what: str, **changes: Any) -> RunConfig:
         if steps < 1:
             raise ProblemsError("cannot run this training", [f"steps={steps} must be at least 1"])
         config = config.limited_to(steps)
-    logging = {name: changes.pop(name, None) for name in ("plot", "tensorboard", "profile_steps")}
-    logging = {name: value for name, value in logging.items() if value}
+    looks = {name: changes.pop(name, None) for name in ("plot", "tensorboard", "profile_steps")}
+    looks = {name: value for name, value in looks.items() if value}
     changes = {name: value for name, value in changes.items() if value is not None}
-    return dataclasses.replace(config, logging=dataclasses.replace(config.logging, **logging), **changes)
+    return dataclasses.replace(config, logging=dataclasses.replace(config.logging, **looks), **changes)
 
 
 def _from_file(path: pathlib.Path) -> RunConfig:
@@ -120,6 +122,7 @@ def train(config: RunConfig, *, resume: bool = False) -> RunResult:
         SystemExit: after a SIGTERM, with the code 143; the state is saved.
         KeyboardInterrupt: after a Ctrl-C; the state is saved.
     """
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells how long each save took
     is_first = jax.process_index() == 0
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True, quiet=not is_first)
     prepare_folder(config.out, resume)
@@ -128,17 +131,19 @@ def train(config: RunConfig, *, resume: bool = False) -> RunResult:
     model = starting_model(config)
     console.print(
         f"model: {model.num_params / 1e6:.1f}M parameters; {config.num_steps} steps,"
-        f" {config.num_tokens / 1e6:.2f}M tokens, seed {config.seed}; everything goes to {config.out}"
+        f" {amount(config.num_tokens)} tokens, seed {config.seed}; everything goes to {config.out}"
     )
     state = initial_state(model.parameters, config.optimizer)
     goodput_file = RecordFile(config.out / GOODPUT_FILE) if is_first else None
     goodput = Goodput(goodput_file, secrets.token_hex(4))
     with contextlib.ExitStack() as stack:
+        if goodput_file is not None:
+            stack.callback(goodput_file.close)
         teller: Silent | Spoken = Silent()
         if is_first:
             shown = stack.enter_context(_shown(config, model.config, console))
-            logging = config.logging
-            teller = Spoken(config.out, shown, tensorboard=logging.tensorboard, every=logging.every)
+            told = config.logging
+            teller = Spoken(config.out, shown, tensorboard=told.tensorboard, every=told.every)
             stack.callback(teller.close)
         stack.callback(goodput.write)
         sample = _sampler(config, model)

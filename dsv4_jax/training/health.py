@@ -22,7 +22,7 @@ Action = Literal["halt", "skip", "roll back"]
 LEAST_STEPS = 20
 """Losses that must have been seen before one of them can be a spike."""
 
-FLOOR = 1e-3
+FLOOR = 1e-2
 """Nats; the spread of losses counts as at least this."""
 
 
@@ -129,7 +129,7 @@ class Observer:
         if len(self._losses) < LEAST_STEPS:
             return Finding()
         median = statistics.median(self._losses)
-        usual = max(statistics.median(abs(each - median) for each in self._losses), FLOOR)
+        usual = max(statistics.fmean(abs(each - median) for each in self._losses), FLOOR)
         if loss <= median + self._health.spike_size * usual:
             return Finding()
         words = (

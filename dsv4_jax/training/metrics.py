@@ -142,6 +142,11 @@ class Goodput:
         finally:
             self._elsewhere[what] += time.monotonic() - start
 
+    @property
+    def besides(self) -> float:
+        """Seconds of this session that went neither into steps nor into waiting for data."""
+        return sum(spent for what, spent in self._elsewhere.items() if what != "data")
+
     def sums(self) -> dict[str, Any]:
         """Seconds by use, of this session."""
         wall = time.monotonic() - self._start

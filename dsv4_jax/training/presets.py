@@ -68,14 +68,15 @@ def flash() -> RunConfig:
     full = 16384  # rows of the first stage: a power of two times the first batch of the ramp
 
     def stage(num_steps: int, length: int, **fields: object) -> Stage:
-        return Stage(num_steps, length, batches[length], **fields)
+        rows = batches[length]
+        return Stage(num_steps, length, rows, accumulate=36, **fields)
 
     return RunConfig(
         model=v4_flash(),
         policy=Policy.of("bfloat16", remat="unit"),
         source=StandardLibrary(),
         stages=(
-            Stage(20_000, 4096, full, BatchRamp(full // 16, 10_000), attention="dense"),
+            Stage(20_000, 4096, full, BatchRamp(full // 16, 10_000), full // 512, attention="dense"),
             stage(300_000, 4096, attention="dense"),
             stage(60_000, 16384, attention="dense"),
             stage(1_000, 65536, attention="dense", indexer="warm-up"),

@@ -24,9 +24,9 @@ from dsv4_jax.training.loop import Ending, InterruptRequest
 from dsv4_jax.training.metrics import Goodput
 from dsv4_jax.training.run_config import Place, RunConfig
 from dsv4_jax.training.saved_states import Restored, SavedStates
+from dsv4_jax.training.stage_streams import Streams, stage_seed
 from dsv4_jax.training.step import StepReport, TrainState, validation_loss
 from dsv4_jax.training.stepping import Rates, StepSettings, train_step
-from dsv4_jax.training.streams import Streams, stage_seed
 from dsv4_jax.training.watchdog import Watchdog
 from sharding.agreement import collected
 from sharding.host_values import fetched
@@ -153,7 +153,7 @@ class _Session:
         self.saved_step: int | None = None
         self.validation_loss: float | None = None
         self.programs: set[tuple] = set()
-        self.last_told = time.monotonic()
+        self.last_told = time.monotonic()  # without what was spent on anything but steps and data
         self.validation_batches: list[Batch] | None = None
         self.tokenizer = tokenizer
         self.saved = SavedStates(config.out / STATES_FOLDER, config.checkpoints.keep)
@@ -199,7 +199,7 @@ class _Session:
         with self.goodput.spent_on("data"):
             batch = self.streams.batch(place)
             on_devices = Batch(*(None if each is None else self.network.put(each, "B T") for each in batch))
-        settings = self.config.settings(place.stage)
+        settings = self.config.settings(place)
         chosen: Step = guarded_step
         if self.step < self.anticipates_until and self.step_after_spike is not None:
             chosen = self.step_after_spike
@@ -221,7 +221,7 @@ class _Session:
         report = fetched(done.report)._asdict()
         loads = report.pop("loads", None)
         numbers = {name: float(value) for name, value in report.items()}
-        now = time.monotonic()
+        now = time.monotonic() - self.goodput.besides
         rates = {f"rate_{name}": float(rate) for name, rate in done.rates._asdict().items()}
         record = {"step": done.step, "stage": done.place.stage, "tokens": done.tokens, **numbers, **rates}
         record["seconds"] = now - self.last_told

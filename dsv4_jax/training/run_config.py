@@ -48,7 +48,8 @@ class Stage:
         seq_len: T, tokens of a row.
         batch_size: B, rows of a batch; of a full one where it grows.
         ramp: how it grows; None: it is full from the first step on.
-        accumulate: equal parts in which a batch is taken, one after the other.
+        accumulate: equal parts in which a full batch is taken, one after the other; a smaller one is taken in
+            fewer.
         attention: "dense" attends to every visible entry; sparse attention comes after a dense stage (report,
             section 4.2.2).
         indexer: how indexers are trained: not at all; alone, before sparse attention; or beside the rest.
@@ -73,6 +74,11 @@ class Stage:
         """Rows of the batch of step `step` of the stage, counted from 0."""
         return self.batch_size if self.ramp is None else self.ramp.at(step, self.batch_size)
 
+    def parts(self, rows: int) -> int:
+        """Into how many parts a batch of `rows` is accumulated; none is larger than those of a full one."""
+        wanted = -(-self.accumulate * rows // self.batch_size)
+        return next(parts for parts in range(wanted, rows + 1) if rows % parts == 0)
+
     @property
     def num_tokens(self) -> int:
         """Positions that the stage processes."""
@@ -89,10 +95,8 @@ class Stage:
         problems = [problem for problem in found if problem]
         if self.ramp is not None:
             problems += self.ramp.problems(f"{name}.ramp", self.batch_size)
-        if not problems and self.unit % self.accumulate:
-            problems.append(
-                f"{name}.accumulate={self.accumulate} must divide its smallest batch of {self.unit} rows"
-            )
+        if not problems and self.batch_size % self.accumulate:
+            problems.append(f"{name}.accumulate={self.accumulate} must divide batch_size={self.batch_size}")
         wanted = {"warm-up": "dense", "sparse": "sparse"}.get(self.indexer, self.attention)
         if self.attention not in ("sparse", "dense"):
             problems.append(f"{name}.attention={self.attention!r} must be 'sparse' or 'dense'")
@@ -226,10 +230,11 @@ class RunConfig:
         own = self.stages[stage].source
         return self.source if own is None else own
 
-    def settings(self, stage: int) -> StepSettings:
-        """What is static about the steps of a stage, by its number."""
-        here = self.stages[stage]
-        return StepSettings(self.optimizer, here.accumulate, here.attention, here.indexer, self.losses.z > 0)
+    def settings(self, place: Place) -> StepSettings:
+        """What is static about a step."""
+        stage = self.stages[place.stage]
+        parts = stage.parts(place.rows)
+        return StepSettings(self.optimizer, parts, stage.attention, stage.indexer, self.losses.z > 0)
 
     def rates(self, step: int) -> Rates:
         """Learning rate and weights of step `step`, counted from 0."""

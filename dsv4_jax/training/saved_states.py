@@ -69,7 +69,11 @@ class SavedStates:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             options = ocp.CheckpointManagerOptions(
-                max_to_keep=self._keep, enable_async_checkpointing=True, cleanup_tmp_directories=True
+                max_to_keep=self._keep,
+                cleanup_tmp_directories=True,
+                enable_async_checkpointing=True,
+                # Otherwise a folder that cannot be made is found out by waiting for it.
+                async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
             )
             return ocp.CheckpointManager(self.folder, options=options)
         except OSError as failure:
@@ -77,7 +81,8 @@ class SavedStates:
 
     def steps(self) -> list[int]:
         """Numbers of the complete steps, in order; read from the disk."""
-        return sorted(self._manager.all_steps(read=True))
+        self._manager.reload()
+        return sorted(self._manager.all_steps())
 
     def save(self, state: TrainState, about: Mapping[str, Any]) -> None:
         """Starts to save a state; its arrays may be donated when this returns.
