@@ -137,15 +137,13 @@ def train(config: RunConfig, *, resume: bool = False) -> RunResult:
     goodput_file = RecordFile(config.out / GOODPUT_FILE) if is_first else None
     goodput = Goodput(goodput_file, secrets.token_hex(4))
     with contextlib.ExitStack() as stack:
-        if goodput_file is not None:
-            stack.callback(goodput_file.close)
+        stack.callback(goodput.close)
         teller: Silent | Spoken = Silent()
         if is_first:
             shown = stack.enter_context(_shown(config, model.config, console))
             told = config.logging
             teller = Spoken(config.out, shown, tensorboard=told.tensorboard, every=told.every)
             stack.callback(teller.close)
-        stack.callback(goodput.write)
         sample = _sampler(config, model)
         result = run(
             config, model.network, state, model.tokenizer, teller, goodput, resume=resume, sample=sample

@@ -165,6 +165,12 @@ class Goodput:
         if self._file is not None:
             self._file.write(self.sums())
 
+    def close(self) -> None:
+        """The last line."""
+        self.write()
+        if self._file is not None:
+            self._file.close()
+
 
 def goodput_share(path: pathlib.Path) -> float:
     """Share of the wall time of all sessions of a run that went into steps which were not done again later.

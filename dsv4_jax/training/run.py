@@ -4,6 +4,7 @@ The host is always one step ahead: a step's numbers are fetched when the next st
 for only before a state is saved, at a validation and at the end.
 """
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -124,7 +125,7 @@ def run(
         os.write, 2, b"\nsaving the state and stopping (Ctrl-C again: stop at once)\n"
     )
     with Watchdog(config.health.hang_seconds, config.out / STACKS_FILE) as watchdog:
-        with InterruptRequest(announce) as interrupt:
+        with InterruptRequest(announce) as interrupt, contextlib.closing(session.saved):
             return session.run(watchdog, interrupt, resume)
 
 

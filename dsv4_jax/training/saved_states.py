@@ -6,6 +6,7 @@ the host at once and writes them while training goes on; a folder gets its name 
 Reading places the arrays wherever they are wanted, on another mesh or another number of processes.
 """
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -121,10 +122,7 @@ class SavedStates:
 
     def _give_up(self) -> None:
         """After a failure: what was half written is forgotten, so that the next save starts anew."""
-        try:
-            self._manager.close()
-        except Exception:  # the same failure, told again
-            pass
+        self.close()
         if jax.process_count() == 1:
             for path in self.folder.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(path, ignore_errors=True)
@@ -206,9 +204,9 @@ class SavedStates:
         return all(said == ["yes"] for said in collected(["yes" if fine else "no"]))
 
     def close(self) -> None:
-        """Waits for what is being written."""
-        self.wait()
-        self._manager.close()
+        """Waits for what is being written; a failure of that was told before, or is not the last word."""
+        with contextlib.suppress(Exception):  # of Orbax, TensorStore or the file system
+            self._manager.close()
 
 
 def _about_only() -> ocp.args.Composite:
