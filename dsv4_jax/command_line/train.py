@@ -30,12 +30,15 @@ from dsv4_jax.training.corpus import gather_corpus
 from dsv4_jax.training.keeping import STATES_FOLDER
 from dsv4_jax.training.live import Shown, Speed
 from dsv4_jax.training.metrics import GOODPUT_FILE, Goodput, RecordFile, goodput_share
+from dsv4_jax.training.mixing_gain import gains
+from dsv4_jax.training.plots import draw_run
 from dsv4_jax.training.run import RunResult, run
 from dsv4_jax.training.run_config import RULES, RunConfig
 from dsv4_jax.training.saved_states import as_plain
 from dsv4_jax.training.step import initial_state
 from dsv4_jax.training.telling import Silent, Spoken
 from dsv4_jax.training.tokenizer import train_tokenizer
+from sharding.host_values import fetched
 
 PRESETS: dict[str, Callable[[], RunConfig]] = {
     "stdlib": presets.stdlib,
@@ -144,10 +147,9 @@ def train(config: RunConfig, *, resume: bool = False) -> RunResult:
             told = config.logging
             teller = Spoken(config.out, shown, tensorboard=told.tensorboard, every=told.every)
             stack.callback(teller.close)
-        sample = _sampler(config, model)
-        result = run(
-            config, model.network, state, model.tokenizer, teller, goodput, resume=resume, sample=sample
-        )
+        looks = {"sample": _sampler(config, model), "look": _painter(config, model)}
+        held = (model.network, state, model.tokenizer)
+        result = run(config, *held, teller, goodput, resume=resume, **looks)
     _say_how_it_ended(config, result, console)
     if result.ending == "terminated":
         raise SystemExit(TERMINATED)
@@ -238,6 +240,25 @@ def _sampler(config: RunConfig, model: LanguageModel) -> Callable[[Parameters], 
         )
 
     return sample
+
+
+def _painter(config: RunConfig, model: LanguageModel) -> Callable[[int, Parameters], None] | None:
+    """Draws the run so far; every process computes, the first one draws."""
+    if not config.logging.plot:
+        return None
+    first = config.stages[0]
+    stream = config.source_of(0).open(model.tokenizer, 1, first.seq_len, config.seed)
+    batch = next(stream)
+
+    def paint(step: int, parameters: Parameters) -> None:
+        taps = with_parameters(model, parameters).taps(
+            batch.tokens, ["attention_mixing", "expert_mixing"], segment_ids=batch.segment_ids
+        )
+        mixings = [layer[name] for layer in fetched(taps) for name in ("attention_mixing", "expert_mixing")]
+        if jax.process_index() == 0:
+            draw_run(config.out, gains(mixings), f"{config.out.name}, step {step} of {config.num_steps}")
+
+    return paint
 
 
 def with_parameters(model: LanguageModel, parameters: Parameters) -> LanguageModel:

@@ -99,6 +99,7 @@ def run(
     *,
     resume: bool = False,
     sample: Callable[[Parameters], str | None] | None = None,
+    look: Callable[[int, Parameters], None] | None = None,
     step_after_spike: Step | None = None,
 ) -> RunResult:
     """Trains until all stages are done or somebody asks to stop, and leaves a saved state.
@@ -112,6 +113,7 @@ def run(
         goodput: where time goes.
         resume: go on with the newest saved state, if there is one.
         sample: what the model writes, shown at validations.
+        look: called with the step and the parameters at validations and at the end, for pictures.
         step_after_spike: takes the place of the step for `health.anticipation_steps` steps after a rollback
             for a spike (anticipatory routing; report, section 4.2.3).
 
@@ -119,7 +121,7 @@ def run(
         ProblemsError: a folder that cannot be written, saved states that cannot be read or belong to another
             run, a run that its policy halts, and a last state that went to another place, which is named.
     """
-    session = _Session(config, network, state, tokenizer, teller, goodput, sample, step_after_spike)
+    session = _Session(config, network, state, tokenizer, teller, goodput, (sample, look), step_after_spike)
     # os.write: a signal may arrive in the middle of any print
     announce = functools.partial(
         os.write, 2, b"\nsaving the state and stopping (Ctrl-C again: stop at once)\n"
@@ -140,13 +142,13 @@ class _Session:
         tokenizer: Any,
         teller: Teller,
         goodput: Goodput,
-        sample: Callable[[Parameters], str | None] | None,
+        looks: tuple[Callable[[Parameters], str | None] | None, Callable[[int, Parameters], None] | None],
         step_after_spike: Step | None,
     ) -> None:
         self.config, self.network, self.teller, self.goodput = config, network, teller, goodput
         self.state = state
         self.like = jax.tree.map(_described, state)
-        self.sample, self.step_after_spike = sample, step_after_spike
+        (self.sample, self.look), self.step_after_spike = looks, step_after_spike
         self.streams = Streams(config, tokenizer)
         self.observer = Observer(config.health)
         self.step = int(fetched(state.step))
@@ -264,6 +266,10 @@ class _Session:
             self._save()
         if self._validates() and not stops:
             self._validate()
+        last = self.step == self.config.num_steps
+        if self.look is not None and not stops and (self._validates() or last):
+            with self.goodput.spent_on("looking"):
+                self.look(self.step, self.state.params)
 
     def _validate(self) -> None:
         assert self.config.validation is not None

@@ -69,9 +69,7 @@ def ended(running: Command, seconds: float = 200) -> tuple[int, str, str]:
     return running.process.returncode, *texts
 
 
-def wait_for_steps(
-    process: subprocess.Popen, out: pathlib.Path, more_than: int, seconds: float = 120
-) -> None:
+def wait_for_steps(running: Command, out: pathlib.Path, more_than: int, seconds: float = 120) -> None:
     """Returns when the run has told of another step, or has ended."""
     limit = time.monotonic() + seconds
     while running.process.poll() is None and time.monotonic() < limit:
