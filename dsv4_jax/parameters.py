@@ -74,7 +74,11 @@ INITIAL_VALUE: dict[Role, float] = {
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One line of the table; `path` is relative to a layer, to the MTP block, or to the root."""
+    """One line of the table; `path` is relative to a layer, to the MTP block, or to the root.
+
+    A parted row is stored as one matrix where the report's equations have several, along its first dim:
+    branches of a compressor, output groups, the maps of mHC.
+    """
 
     path: str
     dims: str
@@ -82,6 +86,7 @@ class Row:
     part: Part
     when: When = "always"
     quantized: bool = False  # official releases store it with block scales
+    parted: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,15 +159,15 @@ def _compressor(path: str, width: str, part: Part, when: When) -> tuple[Row, ...
     # w branches of this width; the first of CSA's two is the overlap branch.
     return (
         Row(f"{path}/ape", f"m (w {width})", "position_bias", part, when),
-        Row(f"{path}/wkv", f"(w {width}) D", "matrix", part, when),
-        Row(f"{path}/wgate", f"(w {width}) D", "matrix", part, when),
+        Row(f"{path}/wkv", f"(w {width}) D", "matrix", part, when, parted=True),
+        Row(f"{path}/wgate", f"(w {width}) D", "matrix", part, when, parted=True),
         Row(f"{path}/norm", width, "norm", part, when),
     )
 
 
 def _mixing(path: str, rows: str, scales: str, part: Part = "hyper_connections") -> tuple[Row, ...]:
     return (
-        Row(f"{path}/fn", f"{rows} (N D)", "mixing", part),
+        Row(f"{path}/fn", f"{rows} (N D)", "mixing", part, parted=rows == "M"),
         Row(f"{path}/base", rows, "mixing_bias", part),
         Row(f"{path}/scale", scales, "mixing_gate", part),
     )
@@ -186,7 +191,7 @@ LAYER_ROWS = (
     Row("attn/wq_b", "(G J Dh) Q", "matrix", "attention", quantized=True),
     Row("attn/wkv", "Dh D", "matrix", "attention", quantized=True),
     Row("attn/kv_norm", "Dh", "norm", "attention"),
-    Row("attn/wo_a", "(G O) (J Dh)", "matrix", "attention", quantized=True),
+    Row("attn/wo_a", "(G O) (J Dh)", "matrix", "attention", quantized=True, parted=True),
     Row("attn/wo_b", "D (G O)", "matrix", "attention", quantized=True),
     *_compressor("attn/compressor", "Dh", "compressors", "compressed"),
     Row("attn/indexer/wq_b", "(Hi Di) Q", "matrix", "indexers", "csa", quantized=True),
@@ -211,6 +216,9 @@ MTP_ROWS = (
 )
 """Besides a whole window layer with learned routing, under `block`."""
 
+LORA = "lora"
+"""Branch of a tree with the small matrices `a` and `b` of LoRA, at the path of the matrix they belong to."""
+
 LETTERS = frozenset(
     letter for row in (*MODEL_ROWS, *LAYER_ROWS, *MTP_ROWS) for letter in re.findall(r"\w+", row.dims)
 ) | {"R"}
@@ -222,12 +230,14 @@ _OF_MODEL, _OF_LAYER, _OF_MTP = (
 
 
 def row_at(path: Path) -> Row:
-    """The line of the table for a place in the tree of any model.
+    """The line of the table for a place in the tree of any model; for a small matrix of LoRA, its matrix'.
 
     Raises:
         KeyError: no model has a parameter there.
     """
     match path:
+        case (branch, *rest, "a" | "b") if branch == LORA:
+            return row_at(tuple(rest))
         case ("stacks", int(), "blocks", int(), *rest) | ("mtp", int(), "block", *rest):
             rows, key = _OF_LAYER, tuple(rest)
         case ("mtp", int(), *rest):
@@ -237,6 +247,25 @@ def row_at(path: Path) -> Row:
     if key not in rows:
         raise KeyError(f"no parameter {'/'.join(map(str, path))} in the table")
     return rows[key]
+
+
+def parameter_at(path: Path, shape: tuple[int, ...]) -> Parameter:
+    """The parameter that an array of this shape is, at a place in the tree of any model.
+
+    Raises:
+        KeyError: no model has a parameter there.
+        ValueError: it has another number of axes, or one letter stands for two sizes.
+    """
+    row = row_at(path)
+    letters = re.findall(r"\w+", row.dims)
+    repeats = shape[0] if len(shape) == len(letters) + 1 and path[0] in ("stacks", "mtp") else None
+    own = shape if repeats is None else shape[1:]
+    if len(own) == len(letters):
+        root = path[: len(path) - len(row.path.split("/"))]
+        parameter = _placed(row, root, repeats, dict(zip(letters, own, strict=True)))
+        if parameter.shape == shape:
+            return parameter
+    raise ValueError(f"{'/'.join(map(str, path))} is [{row.dims}], not an array of {shape}")
 
 
 def applies(row: Row, attention: AttentionKind, router: RouterKind) -> bool:

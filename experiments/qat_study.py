@@ -43,7 +43,7 @@ from dsv4_jax.training.corpus import gather_corpus
 from dsv4_jax.training.data import Batch, TrainingRows, validation_batches
 from dsv4_jax.training.optimizer import Schedule, role_of
 from dsv4_jax.training.recipe import QUICKSTART, Recipe
-from dsv4_jax.training.step import TrainState, initial_state, train_step, validation_loss
+from dsv4_jax.training.step import Rates, StepSettings, TrainState, initial_state, train_step, validation_loss
 from experiments import study_record
 
 PLAIN = Network(QUICKSTART.config, QUICKSTART.policy)
@@ -54,6 +54,7 @@ class EveryMatrixFp4(NamedTuple):
 
     config: ModelConfig
     policy: Policy
+    placement = None  # one device
 
     def holding(self, parameters: Parameters) -> Transformer:
         """As `Network.holding`."""
@@ -111,8 +112,9 @@ def train(
     """Runs the schedule from the state's own place in the data; `watch` sees the parameters of every step."""
     first = int(state.step)
     for step in range(schedule.num_steps):
-        rate = np.float32(schedule.learning_rate(step))
-        state, _ = train_step(network, QUICKSTART.optimizer, state, rows.batch(first + step), rate)
+        rates = Rates(np.float32(schedule.learning_rate(step)))
+        settings = StepSettings(QUICKSTART.optimizer)
+        state, _ = train_step(network, settings, state, rows.batch(first + step), rates)
         watch(step + 1, state.params)
     return state
 

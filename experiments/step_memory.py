@@ -42,7 +42,7 @@ from dsv4_jax.model.initial import Network
 from dsv4_jax.numerics.policy import Policy
 from dsv4_jax.training.data import Batch
 from dsv4_jax.training.optimizer import AdamW, merge_params, split_trainable
-from dsv4_jax.training.step import forward_losses, initial_state, train_step
+from dsv4_jax.training.step import Rates, StepSettings, forward_losses, initial_state, train_step
 from experiments import study_record
 
 EXPERT_WIDTH, VOCABULARY = 128, 16384
@@ -85,7 +85,7 @@ def flash(layers: str) -> ModelConfig:
 
 def batch_shapes(tokens: int) -> Batch:
     """One packed row."""
-    return Batch(*[jax.ShapeDtypeStruct((1, tokens), jnp.int32)] * len(Batch._fields))
+    return Batch(*[jax.ShapeDtypeStruct((1, tokens), jnp.int32)] * 2)
 
 
 def kept_bytes(network: Network, tokens: int) -> int:
@@ -108,14 +108,15 @@ def compiled_memory(network: Network, tokens: int, chip: str) -> Any:
     """The compiler's account of one training step."""
     optimizer = AdamW()
     state = jax.eval_shape(lambda params: initial_state(params, optimizer), network.shapes())
-    arguments = (state, batch_shapes(tokens), jax.ShapeDtypeStruct((), jnp.float32))
+    rates = Rates(*[jax.ShapeDtypeStruct((), jnp.float32)] * len(Rates._fields))
+    arguments = (state, batch_shapes(tokens), rates)
     if chip != "cpu":
         device = topologies.get_topology_desc(platform="tpu", topology_name=f"{chip}:2x2").devices[0]
         here = jax.sharding.NamedSharding(jax.sharding.Mesh(np.array([device]), ("x",)), jax.P())
         arguments = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), arguments
         )
-    return train_step.lower(network, optimizer, *arguments).compile().memory_analysis()
+    return train_step.lower(network, StepSettings(optimizer), *arguments).compile().memory_analysis()
 
 
 def measure(layers: str, remat: str, tokens: int, chip: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import pathlib
 from dsv4_jax.training.recipe import QUICKSTART
 from dsv4_jax.training.run_config import Checkpoints, Logging, RunConfig, Stage, Validation
 from dsv4_jax.training.schedules import LearningRate
-from dsv4_jax.training.stepping import StandardLibrary
+from dsv4_jax.training.sources import StandardLibrary
 
 
 def run() -> RunConfig:

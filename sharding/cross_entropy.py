@@ -34,7 +34,8 @@ class CrossEntropyOverMesh:
         head: Float[Array, "V D"],
         ids: Int32[Array, "T"],
         weights: Float32[Array, "T"],
-    ) -> Float32[Array, ""]:
+        z_weight: Float32[Array, ""] | None = None,
+    ) -> Float32[Array, ""] | tuple[Float32[Array, ""], Float32[Array, ""]]:
         """The weighted sum of the negative log-likelihoods of all tokens, on every device.
 
         Args:
@@ -42,17 +43,19 @@ class CrossEntropyOverMesh:
             head: output rows.
             ids: targets.
             weights: of the tokens.
+            z_weight: of the squared log-sum-exps; there are two results then, as of the loss on one device.
         """
         mesh = self.placement.mesh
         filling = -len(hidden) % mesh.size  # tokens of weight 0
         hidden = jnp.pad(hidden, ((0, filling), (0, 0)))
         ids, weights = (jnp.pad(a, (0, filling)) for a in (ids, weights))
         tokens = PartitionSpec(TOKEN_AXES)
+        given = () if z_weight is None else (z_weight,)
         split = jax.shard_map(
             lambda *own: lax.psum(self.loss(*own), mesh.axis_names),
             mesh=mesh,
-            in_specs=(tokens, PartitionSpec(), tokens, tokens),
+            in_specs=(tokens, PartitionSpec(), tokens, tokens, *[PartitionSpec()] * len(given)),
             out_specs=PartitionSpec(),
             check_vma=False,  # kernels do not say over which axes their results vary
         )
-        return split(hidden, head, ids, weights)
+        return split(hidden, head, ids, weights, *given)

@@ -8,7 +8,6 @@ import pathlib
 import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -21,7 +20,7 @@ from dsv4_jax.errors import ProblemsError
 from dsv4_jax.refusing import refused_together
 from dsv4_jax.training.data import Batch
 from dsv4_jax.training.optimizer import AdamW
-from dsv4_jax.training.step import initial_state, train_step
+from dsv4_jax.training.step import Rates, StepSettings, initial_state, train_step
 from sharding.host_values import fetched
 
 PROMPTS = [[1, 2, 3], [4, 5], [6, 7, 8, 9, 10], [11], [12, 13], [14, 15, 16], [17, 18], [19, 20, 21, 22]]
@@ -47,7 +46,7 @@ def trained(lm):
     """What a step measures, its gradients, and the parameters after it, by name; takes over those of `lm`."""
     optimizer = AdamW()
     state = initial_state(lm.parameters, optimizer)
-    state, report = train_step(lm.network, optimizer, state, batch(), jnp.float32(RATE))
+    state, report = train_step(lm.network, StepSettings(optimizer), state, batch(), Rates(np.float32(RATE)))
     moments = next(each for each in jax.tree.leaves(state.moments, is_leaf=is_adam) if is_adam(each)).mu
     report, moments, parameters = fetched((report._asdict(), moments, state.params))
     gradients = {f"gradient{name}": leaf / (1 - optimizer.beta1) for name, leaf in named(moments).items()}

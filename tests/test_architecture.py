@@ -38,6 +38,7 @@ ROOMS = {
     "dsv4_jax.arguments": "language_model",
     "dsv4_jax.language_model": "language_model",
     "dsv4_jax.loading": "language_model",
+    "dsv4_jax.serving": "serving",
     "dsv4_jax.inspection": "inspection",
     "dsv4_jax.command_line": "command_line",
     "dsv4_jax.__main__": "command_line",
@@ -51,9 +52,10 @@ ROOM_ARROWS = {
     "numerics": {"errors", "config"},
     "model": _BELOW_MODEL,
     "inference": {*_BELOW_MODEL, "model"},
-    "training": {*_BELOW_MODEL, "model"},
+    "training": {*_BELOW_MODEL, "model", "reading"},
     "checkpoint": {*_BELOW_MODEL, "reading"},
     "language_model": {*_BELOW_MODEL, "model", "inference", "checkpoint"},
+    "serving": {*_BELOW_MODEL, "model", "inference", "checkpoint", "language_model", "reading"},
     "inspection": {*_BELOW_MODEL, "model", "checkpoint"},
     "command_line": {*ROOMS.values()},
     "top": {"training", "language_model", *_BELOW_MODEL},  # the public names
@@ -225,7 +227,7 @@ def test_files_are_short():
 def test_every_runtime_import_is_a_declared_dependency():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = set()
-    for requirement in project["dependencies"]:
+    for requirement in project["dependencies"] + project["optional-dependencies"]["parquet"]:
         name = re.match(r"[\w-]+", requirement)[0]
         declared.add(IMPORT_OF_DISTRIBUTION.get(name, name))
     ours = {*PACKAGE_ARROWS}

@@ -11,6 +11,7 @@ from dsv4_jax.model import span as spans
 from dsv4_jax.model.cache import new_cache
 from dsv4_jax.model.initial import Network
 from dsv4_jax.model.operations import operations
+from dsv4_jax.model.training_mode import TrainingMode
 from dsv4_jax.numerics.cache_formats import CACHE_FORMATS
 from dsv4_jax.numerics.policy import Policy
 from tests.model.test_kernels import CONFIG
@@ -93,7 +94,8 @@ NAMED = {each.name for each in operations(CACHES["plain"]).each()}
 
 
 def test_what_the_record_says_is_what_runs():
-    """A chunk longer than the rings and a decode step, on weights as official checkpoints keep them."""
+    """A chunk longer than the rings and a decode step, on weights as official checkpoints keep them; and the
+    indexers' loss, which only training has."""
 
     def step(policy, length):
         network = Network(CONFIG, policy)
@@ -108,7 +110,14 @@ def test_what_the_record_says_is_what_runs():
 
         return jax.make_jaxpr(run)(native_shapes(CONFIG), jax.ShapeDtypeStruct((1, length), jnp.int32))
 
+    def index_losses(parameters, tokens):
+        model = Network(CONFIG, CACHES["plain"]).holding(parameters)
+        span = spans.packed(tokens, jnp.ones_like(tokens))
+        return model(span, mode=TrainingMode(index_loss=True)).report.by_layer().index_loss
+
+    shapes = Network(CONFIG, CACHES["plain"]).shapes(), jax.ShapeDtypeStruct((1, 16), jnp.int32)
     programs = [step(CACHES["plain"], 1), step(CACHES["plain"], 40), step(CACHES["fp8+mxfp4"], 1)]
+    programs.append(jax.make_jaxpr(index_losses)(*shapes))
     ran = {call for program in programs for call in calls(program.jaxpr)}
     assert ran == {
         (each.name, family) for each in operations(CACHES["plain"]).each() for family in each.kernels

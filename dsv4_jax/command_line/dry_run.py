@@ -1,6 +1,7 @@
 """What a training run would do, from shapes: nothing is allocated, and no device is asked for."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -10,10 +11,10 @@ from rich.table import Table
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.config import io as config_io
 from dsv4_jax.inspection.costs import count_mtp, count_parameters
-from dsv4_jax.inspection.training_cost import flops_per_token, optimizer_groups, training_bytes
+from dsv4_jax.inspection.training_cost import flops_per_token, training_bytes
 from dsv4_jax.model.initial import Network
-from dsv4_jax.parameters import DECAYED, Parameter
 from dsv4_jax.training.optimizer import split_trainable
+from dsv4_jax.training.optimizer_groups import Treated, partition
 from dsv4_jax.training.run_config import RunConfig
 
 
@@ -71,15 +72,18 @@ def print_model(config: RunConfig, model: ModelConfig, console: Console) -> None
 
 
 def _groups(config: RunConfig, model: ModelConfig) -> Table:
-    table = Table("group", "arrays", "parameters", "such as", title=f"optimizer: {config.optimizer}")
-    for group in optimizer_groups(model, group_of):
-        table.add_row(group.name, str(group.arrays), f"{group.elements:,}", group.example)
+    """The partition of the parameters, a line for each way in which some are treated."""
+    found: dict[tuple[str, bool], list[Treated]] = {}
+    for each in partition(model, config.optimizer):
+        found.setdefault((each.group, each.decayed), []).append(each)
+    table = Table("group", "arrays", "matrices", "parameters", "such as", title=f"{config.optimizer}")
+    for (group, decayed), rows in found.items():
+        name = "rule, no gradient" if group == "rule" else f"{group}, {'' if decayed else 'not '}decayed"
+        matrices = sum(count for each in rows for count, _, _ in each.matrices)
+        elements = sum(math.prod(each.shape) for each in rows)
+        shown = f"{matrices:,}" if matrices else ""
+        table.add_row(name, str(len(rows)), shown, f"{elements:,}", rows[0].path)
     return table
-
-
-def group_of(parameter: Parameter) -> str:
-    """What AdamW does with a parameter."""
-    return "AdamW, decayed" if parameter.role in DECAYED else "AdamW, not decayed"
 
 
 def moments_share(config: RunConfig, model: ModelConfig) -> float:

@@ -6,13 +6,25 @@ Imports are inside the functions, so that `dsv4 --help` does not wait for JAX.
 import json
 import pathlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import tyro
 
 from dsv4_jax.command_line import devices, processes, standard_streams
 from dsv4_jax.command_line.standard_streams import note
+from dsv4_jax.command_line.start import (
+    AllowLinks,
+    Checkpoint,
+    CompilationCache,
+    Destination,
+    Json,
+    Mesh,
+    Prompt,
+    prepare,
+    require,
+)
+from dsv4_jax.command_line.training_commands import train
 from dsv4_jax.errors import CheckpointError, ProblemsError
 
 DESCRIPTION = """\
@@ -24,30 +36,10 @@ looked up in the hub's local cache.
 examples:
   dsv4 quickstart
   dsv4 generate quickstart "def main("
+  dsv4 chat quickstart
   dsv4 train experiments/train_stdlib.py
   dsv4 inspect config.json
 """
-
-Checkpoint = Annotated[
-    tyro.conf.Positional[str],
-    tyro.conf.arg(metavar="CHECKPOINT", help="directory, or hf://org/name@revision"),
-]
-Destination = Annotated[tyro.conf.Positional[pathlib.Path], tyro.conf.arg(metavar="DESTINATION")]
-Prompt = Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[PROMPT]")]
-CompilationCache = Annotated[
-    bool, tyro.conf.arg(help="keep compiled programs under ~/.cache/dsv4_jax/compiled")
-]
-AllowLinks = Annotated[
-    pathlib.Path | None,
-    tyro.conf.arg(metavar="DIR", help="accept links of CHECKPOINT that lead into this directory"),
-]
-Mesh = Annotated[
-    str | None,
-    tyro.conf.arg(
-        metavar="AXIS=SIZE,...", help="devices to spread the model over, such as expert=8,tensor=2"
-    ),
-]
-Json = Annotated[bool, tyro.conf.arg(name="json", help="print one JSON object")]
 
 
 def generate(
@@ -94,7 +86,7 @@ def generate(
     given = completion.checked_request(prompt, ids, sampling)
     numbers = {"dtype": dtype, "numerics": numerics, "cache": cache}
     processes.join(hosts, mesh, {"prompt": given, "sampling": sampling, **numbers})
-    _prepare(compilation_cache)
+    prepare(compilation_cache)
     from dsv4_jax import loading
     from dsv4_jax.command_line import hub
     from dsv4_jax.refusing import refused_together
@@ -115,6 +107,63 @@ def generate(
     for piece in completion.stream(model, given, sampling):
         print(piece, end="", flush=True)
     print()
+
+
+def chat(
+    checkpoint: Checkpoint,
+    system: str | None = None,
+    effort: str | None = None,
+    chat_profile: str = "auto",
+    max_new_tokens: int = 2048,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    numerics: Literal["reference", "qat"] = "reference",
+    cache: Literal["plain", "fp8+fp8", "fp8+mxfp4"] = "plain",
+    mesh: Mesh = None,
+    allow_links: AllowLinks = None,
+    compilation_cache: CompilationCache = True,
+) -> None:
+    """Talk with a model. /help lists what can be typed; Ctrl-C ends an answer, Ctrl-D the conversation.
+
+    examples:
+      dsv4 chat quickstart
+      dsv4 chat DIRECTORY --effort max --system "Answer in one sentence."
+
+    Args:
+        system: what the model is told before everything else.
+        effort: how much it thinks before an answer, such as none, low, high or max.
+        chat_profile: words around tools and efforts: auto (of the checkpoint's encoding folder, read as text, or
+            our own without one), preview, official, own, or a file.
+        max_new_tokens: of one answer, thinking included.
+        temperature: 0 takes the most likely token each time.
+        top_p: draw from the most likely tokens that hold this probability together.
+        seed: of the first answer; each further one counts it up.
+        dtype: of parameters, activations and a plain cache.
+        numerics: qat rounds activations, cache and index scores as the official code does.
+        cache: how entries and indexer keys are kept, see `dsv4 generate --help`.
+    """
+    from dsv4_jax.command_line import chat as conversation
+    from dsv4_jax.serving.chat.manner import Manner, checked_manner
+
+    manner = checked_manner(Manner(True, "high", max_new_tokens, temperature, top_p, seed))
+    read_line = conversation.terminal_lines()
+    prepare(compilation_cache)
+    from dsv4_jax import loading
+    from dsv4_jax.command_line import hub
+    from dsv4_jax.serving.chat.profile import choose_profile
+    from dsv4_jax.serving.chat.session import ChatSession
+
+    directory = hub.locate(checkpoint, weights=True, announce=note)
+    profile, why = choose_profile(directory, chat_profile)
+    note(why)
+    numbers = {"dtype": dtype, "numerics": numerics, "cache": cache}
+    model = loading.load(directory, **numbers, allow_links=allow_links, mesh=mesh)
+    session = ChatSession(model, profile, system, manner)
+    for remark in conversation.begin(session, effort):
+        note(remark)
+    conversation.converse(session, read_line, sys.stdout, styled=sys.stdout.isatty())
 
 
 def inspect(
@@ -145,7 +194,7 @@ def inspect(
         rules: how the mesh is used (`sharding.rules`).
         rows: sequences of so much context over the whole mesh; one a device if not given.
     """
-    _require(devices.settings_problem)  # no device: everything is computed from shapes
+    require(devices.settings_problem)  # no device: everything is computed from shapes
     from dsv4_jax.command_line import hub, terminal
     from dsv4_jax.config import io as config_io
     from dsv4_jax.inspection import context_cost, costs, report
@@ -183,6 +232,49 @@ def inspect(
         report.print_context(cost, tables)
     if held is not None:
         report.print_mesh(held, tables)
+
+
+def evaluate(
+    checkpoint: Checkpoint,
+    files: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE")] = (),
+    seq_len: int = 4096,
+    batch_size: int = 1,
+    max_bytes: int = 1_000_000,
+    needles: Annotated[tuple[int, ...], tyro.conf.arg(metavar="LENGTH")] = (),
+    trials: int = 1,
+    seed: int = 0,
+    dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    mesh: Mesh = None,
+    allow_links: AllowLinks = None,
+    as_json: Json = False,
+    compilation_cache: CompilationCache = True,
+) -> None:
+    """Measure how well a model predicts text, and whether it finds needles in long contexts.
+
+    examples:
+      dsv4 eval quickstart --seq-len 256
+      dsv4 eval DIRECTORY --files "books/*.txt" --needles 4096 65536
+
+    Args:
+        files: UTF-8 texts, paths or patterns; by default the validation part of Python's standard library.
+        seq_len: tokens of context at most.
+        batch_size: rows that are computed together.
+        max_bytes: of text, whole files.
+        needles: also hide a number in contexts of so many tokens, at five depths, and ask for it.
+        trials: needles of each length and depth.
+        seed: of the needles.
+        dtype: of parameters and activations.
+    """
+    prepare(compilation_cache)
+    from dsv4_jax import loading
+    from dsv4_jax.command_line import evaluate as evaluation
+    from dsv4_jax.command_line import hub
+
+    directory = hub.locate(checkpoint, weights=True, announce=note)
+    model = loading.load(directory, dtype=dtype, allow_links=allow_links, mesh=mesh)
+    evaluation.show(
+        evaluation.evaluate(model, files, seq_len, batch_size, max_bytes, needles, trials, seed), as_json
+    )
 
 
 def verify(checkpoint: Checkpoint, allow_links: AllowLinks = None, as_json: Json = False) -> None:
@@ -233,7 +325,7 @@ def convert(
     from dsv4_jax.checkpoint.convert import convert_checkpoint
     from dsv4_jax.command_line import hub, terminal
 
-    _require(devices.device_problem)
+    require(devices.device_problem)
     directory = hub.locate(checkpoint, weights=True, announce=note)
     with terminal.byte_progress("reading") as reading, terminal.byte_progress("writing") as writing:
         warnings = convert_checkpoint(
@@ -281,70 +373,18 @@ def quickstart(
         seed: of parameters, data order and sampling.
         prompt: what the trained model continues.
     """
-    _prepare(compilation_cache)
+    prepare(compilation_cache)
     from dsv4_jax.command_line import quickstart as first_run
 
     first_run.quickstart(minutes=minutes, out=out, seed=seed, prompt=prompt)
-
-
-def train(
-    run: Annotated[
-        tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN", help="run file, or stdlib, smallest, flash")
-    ],
-    steps: int | None = None,
-    out: pathlib.Path | None = None,
-    resume: bool = False,
-    mesh: Mesh = None,
-    seed: int | None = None,
-    plot: bool = False,
-    tensorboard: bool = False,
-    profile_steps: Annotated[
-        tuple[int, int] | None, tyro.conf.arg(metavar="FIRST LAST", help="record them with jax.profiler")
-    ] = None,
-    dry_run: bool = False,
-    hosts: processes.Group = processes.ALONE,
-    compilation_cache: CompilationCache = True,
-) -> None:
-    """Train a model as a run file says, with saved states from which it goes on after an end of any kind.
-
-    A run file is a Python file with a function run() that returns a RunConfig; it is executed. Ctrl-C saves
-    the state and stops (130), SIGTERM too (143); a run that hangs ends with a dump of its stacks (75).
-
-    examples:
-      dsv4 train smallest --out first_run
-      dsv4 train experiments/train_stdlib.py --dry-run
-      dsv4 train experiments/train_stdlib.py --steps 400 --plot
-      dsv4 train experiments/train_stdlib.py --resume
-      dsv4 train flash --mesh fsdp=32,expert=8 --dry-run
-
-    Args:
-        steps: train so many instead of what the run says; its stages are cut, or the last one made longer.
-        out: folder for everything that the run writes, instead of the run's own.
-        resume: go on with the newest saved state in that folder.
-        seed: instead of the run's.
-        plot: draw loss, rates, gradient norms, expert loads and mHC gains at validations and at the end.
-        tensorboard: write event files too.
-        dry_run: show model, mesh, parameters by optimizer group, memory, stages and data; train nothing.
-    """
-    _require(devices.settings_problem)
-    from dsv4_jax.command_line import terminal
-    from dsv4_jax.command_line import train as training
-
-    changes = {"mesh": mesh, "seed": seed, "out": out, "steps": steps}
-    looks = {"plot": plot, "tensorboard": tensorboard, "profile_steps": profile_steps}
-    config = training.configured(run, **changes, **looks)
-    if dry_run:
-        training.show(config, terminal.Tables())
-        return
-    processes.join(hosts, config.mesh, {"run": config, "resume": resume})
-    _prepare(compilation_cache)
-    training.train(config, resume=resume)
 
 
 SUBCOMMANDS = {
     "quickstart": quickstart,
     "train": train,
     "generate": generate,
+    "chat": chat,
+    "eval": evaluate,
     "inspect": inspect,
     "verify": verify,
     "convert": convert,
@@ -389,25 +429,6 @@ def run(arguments: Sequence[str]) -> int:
         note(f"dsv4: a fault of this program, {name}: {fault}\n`python -X dev -m dsv4_jax` shows where")
         return 1
     return 0
-
-
-def _prepare(keep_programs: bool) -> None:
-    """A device to compute on, and the place where compiled programs are kept."""
-    _require(devices.device_problem)
-    if not keep_programs:
-        return
-    from dsv4_jax.command_line import compilation_cache
-
-    try:
-        compilation_cache.enable()
-    except compilation_cache.NoCache as why:
-        note(f"note: compiled programs are not kept: {why}")
-
-
-def _require(check: Callable[[], str | None]) -> None:
-    """Comes before the imports of modules that import JAX, so that its refusal is a sentence."""
-    if problem := check():
-        raise ProblemsError("cannot compute", [problem])
 
 
 if __name__ == "__main__":

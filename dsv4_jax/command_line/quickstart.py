@@ -39,7 +39,7 @@ from dsv4_jax.training.loss_curve import save_loss_curve
 from dsv4_jax.training.optimizer import Schedule
 from dsv4_jax.training.progress import TrainingDisplay, clock
 from dsv4_jax.training.recipe import QUICKSTART, Recipe, planned_steps
-from dsv4_jax.training.step import initial_state, validation_loss
+from dsv4_jax.training.step import StepSettings, initial_state, validation_loss
 from dsv4_jax.training.tokenizer import encode_documents, train_tokenizer
 from dsv4_jax.training.unigram import unigram_loss, unigram_probabilities
 
@@ -258,7 +258,7 @@ def _train(
     with InterruptRequest(announce) as interrupt, display:
         return train(
             Network(config, policy),
-            recipe.optimizer,
+            StepSettings(recipe.optimizer),
             schedule,
             initial_state(parameters, recipe.optimizer),
             rows,
@@ -293,7 +293,7 @@ def _record(result: TrainingResult, num_steps: int, seed: int, minutes: float, r
         "peak_learning_rate": recipe.peak_learning_rate,
         "training_seconds": round(result.seconds, 1),
         "steps": [
-            {key: round(value, 6) for key, value in report._asdict().items()} for report in result.reports
+            {key: round(value, 6) for key, value in report.scalars.items()} for report in result.reports
         ],
     }
 

@@ -1,8 +1,7 @@
-"""What a training run costs, from shapes: FLOPs of a token, bytes of a device, parameters by group."""
+"""What a training run costs, from shapes: FLOPs of a token, bytes of a device."""
 
 import dataclasses
 import math
-from collections.abc import Callable
 
 import jax
 
@@ -10,7 +9,6 @@ from dsv4_jax.config import ModelConfig
 from dsv4_jax.inspection.costs import count_mtp, count_parameters
 from dsv4_jax.inspection.spread import described_placement, parameter_rows
 from dsv4_jax.numerics.policy import Policy
-from dsv4_jax.parameters import WITHOUT_GRADIENT, Parameter, Path, parameters
 from pallas_kernels.chips import CHIPS
 from sharding.dispatch_cost import link_of
 from sharding.rules import TRAIN
@@ -55,40 +53,6 @@ def peak_flops(device: jax.Device) -> float | None:
         chip = CHIPS.get(link_of("tpu", device.device_kind))
         return None if chip is None else chip.bf16_flops
     return next((peak for name, peak in GPU_PEAKS.items() if name in device.device_kind), None)
-
-
-@dataclasses.dataclass(frozen=True)
-class Group:
-    """Parameters that are treated alike.
-
-    Attributes:
-        name: how.
-        arrays: how many.
-        elements: of all of them.
-        example: path of one.
-    """
-
-    name: str
-    arrays: int
-    elements: int
-    example: str
-
-
-def optimizer_groups(config: ModelConfig, group_of: Callable[[Parameter], str]) -> list[Group]:
-    """The parameter table by what the optimizer does with each, in the order in which they come.
-
-    Args:
-        config: of the model.
-        group_of: names the group of a parameter that has a gradient.
-    """
-    found: dict[str, list[tuple[Path, int]]] = {}
-    for path, parameter in parameters(config).items():
-        name = "no gradient" if parameter.role in WITHOUT_GRADIENT else group_of(parameter)
-        found.setdefault(name, []).append((path, parameter.size))
-    return [
-        Group(name, len(rows), sum(size for _, size in rows), "/".join(map(str, rows[0][0])))
-        for name, rows in found.items()
-    ]
 
 
 @dataclasses.dataclass(frozen=True)

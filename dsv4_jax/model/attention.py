@@ -6,7 +6,7 @@ One shared vector a token is both key and value.
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Float32, Int32
 
 from dsv4_jax.config import AttentionKind, ModelConfig
 from dsv4_jax.model.cache import LayerCache
@@ -19,6 +19,7 @@ from dsv4_jax.model.norm import rms_norm
 from dsv4_jax.model.operations import Operations, Queries
 from dsv4_jax.model.rope import Rotation, rotate
 from dsv4_jax.model.span import Blocks, Span
+from dsv4_jax.model.training_mode import INFERENCE, TrainingMode
 from dsv4_jax.numerics import cache_formats
 from dsv4_jax.numerics.grids import grids
 from dsv4_jax.numerics.policy import Policy
@@ -75,7 +76,8 @@ class Attention(nnx.Module):
         cache: LayerCache | None,
         repeat: Int32[Array, ""],
         collect: frozenset[str],
-    ) -> tuple[Float[Array, "B T D"], LayerCache | None, dict[str, jax.Array]]:
+        mode: TrainingMode = INFERENCE,
+    ) -> tuple[Float[Array, "B T D"], LayerCache | None, dict[str, jax.Array], Float32[Array, "B T"] | None]:
         """Attention of the tokens of one call (report, section 2.3).
 
         Args:
@@ -87,6 +89,10 @@ class Attention(nnx.Module):
             cache: None, or the layer's stack of states, updated in the returned copy.
             repeat: index into that stack.
             collect: "selected" and "attention" are returned by this sublayer (see `view`).
+            mode: of training; only without a cache.
+
+        Returns:
+            the result, the states, what was collected, and the indexer's loss of each token, if asked for.
         """
         batch, length = x.shape[:2]
         linear = self.operations.linear
@@ -117,7 +123,7 @@ class Attention(nnx.Module):
             )
             entries = Entries(stack, row)
             new_cache = new_cache and LayerCache(new_cache.window, state, new_cache.indexer)
-        if self.indexer is not None:
+        if self.indexer is not None and (mode.index_loss or not mode.dense):
             # Choosing entries is not differentiable: the indexer is trained by a loss of its own.
             fixed_x, fixed_latent = jax.lax.stop_gradient((x, latent))
             index_q, index_weights = self.indexer.queries(fixed_x, fixed_latent, rotation)
@@ -135,9 +141,14 @@ class Attention(nnx.Module):
             index_q,
             index_weights,
         )
-        seen = (queries, near, entries, index_keys, self.attn_sink[...].reshape(-1))
+        sink = self.attn_sink[...].reshape(-1)
         rounded = self.grids.rounds_scores
         sizes = {"window": self.window, "top_k": self.top_k, "rounded_scores": rounded}
+        index_losses = None
+        if index_keys is not None and mode.index_loss:
+            operands = (queries, near, entries, index_keys, sink)
+            index_losses = self.operations.index_loss(*operands, **sizes, of_chosen=not mode.dense)
+        seen = (queries, near, entries, None if mode.dense else index_keys, sink)
         if cache is not None and in_ring:
             o = self.operations.attend_cached(*seen, **sizes)
         else:
@@ -148,7 +159,7 @@ class Attention(nnx.Module):
         o = rotate(o, by_head.inverse).reshape(batch, length, groups, per_group, head_dim)
         a = self.operations.grouped_linear(flat(o), flat(self.wo_a[...]), out=(("G", 0), ("O", 1)))
         y = linear(to_grid(flat(a)), flat(self.wo_b[...]), over=(("G", groups), ("O", a.shape[-1])))
-        return pinned(y, "B T"), new_cache, taps
+        return pinned(y, "B T"), new_cache, taps, index_losses
 
     def _through_ring(self, ring, kv, span, in_ring, repeat):
         """The ring after the call, and what holds the window entries before and of the call.

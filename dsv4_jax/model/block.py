@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import jax
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Bool, Float, Int16, Int32
 
 from dsv4_jax.config import AttentionKind, ModelConfig, RouterKind
 from dsv4_jax.model.attention import Attention
@@ -16,6 +16,7 @@ from dsv4_jax.model.moe import MixtureOfExperts
 from dsv4_jax.model.operations import Operations
 from dsv4_jax.model.rope import Rotation
 from dsv4_jax.model.span import Blocks, Span
+from dsv4_jax.model.training_mode import INFERENCE, TrainingMode
 from dsv4_jax.numerics.policy import Policy
 
 
@@ -29,6 +30,8 @@ class Surroundings(NamedTuple):
     csa_blocks: Blocks
     hca_blocks: Blocks
     window_in_ring: bool  # a short call appended to a cache attends to its own rows in the windows' rings
+    mode: TrainingMode = INFERENCE
+    experts: Int16[Array, "*layers B T Ke"] | None = None  # given experts of each token; None: the router's
 
     def rotation(self, kind: AttentionKind) -> Rotation:
         """Angles at the tokens' positions for a layer of this kind."""
@@ -73,13 +76,14 @@ class Block(nnx.Module):
         streams = self.operations.pinned(streams, "B T N D")
         x, maps = self.hc_attn.enter(streams, self.attn_norm[...])
         where = (around.span, around.rotation(self.kind), around.blocks(self.kind), around.window_in_ring)
-        y, cache, taps = self.attn(x, *where, cache, repeat, collect)
+        y, cache, taps, index_losses = self.attn(x, *where, cache, repeat, collect, around.mode)
         taps |= {"attention_mixing": maps.comb}
 
         streams, x, maps = self.hc_ffn.advance(streams, y, maps, self.ffn_norm[...])
-        y, routing = self.ffn(x, around.span, repeat)
+        y, routing, clamped = self.ffn(x, around.span, repeat, around.experts)
         streams = self.hc_ffn.leave(streams, y, maps)
-        report = LayerReport.of(routing, around.counted, self.router == "learned")
+        learned = self.router == "learned"
+        report = LayerReport.of(routing, around.counted, learned, index_losses, clamped)
         shape = x.shape[:2]
         taps |= {
             "expert_mixing": maps.comb,

@@ -20,6 +20,7 @@ from dsv4_jax.model.transformer import Transformer
 from dsv4_jax.numerics.policy import Policy
 from dsv4_jax.parameter_shardings import parameter_shardings
 from dsv4_jax.parameters import INITIAL_VALUE, Parameter, Parameters, parameters
+from sharding.activations import Placement
 from sharding.placement import aligned, placed
 from sharding.rules import Rules
 
@@ -39,10 +40,14 @@ class Network(NamedTuple):
     policy: Policy
     operations: Operations | None = None  # None: what the policy says
 
+    @property
+    def placement(self) -> Placement | None:
+        """The mesh that it is spread over, and how it uses it; None: one device."""
+        return None if self.operations is None else self.operations.placement
+
     def put(self, x: jax.typing.ArrayLike, dims: str) -> jax.Array:
         """An array of the host on the model's devices, split by the rules for its dims (`Placement.put`)."""
-        placement = None if self.operations is None else self.operations.placement
-        return jnp.asarray(x) if placement is None else placement.put(x, dims)
+        return jnp.asarray(x) if self.placement is None else self.placement.put(x, dims)
 
     def shapes(self) -> Parameters:
         """The parameters as `jax.ShapeDtypeStruct`; nothing is allocated."""
@@ -50,9 +55,8 @@ class Network(NamedTuple):
 
     def holding(self, parameters: Parameters) -> Transformer:
         """The model with these parameters, arrays or tracers."""
-        placement = None if self.operations is None else self.operations.placement
         whole = {
-            key: tree if key == "stacks" else gathered(tree, (key,), self.config, placement)
+            key: tree if key == "stacks" else gathered(tree, (key,), self.config, self.placement)
             for key, tree in parameters.items()
         }
         return nnx.merge(_abstract(*self)[0], whole)

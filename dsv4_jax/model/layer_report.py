@@ -1,4 +1,4 @@
-"""What a layer says of its routing: two small numbers for training, reduced where the routing is made.
+"""What a layer says of itself: small numbers for training, reduced where they are made.
 
 Scores f32[B, T, E] of every layer would have to be kept for the backward pass; a report has the size of
 the experts. Formulas of the balance loss as in DeepSeek-V3 (arXiv 2412.19437); V4 report, section 4.2.
@@ -15,24 +15,41 @@ from pallas_kernels.precision import einsum_float32
 
 
 class LayerReport(NamedTuple):
-    """How one layer, or each repeat of a layer in a stack, used its experts in one call."""
+    """What one layer, or each repeat of a layer in a stack, did in one call; of the tokens that count."""
 
-    loads: Float32[Array, "*R E"]  # tokens of the call that each expert received, of those that count
+    loads: Float32[Array, "*R E"]  # tokens of the call that each expert received
     balance: Float32[Array, "*R"]  # balance loss, 1 = uniform; 0 for hash routing, which has none
+    index_loss: Float32[Array, "*R"]  # indexer loss, summed over tokens; 0 if not asked for, or no indexer
+    clamped: Float32[Array, "*R"]  # inputs of the shared expert's SwiGLU beyond its clamp, of 2 F a token
 
     @classmethod
-    def of(cls, routing: Routing, counted: Bool[Array, "B T"], is_learned: bool) -> Self:
+    def of(
+        cls,
+        routing: Routing,
+        counted: Bool[Array, "B T"],
+        is_learned: bool,
+        index_losses: Float32[Array, "B T"] | None = None,
+        clamped: Int32[Array, "*tokens"] | None = None,
+    ) -> Self:
         """The report of one layer.
 
         Args:
             routing: of all B T tokens.
             counted: tokens whose routing counts: no padding.
             is_learned: whether the layer's router learns what it chooses.
+            index_losses: of each token; None: 0.
+            clamped: how many inputs of its SwiGLU were clamped, for each of the B T tokens; None: 0.
         """
         experts = routing.experts.reshape(*counted.shape, -1)
         scores = routing.scores.reshape(*counted.shape, -1)
         loads = row_loads(experts, counted, scores.shape[-1]).sum(axis=0)
-        return cls(loads, balance_loss(scores, experts, counted) if is_learned else jnp.float32(0))
+        index_loss = hits = jnp.float32(0)
+        if index_losses is not None:
+            index_loss = jnp.sum(jnp.where(counted, index_losses, 0))
+        if clamped is not None:
+            hits = jnp.sum(jnp.where(counted, clamped.reshape(counted.shape), 0).astype(jnp.float32))
+        balance = balance_loss(scores, experts, counted) if is_learned else jnp.float32(0)
+        return cls(loads, balance, index_loss, hits)
 
     def stacked_once(self) -> Self:
         """The report of a layer without repeats, as a stack of one."""
@@ -45,12 +62,27 @@ class ModelReport(NamedTuple):
     stacks: tuple[tuple[LayerReport, ...], ...]  # [i][j] is of `stacks/i/blocks/j`, stacked over repeats
     mtp: tuple[LayerReport, ...] = ()  # [d] is of `mtp/d/block`, a stack of one
 
+    def by_layer(self) -> LayerReport:
+        """One report whose first axis is the layers, in order, the MTP blocks' after the model's."""
+        # [R] of each position of a unit become [R, positions], which is the order of the layers.
+        by_stack = [
+            jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=1).reshape(-1, *leaves[0].shape[1:]), *stack)
+            for stack in self.stacks
+        ]
+        return jax.tree.map(lambda *parts: jnp.concatenate(parts), *by_stack, *self.mtp)
+
+    def weighted(self, layers: Float32[Array, ""], further: Float32[Array, ""]) -> Self:
+        """The report with the balance losses of the model's layers, and of the MTP blocks, times a number."""
+
+        def times(report: LayerReport, weight: Float32[Array, ""]) -> LayerReport:
+            return report._replace(balance=report.balance * weight)
+
+        stacks = tuple(tuple(times(report, layers) for report in stack) for stack in self.stacks)
+        return self._replace(stacks=stacks, mtp=tuple(times(report, further) for report in self.mtp))
+
     def balance(self) -> Float32[Array, ""]:
         """The balance losses of all layers, summed."""
-        # [R] of each position of a unit become [R, positions], which is the order of the layers.
-        by_stack = [jnp.stack([report.balance for report in stack], axis=1) for stack in self.stacks]
-        layers = [*by_stack, *(report.balance for report in self.mtp)]
-        losses = jnp.concatenate([balance.reshape(-1) for balance in layers])
+        losses = self.by_layer().balance
         # One after the other: the order of a plain sum, and with it the last bit, is the compiler's choice.
         return jax.lax.scan(lambda total, loss: (total + loss, None), jnp.float32(0), losses)[0]
 

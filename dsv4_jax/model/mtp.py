@@ -43,14 +43,17 @@ class MultiTokenPrediction(nnx.Module):
         next_embedding: Float[Array, "B T D"],
         around: Surroundings,
         cache: LayerCache | None = None,
-    ) -> tuple[Float[Array, "B T D"], LayerReport, LayerCache | None]:
-        """Hidden states for the head, row t standing for token t + 2, the report of the layer, and its cache.
+        collect: frozenset[str] = frozenset(),
+    ) -> tuple[Float[Array, "B T D"], LayerReport, LayerCache | None, dict[str, jax.Array]]:
+        """Hidden states for the head, row t standing for token t + 2, the report of the layer, its cache, and
+        what was to be collected.
 
         Args:
             streams: backbone streams after the last layer, before collapse and norm.
             next_embedding: embedding of token t + 1 beside the streams of token t.
             around: positions of the tokens t.
             cache: None for whole sequences; else the block's own, which holds the rows before these.
+            collect: names from `transformer.TAPS`.
         """
         to_grid = self.grids.activation
         e = to_grid(rms_norm(next_embedding, self.enorm[...], self.eps))
@@ -60,5 +63,5 @@ class MultiTokenPrediction(nnx.Module):
         graph, state = nnx.split(self.block)
         block = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[0], state))
         x = (e[:, :, None] + h).astype(streams.dtype)
-        x, cache, report, _ = block(x, around, cache, jnp.int32(0), frozenset())
-        return rms_norm(self.hc_head(x), self.norm[...], self.eps), report.stacked_once(), cache
+        x, cache, report, taps = block(x, around, cache, jnp.int32(0), collect)
+        return rms_norm(self.hc_head(x), self.norm[...], self.eps), report.stacked_once(), cache, taps

@@ -71,6 +71,7 @@ class Operations:
     attend: Operation  # queries, line, entries, index keys, sink: `core_attention.attend`
     attend_cached: Operation  # queries, ring, entries, index keys, sink: `core_attention.attend_cached`
     view: Operation  # as `attend`, and what to collect: `core_attention.view`
+    index_loss: Operation  # queries, line, entries, index keys, sink: `core_attention.index_loss`
     enter: Operation  # streams, fn, base, scale, norm: `hyper_connection.pre`
     leave: Operation  # streams, update, maps: `hyper_connection.post`
     advance: Operation  # streams, update, maps, fn, base, scale, norm: `hyper_connection.post_pre`
@@ -153,6 +154,7 @@ def _bound(policy: Policy, hyper_connection_blocks: HyperConnectionBlocks | None
             attend=Operation("attend", core_attention.attend, (("impl", "xla"),)),
             attend_cached=Operation("attend_cached", core_attention.attend_cached, (("impl", "xla"),)),
             view=Operation("view", core_attention.view),
+            index_loss=Operation("index_loss", core_attention.index_loss, (("impl", "xla"),)),
             enter=Operation("enter", hyper_connection_xla.pre_xla),
             leave=Operation("leave", hyper_connection_xla.expand),
             advance=Operation("advance", hyper_connection_xla.post_pre_xla),
@@ -191,6 +193,9 @@ def _bound(policy: Policy, hyper_connection_blocks: HyperConnectionBlocks | None
             ("indexer", "decode_attention"),
         ),
         view=Operation("view", core_attention.view),
+        index_loss=Operation(
+            "index_loss", core_attention.index_loss, (("impl", "pallas"), *how), ("indexer",)
+        ),
         enter=Operation("enter", hyper_connection.pre, sized, streams),
         leave=Operation("leave", hyper_connection.post, sized, streams),
         advance=Operation("advance", hyper_connection.post_pre, sized, streams),

@@ -12,6 +12,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from pallas_kernels.compressor.op import SPLITS as COMPRESSOR
+from pallas_kernels.core_attention.index_loss import SPLITS as INDEX_LOSS
 from pallas_kernels.core_attention.op import SPLITS as ATTENTION
 from pallas_kernels.entry_write.op import SPLITS as ENTRIES
 from pallas_kernels.hyper_connection.op import SPLITS as STREAMS
@@ -40,6 +41,7 @@ BY_ROWS: dict[str, tuple[Splits, str, str]] = {
     "store": (ENTRIES["write_entries"], "B", ""),
     "attend": (ATTENTION["attend"], "B", "H"),
     "attend_cached": (ATTENTION["attend_cached"], "B", "H"),
+    "index_loss": (INDEX_LOSS["index_loss"], "B", ""),
     "enter": (STREAMS["pre"], "tokens", ""),
     "leave": (STREAMS["post"], "tokens", ""),
     "advance": (STREAMS["post_pre"], "tokens", ""),

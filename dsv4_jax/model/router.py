@@ -57,10 +57,21 @@ class Router(nnx.Module):
         self.scaling = config.routed_scaling_factor
         self.operations = operations
 
-    def __call__(self, x: Float[Array, "*tokens D"], ids: Int32[Array, "*tokens"]) -> Routing:
-        """Routes each token; ties in the biased score go to the lowest expert."""
+    def __call__(
+        self,
+        x: Float[Array, "*tokens D"],
+        ids: Int32[Array, "*tokens"],
+        given: Int32[Array, "*tokens Ke"] | None = None,
+    ) -> Routing:
+        """Routes each token; ties in the biased score go to the lowest expert.
+
+        With `given` those are the experts, of older parameters for instance, and the scores of this call
+        weigh them (report, section 4.2.3).
+        """
         scores = sqrt_softplus(project_float32(x, self.weight[...]))
-        if self.tid2eid is not None:
+        if given is not None:
+            experts = given
+        elif self.tid2eid is not None:
             experts = self.operations.look_up(self.tid2eid[...], ids)
         else:
             biased = jax.lax.stop_gradient(scores + self.bias[...])

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Float, Float32, Int16, Int32
 
 from dsv4_jax.config import AttentionKind, LayerStack, ModelConfig, layer_stacks
 from dsv4_jax.model import rope
@@ -30,6 +30,7 @@ from dsv4_jax.model.mtp import MultiTokenPrediction
 from dsv4_jax.model.norm import rms_norm
 from dsv4_jax.model.operations import Operations, operations
 from dsv4_jax.model.span import Span
+from dsv4_jax.model.training_mode import INFERENCE, TrainingMode
 from dsv4_jax.numerics.policy import Policy
 from dsv4_jax.parameters import parameters, row_at
 from pallas_kernels.formats.weights import is_quantized
@@ -106,7 +107,12 @@ class Transformer(nnx.Module):
         return self.operations.embed(self.embed[...], ids).astype(self.policy.compute_dtype)
 
     def __call__(
-        self, span: Span, cache: Cache | None = None, collect: frozenset[str] = frozenset()
+        self,
+        span: Span,
+        cache: Cache | None = None,
+        collect: frozenset[str] = frozenset(),
+        mode: TrainingMode = INFERENCE,
+        experts: Int16[Array, "L B T Ke"] | None = None,
     ) -> Forward:
         """Runs the layers over the tokens of one call (report, section 2).
 
@@ -116,15 +122,19 @@ class Transformer(nnx.Module):
                 valid tokens too; capacity is the caller's to check. With a slot for the MTP block, that runs
                 over the call's tokens as well.
             collect: names from `TAPS`.
+            mode: of training; without a cache only.
+            experts: the experts of every token in every layer, instead of the routers' choice; likewise.
 
         Raises:
-            ValueError: for packed rows with a cache, or unknown taps.
+            ValueError: for packed rows, a mode of training or given experts with a cache, or unknown taps.
         """
         if cache is not None and span.is_packed:
             raise ValueError("packed rows have no cache: append each sequence to a row of its own")
+        if cache is not None and (mode != INFERENCE or experts is not None):
+            raise ValueError("a call with a cache is inference: it has no mode of training, no given experts")
         if unknown := collect - TAPS.keys():
             raise ValueError(f"unknown taps {sorted(unknown)}; there are {sorted(TAPS)}")
-        around = self.surroundings(span, cache)
+        around = self.surroundings(span, cache)._replace(mode=mode)
         e = self.embedding(span.ids)
         shape = (*e.shape[:2], self.config.hc_mult, e.shape[2])
         streams = self.operations.pinned(jnp.broadcast_to(e[:, :, None], shape), "B T N D")
@@ -133,6 +143,8 @@ class Transformer(nnx.Module):
         taps: list[dict[str, jax.Array]] = []
         for index, stack in enumerate(layer_stacks(self.config)):
             before = None if cache is None else cache.layers[index]
+            if experts is not None:
+                around = around._replace(experts=_experts_of(experts, stack))
             streams, after, report, seen = run_stack(
                 self.stacks[index],
                 stack.repeats,
@@ -218,7 +230,9 @@ class Transformer(nnx.Module):
         self,
         streams: Float[Array, "B T N D"],
         span: Span,
-    ) -> tuple[Float[Array, "B T-1 D"], LayerReport]:
+        collect: frozenset[str] = frozenset(),
+        experts: Int16[Array, "B T-1 Ke"] | None = None,
+    ) -> tuple[Float[Array, "B T-1 D"], LayerReport, dict[str, jax.Array]]:
         """MTP hidden states: row t, from the streams at t and token t + 1, predicts token t + 2.
 
         The report of its layer counts the rows whose two tokens are of one segment: the last token of a
@@ -227,6 +241,8 @@ class Transformer(nnx.Module):
         Args:
             streams: backbone streams after the last layer, of the same span.
             span: without a cache. A row's last token has no successor, so T - 1 rows come back.
+            collect: names from `TAPS`, of the block's layer; returned last.
+            experts: of every row, instead of the router's choice.
 
         Raises:
             ValueError: if the model has no MTP block.
@@ -237,10 +253,11 @@ class Transformer(nnx.Module):
         here = dataclasses.replace(span, ids=span.ids[:, :-1], position=span.position[:, :-1], valid=valid)
         # A position counts from the start of its segment, so only a successor's is one more.
         follows = span.position[:, 1:] == span.position[:, :-1] + 1
-        around = self.surroundings(here, None)._replace(counted=valid & follows)
+        around = self.surroundings(here, None)._replace(counted=valid & follows, experts=experts)
 
         def further(streams, following):
-            return self.mtp[0](streams, following, around)[:2]
+            hidden, report, _, taps = self.mtp[0](streams, following, around, None, collect)
+            return hidden, report, taps
 
         if self.policy.remat == "unit":
             further = jax.checkpoint(further)
@@ -274,7 +291,7 @@ class Transformer(nnx.Module):
         line = jnp.concatenate([waiting, streams], axis=1)
         line = jnp.take_along_axis(line, place[..., None, None], axis=1, mode="clip")
         around = self.surroundings(here, cache)
-        hidden, _, layer = self.mtp[0](line, self.embedding(following), around, cache.mtp.layer)
+        hidden, _, layer, _ = self.mtp[0](line, self.embedding(following), around, cache.mtp.layer)
         ring = write_ring(cache.mtp.streams, jnp.int32(0), streams, span.start, span.num_valid)
         return hidden, MtpCache(ring, layer)
 
@@ -308,7 +325,10 @@ def run_stack(
         after, reports, taps = [], [], []
         for index, block in enumerate(nnx.merge(graph, gather(parameters)).blocks):
             cache = None if caches is None else caches[index]
-            streams, cache, report, seen = block(streams, around, cache, repeat, collect)
+            here = around
+            if around.experts is not None:
+                here = around._replace(experts=around.experts[repeat, index])
+            streams, cache, report, seen = block(streams, here, cache, repeat, collect)
             after.append(cache)
             reports.append(report)
             taps.append(seen)
@@ -334,6 +354,13 @@ def run_stack(
     (streams, caches), (reports, taps) = jax.lax.scan(step, (streams, caches), xs)
     by_layer = [jax.tree.map(lambda leaf, r=r: leaf[r], seen) for r in range(repeats) for seen in taps]
     return streams, caches, reports, by_layer
+
+
+def _experts_of(experts: Int16[Array, "L B T Ke"], stack: LayerStack) -> Int16[Array, "R P B T Ke"]:
+    """Those of the stack's layers, by repeat and position in the unit."""
+    count = stack.repeats * len(stack.kinds)
+    own = experts[stack.first_layer : stack.first_layer + count]
+    return own.reshape(stack.repeats, len(stack.kinds), *experts.shape[1:])
 
 
 def _one_repeat(states: dict[str, Any], repeat: Int32[Array, ""], in_place: bool) -> dict[str, Any]:

@@ -9,12 +9,15 @@ from jaxtyping import Array, Float32, Num
 
 from dsv4_jax.model.layer_report import LayerReport, ModelReport
 from dsv4_jax.parameters import Path, row_at
+from pallas_kernels.formats.weights import is_quantized
 
 BIAS_SPEED = 0.001
 
 
 def updated_bias(
-    bias: Float32[Array, "*layers E"], loads: Num[Array, "*layers E"], speed: float = BIAS_SPEED
+    bias: Float32[Array, "*layers E"],
+    loads: Num[Array, "*layers E"],
+    speed: float | Float32[Array, ""] = BIAS_SPEED,
 ) -> Float32[Array, "*layers E"]:
     """bias_e + speed * sign(mean(n) - n_e); exactly equal load changes nothing.
 
@@ -29,7 +32,9 @@ def updated_bias(
     return bias - jnp.float32(speed) * jnp.sign(excess)
 
 
-def balanced_parameters(fixed: dict, report: ModelReport, speed: float = BIAS_SPEED) -> dict:
+def balanced_parameters(
+    fixed: dict, report: ModelReport, speed: float | Float32[Array, ""] = BIAS_SPEED
+) -> dict:
     """The parameters without gradients after one application of the rule; hash tables stay.
 
     Args:
@@ -50,4 +55,4 @@ def balanced_parameters(fixed: dict, report: ModelReport, speed: float = BIAS_SP
             return leaf
         return updated_bias(leaf, layer(keys).loads, speed)
 
-    return jax.tree_util.tree_map_with_path(update, fixed)
+    return jax.tree_util.tree_map_with_path(update, fixed, is_leaf=is_quantized)

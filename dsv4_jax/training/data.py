@@ -1,12 +1,13 @@
-"""Packed rows of a fixed length, drawn in an order that depends on a seed and the step alone.
+"""Batches of packed rows: what training consumes, and the rows of documents that fit into memory.
 
-A row is `seq_len` consecutive tokens of documents laid end to end; what belongs to different documents
-gets different segment ids.
-Any batch can be made without making those before it, so a run restarts exactly from its step number.
+`TrainingRows` draws its rows in an order that depends on a seed and the step alone. A row is `seq_len`
+consecutive tokens of documents laid end to end; what belongs to different documents gets different segment
+ids. Any batch can be made without making those before it, so a run restarts exactly from its step number.
+Sources of any size are `sources`, which give a `BatchStream`.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -17,10 +18,30 @@ PADDING_SEGMENT = 0
 
 
 class Batch(NamedTuple):
-    """Packed rows; numpy or jax arrays, i32[B, T] each."""
+    """Packed rows; numpy or jax arrays, i32[B, T] each, and bool[B, T] or None.
+
+    Attributes:
+        tokens: 0 where empty.
+        segment_ids: 1, 2, ... from the left of each row; 0 where empty.
+        counts: whether a token is a target of the loss (assistant tokens of a chat); None: all of them.
+    """
 
     tokens: np.ndarray
-    segment_ids: np.ndarray  # 1, 2, ... from the left of each row; 0 where empty
+    segment_ids: np.ndarray
+    counts: np.ndarray | None = None
+
+
+class BatchStream(Protocol):
+    """Batches without end, from which a run can go on where it was."""
+
+    def __next__(self) -> Batch:
+        """The next batch, or this process' rows of it."""
+
+    def state(self) -> dict:
+        """Where the stream stands, as a small JSON object; the batches that follow depend on it alone."""
+
+    def restore(self, state: dict) -> None:
+        """Goes to where `state` was taken."""
 
 
 def _pack(tokens: np.ndarray, documents: np.ndarray, num_valid: np.ndarray) -> Batch:

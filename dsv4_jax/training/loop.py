@@ -13,8 +13,8 @@ import numpy as np
 
 from dsv4_jax.model.initial import Network
 from dsv4_jax.training.data import TrainingRows
-from dsv4_jax.training.optimizer import AdamW, Schedule
-from dsv4_jax.training.step import StepReport, TrainState, train_step
+from dsv4_jax.training.optimizer import Schedule
+from dsv4_jax.training.step import Rates, StepReport, StepSettings, TrainState, train_step
 
 Ending = Literal["finished", "interrupted", "terminated", "out of time"]
 
@@ -70,14 +70,14 @@ class TrainingResult:
     """What came out of a loop."""
 
     state: TrainState
-    reports: tuple[StepReport, ...]  # of each step, Python floats
+    reports: tuple[StepReport, ...]  # of each step, Python floats; the loads are numpy
     ending: Ending
     seconds: float  # of the loop, compilation included
 
 
 def train(
     network: Network,
-    optimizer: AdamW,
+    settings: StepSettings,
     schedule: Schedule,
     state: TrainState,
     rows: TrainingRows,
@@ -96,7 +96,7 @@ def train(
 
     Args:
         network: the model.
-        optimizer: its settings; schedule: learning rates and number of steps.
+        settings: of its steps; schedule: learning rates and number of steps.
         state: consumed (its buffers are donated).
         rows: batches by step number.
         on_step: called with the report of every step, in order, after the next step has started.
@@ -107,15 +107,17 @@ def train(
     reports: list[StepReport] = []
 
     def fetch(report: StepReport) -> None:
-        reports.append(StepReport(*map(float, jax.device_get(report))))
+        report = jax.device_get(report)
+        numbers = {name: float(value) for name, value in report.scalars.items()}
+        reports.append(StepReport(**numbers, loads=np.asarray(report.loads)))
         on_step(reports[-1])
 
     running: StepReport | None = None  # of the last step that was started, still on the device
     ending: Ending = "finished"
     for step in range(int(state.step), schedule.num_steps):
-        rate = np.float32(schedule.learning_rate(step))
+        rates = Rates(np.float32(schedule.learning_rate(step)))
         previous = running
-        state, running = train_step(network, optimizer, state, rows.batch(step), rate)
+        state, running = train_step(network, settings, state, rows.batch(step), rates)
         if previous is not None:
             fetch(previous)
         if step + 1 == schedule.num_steps:

@@ -1,6 +1,7 @@
-"""AdamW with warm-up and decay, over the part of the parameter tree that has gradients.
+"""AdamW and plain SGD over the part of the parameter tree that has gradients, and the rate of each step.
 
-Report, sections 2.4 and 4.2.2, for what AdamW treats; here it treats the matrices too (Muon is to come).
+Report, sections 2.4 and 4.2.2, for what AdamW treats; these settings treat the matrices by it too, for
+comparisons. The report's own, Muon for matrices, is `muon.Muon`.
 """
 
 import dataclasses
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from dsv4_jax.parameters import DECAYED, WITHOUT_GRADIENT, Path, Role, row_at
+from sharding.activations import Placement
 
 Params = dict  # nested dict of arrays, keyed by names and layer numbers
 
@@ -47,16 +49,33 @@ class AdamW:
     weight_decay: float = 0.1
     max_grad_norm: float = 1.0
 
-    def transform(self) -> optax.GradientTransformation:
+    def transform(self, placement: Placement | None = None) -> optax.GradientTransformation:
         """Clipping by global norm, Adam, decoupled decay on matrices; the learning rate is not in it.
 
         The rate comes in as data (`apply_updates`), so that runs of different lengths share a program.
+
+        Args:
+            placement: of the parameters on a mesh; it makes no difference here.
         """
         return optax.chain(
             optax.clip_by_global_norm(self.max_grad_norm),
             optax.scale_by_adam(self.beta1, self.beta2, self.epsilon),
             optax.add_decayed_weights(self.weight_decay, decay_mask),
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class Sgd:
+    """Gradients as they are, for comparing steps with others': no momentum, no decay, and no clip unless
+    there is a norm for it."""
+
+    max_grad_norm: float | None = None
+
+    def transform(self, placement: Placement | None = None) -> optax.GradientTransformation:
+        """As `AdamW.transform`."""
+        if self.max_grad_norm is None:
+            return optax.identity()
+        return optax.clip_by_global_norm(self.max_grad_norm)
 
 
 def apply_updates(params: Params, updates: Params, learning_rate: jax.Array) -> Params:

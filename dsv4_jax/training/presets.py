@@ -8,7 +8,7 @@ from dsv4_jax.numerics.policy import Policy
 from dsv4_jax.training.recipe import QUICKSTART
 from dsv4_jax.training.run_config import Checkpoints, Logging, RunConfig, Stage, Validation
 from dsv4_jax.training.schedules import BatchRamp, LearningRate
-from dsv4_jax.training.stepping import StandardLibrary
+from dsv4_jax.training.sources import StandardLibrary
 
 PROMPT = "def "
 
@@ -51,7 +51,11 @@ def smallest() -> RunConfig:
         checkpoints=Checkpoints(every=5),
         logging=Logging(every=1),
         validation=Validation(
-            StandardLibrary(300_000, "validation"), every=6, num_batches=2, prompt=PROMPT, sample_tokens=8
+            StandardLibrary(300_000, part="validation"),
+            every=6,
+            num_batches=2,
+            prompt=PROMPT,
+            sample_tokens=8,
         ),
     )
 

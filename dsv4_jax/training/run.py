@@ -26,8 +26,7 @@ from dsv4_jax.training.metrics import Goodput
 from dsv4_jax.training.run_config import Place, RunConfig
 from dsv4_jax.training.saved_states import Restored, SavedStates
 from dsv4_jax.training.stage_streams import Streams, stage_seed
-from dsv4_jax.training.step import StepReport, TrainState, validation_loss
-from dsv4_jax.training.stepping import Rates, StepSettings, train_step
+from dsv4_jax.training.step import Rates, StepReport, StepSettings, TrainState, train_step, validation_loss
 from dsv4_jax.training.watchdog import Watchdog
 from sharding.agreement import collected
 from sharding.host_values import fetched
@@ -221,9 +220,9 @@ class _Session:
         """Waits for a step's numbers, tells them, and judges them."""
         if done is None:
             return Finding()
-        report = fetched(done.report)._asdict()
-        loads = report.pop("loads", None)
-        numbers = {name: float(value) for name, value in report.items()}
+        report = fetched(done.report)
+        loads = report.loads
+        numbers = {name: float(value) for name, value in report.scalars.items()}
         now = time.monotonic() - self.goodput.besides
         rates = {f"rate_{name}": float(rate) for name, rate in done.rates._asdict().items()}
         record = {"step": done.step, "stage": done.place.stage, "tokens": done.tokens, **numbers, **rates}

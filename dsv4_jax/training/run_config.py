@@ -14,10 +14,11 @@ from dsv4_jax.config import ModelConfig
 from dsv4_jax.config.quantities import integer_problem, seed_problem
 from dsv4_jax.errors import ConfigError
 from dsv4_jax.numerics.policy import Policy
+from dsv4_jax.training.data import BatchStream
 from dsv4_jax.training.health import Health
 from dsv4_jax.training.optimizer import AdamW
 from dsv4_jax.training.schedules import BatchRamp, LearningRate, LossWeights, as_float32
-from dsv4_jax.training.stepping import BatchStream, Rates, StepSettings
+from dsv4_jax.training.step_settings import Optimizer, Rates, StepSettings
 from sharding.mesh import MeshError, parse
 
 RULES = "train"
@@ -191,7 +192,7 @@ class RunConfig:
     source: Source
     stages: tuple[Stage, ...]
     learning_rate: LearningRate
-    optimizer: Any = AdamW()
+    optimizer: Optimizer = AdamW()
     losses: LossWeights = LossWeights()
     tokenizer: pathlib.Path | None = None
     mesh: str | None = None

@@ -4,9 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from dsv4_jax.training.data import Batch
+from dsv4_jax.training.data import Batch, BatchStream
 from dsv4_jax.training.run_config import Place, RunConfig
-from dsv4_jax.training.stepping import BatchStream
 
 
 class Streams:

@@ -1,6 +1,8 @@
-"""One training step: forward, losses, gradients, AdamW and the balance rule in a single compiled call."""
+"""One training step: forward, losses, gradients, update and the balance rule in a single compiled call."""
 
+import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -9,16 +11,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Float32, Int32
+from jaxtyping import Array, Float32, Int16, Int32
 
 from dsv4_jax.model import span as spans
 from dsv4_jax.model.initial import Network
 from dsv4_jax.model.layer_report import ModelReport
-from dsv4_jax.model.transformer import Transformer
 from dsv4_jax.training.balance import balanced_parameters
+from dsv4_jax.training.batch_losses import BatchTotals
+from dsv4_jax.training.batch_losses import forward_losses as forward_losses
 from dsv4_jax.training.data import Batch
-from dsv4_jax.training.loss import LossParts, Targets, mean_cross_entropy, shifted_targets
-from dsv4_jax.training.optimizer import AdamW, Params, apply_updates, merge_params, split_trainable
+from dsv4_jax.training.loss import LossParts, mean_cross_entropy, shifted_targets
+from dsv4_jax.training.optimizer import Params, apply_updates, merge_params, split_trainable
+from dsv4_jax.training.step_settings import Optimizer as Optimizer
+from dsv4_jax.training.step_settings import Rates as Rates
+from dsv4_jax.training.step_settings import StepSettings as StepSettings
+from dsv4_jax.training.trained_parts import moments_after, moved_by, of_indexer, parted
 
 
 class TrainState(NamedTuple):
@@ -36,16 +43,27 @@ class TrainState(NamedTuple):
 
 
 class StepReport(NamedTuple):
-    """What a step measured before its update, f32[] each."""
+    """What a step measured before its update, f32[] each but the loads."""
 
     loss: Float32[Array, ""]  # the weighted total
     main: Float32[Array, ""]  # nats per token
     mtp: Float32[Array, ""]  # nats per token
     balance: Float32[Array, ""]  # mean over learned layers, 1 = uniform
-    grad_norm: Float32[Array, ""]  # before clipping
+    grad_norm: Float32[Array, ""]  # before clipping, of everything but the indexers; 0 in their warm-up
+    indexer: Float32[Array, ""]  # nats per token, mean over layers with an indexer; 0 where they do not train
+    indexer_grad_norm: Float32[Array, ""]  # before clipping
+    z: Float32[Array, ""]  # mean squared log-sum-exp of the head's logits; 0 without a z-loss
+    clamped: Float32[Array, ""]  # share of the shared experts' SwiGLU inputs that the clamp changed
+    learning_rate: Float32[Array, ""]
+    loads: Float32[Array, "layers E"]  # tokens of each expert, the MTP block's layer last
+
+    @property
+    def scalars(self) -> dict[str, Float32[Array, ""]]:
+        """All but the loads, by name."""
+        return {name: value for name, value in self._asdict().items() if name != "loads"}
 
 
-def initial_state(params: Params, optimizer: AdamW) -> TrainState:
+def initial_state(params: Params, optimizer: Optimizer) -> TrainState:
     """The state before the first step. The parameters' buffers are used, and later donated, as they are; what
     goes with a parameter lies where it does, and counters are on all devices of the parameters."""
     trained, fixed = split_trainable(params)
@@ -61,64 +79,151 @@ def initial_state(params: Params, optimizer: AdamW) -> TrainState:
     return TrainState(trained, fixed, moments, placed(jnp.int32(0)))
 
 
-def forward_losses(model: Transformer, batch: Batch) -> tuple[LossParts, ModelReport]:
-    """The terms of the loss of one batch, and what the layers report of their routing."""
-    tokens, segments = jnp.asarray(batch.tokens), jnp.asarray(batch.segment_ids)
-    span = spans.packed(tokens, segments)
-    forward = model(span)
-    cross_entropy = model.operations.cross_entropy
-    targets = shifted_targets(tokens, segments, 1)
-    main = mean_cross_entropy(model.hidden(forward.streams), model.head[...], targets, cross_entropy)
-    mtp, report = jnp.float32(0), forward.report
-    if model.mtp:
-        hidden, mtp_report = model.predict_further(forward.streams, span)
-        report = report._replace(mtp=(mtp_report,))
-        targets = shifted_targets(tokens, segments, 2)
-        targets = Targets(targets.ids[:, :-1], targets.valid[:, :-1])
-        mtp = mean_cross_entropy(hidden, model.head[...], targets, cross_entropy)
-    return LossParts(main, mtp, report.balance()), report
-
-
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
 def train_step(
     network: Network,
-    optimizer: AdamW,
+    settings: StepSettings,
     state: TrainState,
     batch: Batch,
-    learning_rate: Float32[Array, ""],
+    rates: Rates,
+    experts: Int16[Array, "layers B T Ke"] | None = None,
 ) -> tuple[TrainState, StepReport]:
     """One step. The given state is consumed (its buffers are donated).
 
     Args:
         network: the model that the parameters belong to.
-        optimizer: its settings.
+        settings: what is compiled in.
         state: from `initial_state` or an earlier step.
         batch: packed rows i32[B, T].
-        learning_rate: of this step.
+        rates: of this step.
+        experts: of every token, by older parameters (`anticipatory_routing.chosen_experts`); None: by these.
 
     Returns:
         The next state, and what the step measured before updating.
+
+    Raises:
+        ValueError: for rows that cannot be split into `settings.accumulate` equal parts.
     """
-
-    def loss(trained: Params) -> tuple[jax.Array, tuple[LossParts, ModelReport]]:
-        model = network.holding(merge_params(trained, state.fixed))
-        parts, layers = forward_losses(model, batch)
-        return parts.total(), (parts, layers)
-
-    (total, (parts, layers)), grads = jax.value_and_grad(loss, has_aux=True)(state.trained)
-    with jax.enable_x64(False):  # Optax leaves the type of Adam's bias correction to JAX's default.
-        updates, moments = optimizer.transform().update(grads, state.moments, state.trained)
-    num_learned = network.config.router_kinds.count("learned") + len(layers.mtp)
+    moving, still = parted(state.trained, moved_by(settings.indexer))
+    constant = merge_params(still, state.fixed)
+    measured, gradients = _gradients(network, settings, moving, constant, batch, rates, experts)
+    total, parts, layers, tokens = measured
+    rate = jnp.asarray(rates.learning_rate, jnp.float32)
+    trained, moments = _updated(network, settings, state, still, gradients, rate)
+    of_indexers, of_backbone = parted(gradients, of_indexer)
+    by_layer = layers.by_layer()
+    config = network.config
+    num_learned = config.router_kinds.count("learned") + len(layers.mtp)
+    num_indexers = config.attention_kinds.count("csa")
+    num_inputs = tokens * (2 * config.moe_intermediate_size * len(by_layer.clamped))
     report = StepReport(
-        total,
-        parts.main,
-        parts.mtp,
-        parts.balance / max(num_learned, 1),
-        jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(grads))),
+        loss=total,
+        main=parts.main,
+        mtp=parts.mtp,
+        balance=parts.balance / max(num_learned, 1),
+        grad_norm=_norm(of_backbone),
+        indexer=parts.indexer / max(num_indexers, 1),
+        indexer_grad_norm=_norm(of_indexers),
+        z=parts.z,
+        clamped=by_layer.clamped.sum() / jnp.maximum(num_inputs, 1.0),
+        learning_rate=rate,
+        loads=by_layer.loads,
     )
-    trained = apply_updates(state.trained, updates, learning_rate)
-    fixed = balanced_parameters(state.fixed, layers)
+    fixed = state.fixed
+    if settings.indexer != "warm-up":
+        fixed = balanced_parameters(fixed, layers, rates.bias_speed)
     return TrainState(trained, fixed, moments, state.step + 1), report
+
+
+class _Measured(NamedTuple):
+    total: Float32[Array, ""]
+    parts: LossParts
+    layers: ModelReport
+    tokens: Float32[Array, ""]  # valid ones
+
+
+def _gradients(
+    network: Network,
+    settings: StepSettings,
+    moving: Params,
+    still: Params,
+    batch: Batch,
+    rates: Rates,
+    experts: jax.Array | None,
+) -> tuple[_Measured, Params]:
+    """What the batch measures, and the gradients of `moving`; a part of the rows at a time."""
+    totals = BatchTotals.of(batch)
+    z_weight = jnp.asarray(rates.z, jnp.float32) if settings.z_loss else None
+
+    def loss(moving: Params, batch: Batch, experts: jax.Array | None) -> tuple[jax.Array, _Measured]:
+        model = network.holding(merge_params(moving, still))
+        whole = None if settings.accumulate == 1 else totals
+        parts, layers = forward_losses(model, batch, settings.mode, whole, experts, z_weight)
+        objective = total = parts.total(rates)
+        if settings.indexer == "warm-up":
+            objective = rates.indexer * parts.indexer
+        return objective, _Measured(total, parts, layers, totals.tokens)
+
+    differentiate = jax.grad(loss, has_aux=True)
+    if settings.accumulate == 1:
+        gradients, measured = differentiate(moving, batch, experts)
+        return measured, gradients
+    split = functools.partial(_split_rows, count=settings.accumulate)
+    parts = jax.tree.map(split, batch), None if experts is None else split(experts, axis=1)
+    shape = jax.eval_shape(differentiate, moving, *jax.tree.map(lambda part: part[0], parts))
+    # Sums are float32, whatever the gradients are.
+    start = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), shape)
+
+    def add(sums: tuple, part: tuple) -> tuple[tuple, None]:
+        return jax.tree.map(lambda a, b: a + b.astype(jnp.float32), sums, differentiate(moving, *part)), None
+
+    (gradients, measured), _ = jax.lax.scan(add, start, parts)
+    gradients = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), gradients, shape[0])
+    return measured._replace(tokens=totals.tokens), gradients
+
+
+def _split_rows(x: jax.Array, count: int, axis: int = 0) -> jax.Array:
+    """Row r of the batch goes to part r mod `count`, so that rows split over devices stay where they are."""
+    rows = x.shape[axis]
+    if rows % count:
+        raise ValueError(f"accumulate={count} does not divide the batch's {rows} rows")
+    x = jnp.moveaxis(jnp.asarray(x), axis, 0)
+    x = jnp.swapaxes(x.reshape(rows // count, count, *x.shape[1:]), 0, 1)
+    return jnp.moveaxis(x, 1, axis + 1)
+
+
+def _updated(
+    network: Network,
+    settings: StepSettings,
+    state: TrainState,
+    still: Params,
+    gradients: Params,
+    rate: Float32[Array, ""],
+) -> tuple[Params, optax.OptState]:
+    """The next parameters and moments; what stands still keeps its moments and is not decayed."""
+    # Clipped already: a part's norm must not scale the other part.
+    whole = settings.optimizer
+    if whole.max_grad_norm is not None:
+        gradients = merge_params(
+            *(_clipped(part, whole.max_grad_norm) for part in parted(gradients, of_indexer))
+        )
+        whole = dataclasses.replace(whole, max_grad_norm=math.inf)
+    everything = merge_params(gradients, jax.tree.map(jnp.zeros_like, still))
+    with jax.enable_x64(False):  # Optax leaves the type of Adam's bias correction to JAX's default.
+        updates, moments = whole.transform(network.placement).update(everything, state.moments, state.trained)
+    moves = moved_by(settings.indexer)
+    updates, moving = (parted(tree, moves)[0] for tree in (updates, state.trained))
+    trained = merge_params(apply_updates(moving, updates, rate), still)
+    return trained, moments_after(state.moments, moments, moves)
+
+
+def _clipped(gradients: Params, max_norm: float) -> Params:
+    return optax.clip_by_global_norm(max_norm).update(gradients, optax.EmptyState())[0] if gradients else {}
+
+
+def _norm(gradients: Params) -> Float32[Array, ""]:
+    leaves = jax.tree.leaves(gradients)
+    return jnp.sqrt(sum((jnp.sum(jnp.square(leaf)) for leaf in leaves), jnp.float32(0)))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -128,7 +233,7 @@ def validation_sums(
     """Sum of the negative log-likelihoods of a batch in nats, and the number of targets."""
     model = network.holding(params)
     tokens, segments = jnp.asarray(batch.tokens), jnp.asarray(batch.segment_ids)
-    targets = shifted_targets(tokens, segments, 1)
+    targets = shifted_targets(tokens, segments, 1, batch.counts)
     hidden = model.hidden(model(spans.packed(tokens, segments)).streams)
     count = targets.valid.sum(dtype=jnp.float32)
     return mean_cross_entropy(hidden, model.head[...], targets, model.operations.cross_entropy) * count, count

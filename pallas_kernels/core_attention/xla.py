@@ -29,12 +29,12 @@ def softmax_attention(
     Logits, maximum, sums and accumulation are float32; the sink is not scaled and takes part in the
     maximum. Probabilities meet the values in the compute dtype.
     """
-    weight, total = _sink_softmax(q, keys, visible, sink)
+    weight, total = sink_softmax(q, keys, visible, sink)
     out = einsum_float32("bchk,bkd->bchd", weight.astype(keys.dtype), keys)
     return (out / total).astype(keys.dtype)
 
 
-def _sink_softmax(q, keys, visible, sink):
+def sink_softmax(q, keys, visible, sink):
     """Unnormalised weights f32[B, c, H, K] and their sum, the sink included, f32[B, c, H, 1]."""
     batch, count, heads, width = q.shape
     # With a head's dimension of its own XLA:CPU multiplies by a transposed copy of the keys.
@@ -115,12 +115,12 @@ def query_block(length: int) -> int:
 def _attend_block(line, entries, index_keys, sink, start, queries, *, window, top_k, rounded_scores):
     count = queries.position.shape[1]
     near = jax.lax.dynamic_slice_in_dim(line, start, count + window - 1, axis=1)
-    near_visible = _window_visible(queries.position, window)
+    near_visible = window_visible(queries.position, window)
     if entries is None or entries.size == 0:
         return softmax_attention(queries.q, near, near_visible, sink)
 
     def attend_prefix(size: int) -> jax.Array:
-        visible = _entries_visible(queries, size)
+        visible = entries_visible(queries, size)
         if index_keys is not None and size > top_k:
             scores = _scores(queries, index_keys, size, rounded_scores)
             if size > GATHER_BEYOND * top_k:
@@ -142,7 +142,7 @@ def _attend_block(line, entries, index_keys, sink, start, queries, *, window, to
     return jax.lax.switch(branch, [functools.partial(attend_prefix, size) for size in sizes])
 
 
-def _window_visible(position: Int32[Array, "B c"], window: int) -> Bool[Array, "B c K"]:
+def window_visible(position: Int32[Array, "B c"], window: int) -> Bool[Array, "B c K"]:
     """Which of the c + W - 1 window entries each query sees: the last W of its own segment."""
     count = position.shape[1]
     # Query a stands at place window - 1 + a, so the key at place j lies `distance` tokens before it.
@@ -154,7 +154,7 @@ def _window_visible(position: Int32[Array, "B c"], window: int) -> Bool[Array, "
     return (distance >= 0) & (distance <= jnp.minimum(position, window - 1)[..., None])
 
 
-def _entries_visible(queries: Queries, size: int) -> Bool[Array, "B c size"]:
+def entries_visible(queries: Queries, size: int) -> Bool[Array, "B c size"]:
     index = jnp.arange(size, dtype=jnp.int32)
     return (index >= queries.lo[..., None]) & (index < queries.hi[..., None])
 
@@ -190,10 +190,10 @@ def view(
     """
     line = near if isinstance(near, jax.Array) else line_of(queries, near, window)
     taps = {}
-    keys, visible = line, _window_visible(queries.position, window)
+    keys, visible = line, window_visible(queries.position, window)
     if entries is not None:
         size = entries.size
-        chosen = _entries_visible(queries, size)
+        chosen = entries_visible(queries, size)
         if index_keys is not None:
             if size > top_k:
                 chosen = select_xla(_scores(queries, index_keys, size, rounded_scores), chosen, top_k)
@@ -201,7 +201,7 @@ def view(
         keys = jnp.concatenate([line, entries.prefix(size, line.dtype)], axis=1)
         visible = jnp.concatenate([visible, chosen], axis=2)
     if "attention" in collect:
-        weight, total = _sink_softmax(queries.q, keys, visible, sink)
+        weight, total = sink_softmax(queries.q, keys, visible, sink)
         taps["attention"] = weight / total
     return {name: taps[name] for name in sorted(collect & taps.keys())}
 

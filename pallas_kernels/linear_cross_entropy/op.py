@@ -90,27 +90,30 @@ def weighted_cross_entropy(
     head: Float[Array, "V D"],
     ids: Int32[Array, "T"],
     weights: Float32[Array, "T"],
+    z_weight: Float32[Array, ""] | None = None,
     *,
     impl: Literal["xla", "pallas", "reference"],
     chunk: int = xla.CHUNK,
     interpret: Any = False,
-) -> Float32[Array, ""]:
+) -> Float32[Array, ""] | tuple[Float32[Array, ""], Float32[Array, ""]]:
     """The weighted sum of the tokens' negative log-likelihoods: the loss of a batch as one operation.
 
     Equation (DeepSeek-V4 report, section 2.1, prediction head):
-        loss = sum_t weights_t nll_t,   nll of `linear_cross_entropy`
+        loss = sum_t weights_t (nll_t + z_weight lse_t^2),   nll and lse of `linear_cross_entropy`
 
     Args:
         hidden: [T, D] bf16 or f32, what the head multiplies, after the final norm.
         head: [V, D] bf16 or f32, output rows.
         ids: i32[T] targets in 0 .. V-1; with weight 0 any id.
         weights: f32[T], data: they get no gradient with "xla".
+        z_weight: f32[], data too: of a loss that keeps lse near 0; None: none.
         impl: "xla" for any backend, "pallas" for TPUs, or "reference". There is no silent fallback.
         chunk: "xla": tokens whose logits exist at the same time, >= 1.
         interpret: passed to `pl.pallas_call`; tests set it, callers leave it alone.
 
     Returns:
-        f32[], in nats if the weights are a mean's; 0 of no tokens.
+        f32[], in nats if the weights are a mean's; 0 of no tokens. With `z_weight` also
+        sum_t weights_t lse_t^2, f32[], which has no gradient.
 
     Numerics: logits, softmax and sums are float32 for every dtype of the operands.
     Gradients: w.r.t. hidden and head. "xla" computes them chunk by chunk in the forward pass and only scales
@@ -125,11 +128,14 @@ def weighted_cross_entropy(
     if impl not in ("xla", "pallas", "reference"):
         raise ValueError(f"weighted_cross_entropy: impl={impl!r} must be 'xla', 'pallas' or 'reference'")
     if len(hidden) == 0:
-        return jnp.float32(0)
+        return jnp.float32(0) if z_weight is None else (jnp.float32(0), jnp.float32(0))
     if impl == "xla":
-        return xla.weighted_cross_entropy_xla(hidden, head, ids, weights, chunk=chunk)
-    nll, _ = linear_cross_entropy(hidden, head, ids, impl=impl, interpret=interpret)
-    return jnp.sum(weights * nll)
+        return xla.weighted_cross_entropy_xla(hidden, head, ids, weights, z_weight=z_weight, chunk=chunk)
+    nll, lse = linear_cross_entropy(hidden, head, ids, impl=impl, interpret=interpret)
+    if z_weight is None:
+        return jnp.sum(weights * nll)
+    squares = jnp.sum(weights * lse**2)
+    return jnp.sum(weights * nll) + z_weight * squares, jax.lax.stop_gradient(squares)
 
 
 def _problems(hidden: jax.Array, head: jax.Array, ids: jax.Array, precision: str, impl: str) -> list[str]:
@@ -184,6 +190,9 @@ def _run(call, kernel, static, hidden, head, *per_token):
 SPLITS = {
     "linear_cross_entropy": Splits({"hidden": "T D", "head": "V D", "ids": "T"}, ("T", "T"), free="T"),
     "weighted_cross_entropy": Splits(
-        {"hidden": "T D", "head": "V D", "ids": "T", "weights": "T"}, ("",), free="", summed="T"
+        {"hidden": "T D", "head": "V D", "ids": "T", "weights": "T", "z_weight": ""},
+        ("",),
+        free="",
+        summed="T",
     ),
 }

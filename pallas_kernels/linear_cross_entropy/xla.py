@@ -18,10 +18,12 @@ def weighted_cross_entropy_xla(
     ids: Int32[Array, "T"],
     weights: Float32[Array, "T"],
     *,
+    z_weight: Float32[Array, ""] | None = None,
     chunk: int = CHUNK,
-) -> Float32[Array, ""]:
+) -> Float32[Array, ""] | tuple[Float32[Array, ""], Float32[Array, ""]]:
     """The contract is in `op.weighted_cross_entropy`; `chunk` tokens at a time, >= 1."""
-    return _weighted_nll(chunk, hidden, head, ids, weights)
+    loss, squares = _weighted_nll(chunk, hidden, head, ids, weights, z_weight)
+    return loss if z_weight is None else (loss, squares)
 
 
 def _chunks(chunk: int, *arrays: jax.Array) -> list[jax.Array]:
@@ -35,15 +37,24 @@ def _chunks(chunk: int, *arrays: jax.Array) -> list[jax.Array]:
 
 
 def _chunk_nll(
-    hidden: jax.Array, head: jax.Array, ids: jax.Array, weights: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Weighted sum of the negative log-likelihoods of one chunk, and its softmax f32[chunk, V]."""
+    hidden: jax.Array, head: jax.Array, ids: jax.Array, weights: jax.Array, z_weight: jax.Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Of one chunk: the weighted sums of nll + z lse^2 and of lse^2, and what the gradients of its logits are
+    but for the targets', f32[chunk, V]."""
     logits = _product("td,vd->tv", hidden, head)
-    shifted = logits - logits.max(axis=1, keepdims=True)
+    top = logits.max(axis=1, keepdims=True)
+    shifted = logits - top
     exp = jnp.exp(shifted)
     total = exp.sum(axis=1, keepdims=True)
     picked = jnp.take_along_axis(shifted, ids[:, None], axis=1)
-    return jnp.sum(weights[:, None] * (jnp.log(total) - picked)), exp / total
+    loss, squares = jnp.sum(weights[:, None] * (jnp.log(total) - picked)), jnp.float32(0)
+    slope = exp / total * weights[:, None]
+    if z_weight is not None:
+        # d lse^2 / d logits = 2 lse softmax
+        lse = top + jnp.log(total)
+        squares = jnp.sum(weights[:, None] * lse**2)
+        loss, slope = loss + z_weight * squares, slope * (1 + 2 * z_weight * lse)
+    return loss, squares, slope
 
 
 def _product(equation: str, left: jax.Array, right: jax.Array) -> jax.Array:
@@ -53,44 +64,57 @@ def _product(equation: str, left: jax.Array, right: jax.Array) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _weighted_nll(
-    chunk: int, hidden: jax.Array, head: jax.Array, ids: jax.Array, weights: jax.Array
-) -> jax.Array:
-    """sum_i weights[i] nll_i for hidden [n, D], head [V, D], ids i32[n], weights f32[n]."""
+    chunk: int,
+    hidden: jax.Array,
+    head: jax.Array,
+    ids: jax.Array,
+    weights: jax.Array,
+    z_weight: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    """sum_i weights[i] (nll_i + z lse_i^2) and sum_i weights[i] lse_i^2, which is 0 without z and has no
+    gradient, for hidden [n, D], head [V, D], ids i32[n], weights f32[n]."""
     chunk = min(chunk, hidden.shape[0])
 
-    def add(total: jax.Array, part: tuple) -> tuple[jax.Array, None]:
+    def add(sums: tuple, part: tuple) -> tuple[tuple, None]:
         hidden, ids, weights = part
-        return total + _chunk_nll(hidden, head, ids, weights)[0], None
+        loss, squares, _ = _chunk_nll(hidden, head, ids, weights, z_weight)
+        return (sums[0] + loss, sums[1] + squares), None
 
-    return jax.lax.scan(add, jnp.float32(0), tuple(_chunks(chunk, hidden, ids, weights)))[0]
+    start = (jnp.float32(0), jnp.float32(0))
+    return jax.lax.scan(add, start, tuple(_chunks(chunk, hidden, ids, weights)))[0]
 
 
 def _forward(
-    chunk: int, hidden: jax.Array, head: jax.Array, ids: jax.Array, weights: jax.Array
-) -> tuple[jax.Array, tuple]:
+    chunk: int,
+    hidden: jax.Array,
+    head: jax.Array,
+    ids: jax.Array,
+    weights: jax.Array,
+    z_weight: jax.Array | None,
+) -> tuple[tuple[jax.Array, jax.Array], tuple]:
     chunk = min(chunk, hidden.shape[0])
 
     def add(carry: tuple, part: tuple) -> tuple[tuple, jax.Array]:
-        total, grad_head = carry
+        total, sums, grad_head = carry
         hidden, ids, weights = part
-        nll, softmax = _chunk_nll(hidden, head, ids, weights)
+        loss, squares, grad = _chunk_nll(hidden, head, ids, weights, z_weight)
         # d nll / d logits = weights * (softmax - one_hot(ids))
-        grad = softmax * weights[:, None]
         grad = grad.at[jnp.arange(chunk, dtype=jnp.int32), ids].add(-weights, mode="promise_in_bounds")
         grad_head = grad_head + _product("tv,td->vd", grad, hidden)
-        return (total + nll, grad_head), _product("tv,vd->td", grad, head)
+        return (total + loss, sums + squares, grad_head), _product("tv,vd->td", grad, head)
 
-    init = (jnp.float32(0), jnp.zeros(head.shape, jnp.float32))
-    (total, grad_head), grad_hidden = jax.lax.scan(add, init, tuple(_chunks(chunk, hidden, ids, weights)))
+    init = (jnp.float32(0), jnp.float32(0), jnp.zeros(head.shape, jnp.float32))
+    parts = tuple(_chunks(chunk, hidden, ids, weights))
+    (total, squares, grad_head), grad_hidden = jax.lax.scan(add, init, parts)
     grad_hidden = grad_hidden.reshape(-1, hidden.shape[1])[: hidden.shape[0]]
     # Casting here keeps what is saved at the size of the inputs.
-    return total, (grad_hidden.astype(hidden.dtype), grad_head.astype(head.dtype))
+    return (total, squares), (grad_hidden.astype(hidden.dtype), grad_head.astype(head.dtype))
 
 
-def _backward(chunk: int, saved: tuple, cotangent: jax.Array) -> tuple:
+def _backward(chunk: int, saved: tuple, cotangents: tuple) -> tuple:
     del chunk
-    grad_hidden, grad_head = (cotangent.astype(grad.dtype) * grad for grad in saved)
-    return grad_hidden, grad_head, None, None  # targets and weights are data
+    grad_hidden, grad_head = (cotangents[0].astype(grad.dtype) * grad for grad in saved)
+    return grad_hidden, grad_head, None, None, None  # targets and weights are data
 
 
 _weighted_nll.defvjp(_forward, _backward)

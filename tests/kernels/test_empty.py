@@ -75,6 +75,12 @@ def _attend_cached(impl, *, B, T, S, H, D, **_):
     return core_attention.attend_cached(_queries(B, T, H, D), *held, f32(H), **how)
 
 
+def _index_loss(impl, *, B, T, S, H, D, **_):
+    held = [HeldArray(f32(1, B, S, D), jnp.int32(0))] * 2
+    how = {"window": 8, "top_k": 4, "of_chosen": True, "impl": impl}
+    return core_attention.index_loss(_queries(B, T, H, D), f32(B, 7 + T, D), *held, f32(H), **how)
+
+
 def _gathered_attention(impl, *, B, T, S, K, H, D, **_):
     return hybrid_attention.gathered_attention(f32(B, T, H, D), f32(B, S, D), i32(B, T, K), impl=impl)
 
@@ -150,6 +156,7 @@ OPERATIONS = {
     _block_matmul: (("reference", "pallas"), "T", "DV", ["TV"]),
     _attend: (("xla", "reference"), "BTS", "", ["BTHD"]),
     _attend_cached: (("xla", "reference"), "BTS", "", ["BTHD"]),
+    _index_loss: (("xla", "reference", "pallas"), "BTS", "", ["BT"]),
     _compressor: (("reference", "pallas", "xla"), "BP", "D", ["BPD"]),
     _decode_attention: (("reference", "pallas"), "BT", "HD", ["BTHD", "BTH"]),
     _expert_ffn: (("reference", "pallas", "xla"), "TK", "DE", ["TD"]),

@@ -15,7 +15,7 @@ from dsv4_jax.numerics import cache_storage
 from dsv4_jax.numerics.policy import Policy
 from dsv4_jax.training.data import Batch
 from dsv4_jax.training.optimizer import AdamW
-from dsv4_jax.training.step import forward_losses, initial_state, train_step
+from dsv4_jax.training.step import Rates, StepSettings, forward_losses, initial_state, train_step
 from pallas_kernels import hybrid_attention
 from pallas_kernels.formats.entry_rows import Fp8Rows
 from pallas_kernels.hybrid_attention import tuning as attention_tuning
@@ -230,10 +230,10 @@ def test_twenty_training_steps():
     for policy in (XLA, KERNELS):
         network = NETWORKS[policy]
         state = initial_state(initial_parameters(CONFIG, policy, 3), optimizer)
-        seen = []
+        seen, settings = [], StepSettings(optimizer)
         for step in range(20):
             batch = Batch(tokens_of(100 + step % 2), SEGMENTS)
-            state, report = train_step(network, optimizer, state, batch, np.float32(1e-3))
+            state, report = train_step(network, settings, state, batch, Rates(np.float32(1e-3)))
             seen.append(float(report.loss))
         losses[policy.kernels] = np.array(seen)
     want, got = losses["xla"], losses["pallas-interpret"]

@@ -68,7 +68,7 @@ def test_balance_losses_add_up_in_the_order_of_the_layers():
     """1e8 + 1 - 1e8 depends on the order: a unit of two layers, twice, then the MTP block."""
 
     def stack(*balances):
-        return LayerReport(jnp.zeros((len(balances), 3)), jnp.array(balances, jnp.float32))
+        return LayerReport(jnp.zeros((len(balances), 3)), *[jnp.array(balances, jnp.float32)] * 3)
 
     report = ModelReport(((stack(1.0),), (stack(1e8, 3.0), stack(-1e8, 4.0))), (stack(0.5),))
     assert report.balance() == 7.5

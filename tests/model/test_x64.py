@@ -15,7 +15,7 @@ from dsv4_jax.model.initial import Network
 from dsv4_jax.numerics.policy import Policy
 from dsv4_jax.training.data import Batch
 from dsv4_jax.training.optimizer import AdamW
-from dsv4_jax.training.step import initial_state, train_step
+from dsv4_jax.training.step import Rates, StepSettings, initial_state, train_step
 from pallas_kernels.indexer import xla as indexer_xla
 from tests.model.equivalence import SMALL
 from tests.model.telling_weights import telling_parameters
@@ -74,7 +74,8 @@ def programs(network: Network):
 
     def trained(parameters):
         batch = Batch(IDS, np.ones_like(IDS))
-        return train_step(network, AdamW(), initial_state(parameters, AdamW()), batch, np.float32(1e-3))
+        state, rates = initial_state(parameters, AdamW()), Rates(np.float32(1e-3))
+        return train_step(network, StepSettings(AdamW(), indexer="sparse"), state, batch, rates)
 
     return forward, generated, trained
 

@@ -37,7 +37,7 @@ def forward(network, parameters, span):
     """Logits, MTP logits and taps of one call."""
     model = network.holding(parameters)
     out = model(span, collect=TAPS)
-    further, _ = model.predict_further(out.streams, span)
+    further, *_ = model.predict_further(out.streams, span)
     return model.logits(model.hidden(out.streams)), model.logits(further), out.taps
 
 

@@ -15,7 +15,7 @@ def make_documents(lengths):
 
 def check_layout(batch):
     """Segments follow from the tokens of `make_documents`."""
-    for tokens, segments in zip(*batch, strict=True):
+    for tokens, segments in zip(batch.tokens, batch.segment_ids, strict=True):
         valid = segments != PADDING_SEGMENT
         num_valid = valid.sum()
         assert valid[:num_valid].all() and not tokens[~valid].any()
@@ -46,8 +46,8 @@ def test_an_epoch_holds_every_token_at_most_once(lengths, batch_size, seq_len, s
     seen = []
     for step in range(-(-rows.rows_per_epoch // batch_size)):
         batch = rows.batch(step)
-        assert all(part.shape == (batch_size, seq_len) for part in batch)
-        assert all(part.dtype == np.int32 for part in batch)
+        assert all(part.shape == (batch_size, seq_len) for part in batch[:2]) and batch.counts is None
+        assert all(part.dtype == np.int32 for part in batch[:2])
         check_layout(batch)
         seen.append(batch.tokens.reshape(-1))
     first_epoch = np.concatenate(seen)[: rows.rows_per_epoch * seq_len]

@@ -12,7 +12,7 @@ from dsv4_jax.training import loop
 from dsv4_jax.training.data import TrainingRows
 from dsv4_jax.training.loop import InterruptRequest, train
 from dsv4_jax.training.optimizer import AdamW, Schedule
-from dsv4_jax.training.step import StepReport, TrainState
+from dsv4_jax.training.step import StepReport, StepSettings, TrainState
 
 
 @pytest.fixture
@@ -20,8 +20,8 @@ def calls(monkeypatch):
     """(batch tokens, learning rate) of every step that `train` asked for; steps cost nothing."""
     made = []
 
-    def fake_step(network, optimizer, state, batch, learning_rate):
-        made.append((batch.tokens.tolist(), float(learning_rate)))
+    def fake_step(network, settings, state, batch, rates):
+        made.append((batch.tokens.tolist(), float(rates.learning_rate)))
         report = StepReport(*(np.float32(len(made)) for _ in StepReport._fields))
         return state._replace(step=state.step + 1), report
 
@@ -35,7 +35,7 @@ SCHEDULE = Schedule(1.0, num_steps=6, warmup_fraction=0.5)
 
 def run(first_step=0, **options):
     state = TrainState({}, {}, (), np.int32(first_step))
-    return train(None, AdamW(), SCHEDULE, state, ROWS, **options)
+    return train(None, StepSettings(AdamW()), SCHEDULE, state, ROWS, **options)
 
 
 def test_every_step_has_its_own_batch_and_rate(calls):
@@ -69,10 +69,11 @@ class Number:
 def test_a_step_starts_before_the_numbers_of_the_last_one_are_read(monkeypatch):
     events = []
 
-    def fake_step(network, optimizer, state, batch, learning_rate):
+    def fake_step(network, settings, state, batch, rates):
         step = int(state.step)
         events.append(("start", step))
-        return state._replace(step=np.int32(step + 1)), StepReport(*[Number(step, events)] * 5)
+        report = StepReport(*[Number(step, events)] * len(StepReport._fields))
+        return state._replace(step=np.int32(step + 1)), report
 
     monkeypatch.setattr(loop, "train_step", fake_step)
     result = run(first_step=3, on_step=lambda report: events.append(("told", report.loss)))

@@ -7,13 +7,12 @@ import pytest
 
 from dsv4_jax.model.operations import Operation
 from dsv4_jax.training.loss import (
-    BALANCE_WEIGHT,
-    MTP_WEIGHT,
     LossParts,
     Targets,
     mean_cross_entropy,
     shifted_targets,
 )
+from dsv4_jax.training.step_settings import Rates
 from pallas_kernels.linear_cross_entropy import weighted_cross_entropy
 
 
@@ -117,4 +116,32 @@ def test_targets_longer_than_the_row_do_not_exist():
 def test_terms_are_weighted_as_specified():
     parts = LossParts(jnp.float32(2.0), jnp.float32(3.0), jnp.float32(10.0))
     np.testing.assert_allclose(parts.total(), 2.0 + 0.3 * 3.0 + 1e-4 * 10.0, rtol=1e-6)
-    assert (MTP_WEIGHT, BALANCE_WEIGHT) == (0.3, 1e-4)
+    rates = Rates(np.float32(1), mtp=np.float32(0.1), balance=np.float32(0.5), indexer=np.float32(2))
+    parts = parts._replace(indexer=jnp.float32(7.0), z=jnp.float32(4.0))
+    rates = rates._replace(z=np.float32(0.25))
+    np.testing.assert_allclose(parts.total(rates), 2.0 + 0.1 * 3.0 + 0.5 * 10.0 + 2 * 7.0 + 1.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("impl", ["xla", "reference"])
+def test_a_z_loss_is_the_mean_squared_log_sum_exp(impl):
+    hidden, head, targets = random_problem(seed=4)
+    settings = (("impl", impl), *((("chunk", 5),) if impl == "xla" else ()))
+    operation, weight = Operation("cross_entropy", weighted_cross_entropy, settings), jnp.float32(0.3)
+
+    def ours(hidden, head):
+        return mean_cross_entropy(hidden, head, targets, operation, z_weight=weight)
+
+    def plain(hidden, head):
+        lse = jax.nn.logsumexp(jnp.einsum("btd,vd->btv", hidden, head, precision="highest"), axis=-1)
+        valid = targets.valid.astype(jnp.float32)
+        squares = jnp.sum(valid * lse**2) / valid.sum()
+        return plain_cross_entropy(hidden, head, targets) + weight * squares, jax.lax.stop_gradient(squares)
+
+    (got, got_grads), (want, want_grads) = (
+        jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(hidden, head) for loss in (ours, plain)
+    )
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    np.testing.assert_allclose(jax.jit(ours)(hidden, head), want, rtol=1e-6)
+    for a, b in zip(got_grads, want_grads, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-6)
+    assert np.abs(want_grads[0] - gradients(hidden, head, targets, 4)[0]).max() > 0.1

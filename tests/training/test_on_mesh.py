@@ -1,7 +1,6 @@
 """Losses, gradients and steps of training on eight devices are those of one."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -9,7 +8,7 @@ from dsv4_jax.language_model import LanguageModel
 from dsv4_jax.numerics.policy import Policy
 from dsv4_jax.training.data import Batch
 from dsv4_jax.training.optimizer import AdamW, merge_params, split_trainable
-from dsv4_jax.training.step import forward_losses, initial_state, train_step
+from dsv4_jax.training.step import Rates, StepSettings, forward_losses, initial_state, train_step
 from tests.models import all_kinds
 
 CONFIG = all_kinds(
@@ -91,10 +90,11 @@ def test_a_step_keeps_the_shardings_and_is_compiled_once():
     spread = LanguageModel.random(CONFIG, Policy.of("float32"), mesh="fsdp=4,expert=2", rules="train")
     optimizer = AdamW()
     state = initial_state(spread.parameters, optimizer)
+    settings, rates = StepSettings(optimizer), Rates(np.float32(1e-3))
     before = train_step._cache_size()
     wanted = jax.tree.map(lambda leaf: leaf.sharding, state)
     for _ in range(2):
-        state, report = train_step(spread.network, optimizer, state, packed(8, 16), jnp.float32(1e-3))
+        state, report = train_step(spread.network, settings, state, packed(8, 16), rates)
         for got, want in zip(jax.tree.leaves(state), jax.tree.leaves(wanted), strict=True):
             assert got.sharding.is_equivalent_to(want, got.ndim)
     assert train_step._cache_size() == before + 1

@@ -12,6 +12,7 @@ from dsv4_jax.numerics.policy import Policy
 from dsv4_jax.training.optimizer import (
     AdamW,
     Schedule,
+    Sgd,
     apply_updates,
     decay_mask,
     merge_params,
@@ -88,3 +89,10 @@ def test_updates_are_added_in_float32_whatever_the_parameter():
     new = apply_updates(params, {"wq_a": jnp.full(2, 1.0, jnp.bfloat16)}, jnp.float32(0.1))
     assert new["wq_a"].dtype == jnp.bfloat16
     np.testing.assert_array_equal(new["wq_a"], jnp.full(2, 0.9, jnp.bfloat16))
+
+
+def test_plain_sgd_leaves_gradients_as_they_are_unless_there_is_a_norm():
+    grads = {"head": jnp.array([300.0, -400.0])}
+    plain, clipped = Sgd().transform(), Sgd(max_grad_norm=1.0).transform()
+    np.testing.assert_array_equal(plain.update(grads, plain.init(grads))[0]["head"], grads["head"])
+    np.testing.assert_allclose(clipped.update(grads, clipped.init(grads))[0]["head"], [0.6, -0.8], rtol=1e-6)

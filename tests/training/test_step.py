@@ -10,7 +10,7 @@ from dsv4_jax.model.initial import Network, initial_parameters
 from dsv4_jax.numerics.policy import Policy
 from dsv4_jax.training.data import Batch
 from dsv4_jax.training.optimizer import AdamW
-from dsv4_jax.training.step import TrainState, initial_state, train_step, validation_loss
+from dsv4_jax.training.step import Rates, StepSettings, TrainState, initial_state, train_step, validation_loss
 from tests.models import all_kinds
 
 CONFIG = all_kinds(hidden_size=32, hca_ratio=8, initializer_range=0.2)
@@ -33,7 +33,8 @@ def fresh_state() -> TrainState:
 
 
 def run(state, batch, learning_rate=1e-3):
-    return train_step(Network(CONFIG, POLICY), OPTIMIZER, state, batch, np.float32(learning_rate))
+    rates = Rates(np.float32(learning_rate))
+    return train_step(Network(CONFIG, POLICY), StepSettings(OPTIMIZER), state, batch, rates)
 
 
 def segments_of(batch):

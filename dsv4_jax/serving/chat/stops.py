@@ -1,0 +1,41 @@
+"""Stop strings over text that arrives in pieces."""
+
+from collections.abc import Sequence
+
+
+class StopStrings:
+    """Holds back what may become a stop string, and says when one is there.
+
+    The stop that is complete first ends the text, before its own beginning. The result does not depend on how
+    the text is cut.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stop for stop in stops if stop)
+        self._longest = max(map(len, self._stops), default=0)
+        self._held = ""
+
+    def add(self, text: str) -> tuple[str, bool]:
+        """(text that can be shown, whether a stop string has ended it)."""
+        if not self._stops:
+            return text, False
+        window = self._held + text
+        found = [(at + len(stop), at) for stop in self._stops if (at := window.find(stop)) >= 0]
+        if found:
+            self._held = ""
+            return window[: min(found)[1]], True
+        kept = len(window) - self._length_of_beginning(window)
+        self._held = window[kept:]
+        return window[:kept], False
+
+    def flush(self) -> str:
+        """What was held back, because no stop string can come of it any more."""
+        held, self._held = self._held, ""
+        return held
+
+    def _length_of_beginning(self, window: str) -> int:
+        for length in range(min(self._longest - 1, len(window)), 0, -1):
+            ending = window[-length:]
+            if any(stop.startswith(ending) for stop in self._stops if len(stop) > length):
+                return length
+        return 0

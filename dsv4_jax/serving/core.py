@@ -1,0 +1,251 @@
+"""The engine's loop body: a step admits, computes a chunk of every prompt, and draws a token a slot.
+
+Everything happens in the caller's thread. `engine` runs it in one of its own for asynchronous callers.
+"""
+
+import collections
+import dataclasses
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from dsv4_jax.errors import ProblemsError
+from dsv4_jax.inference.sampling import NO_TOKEN
+from dsv4_jax.language_model import LanguageModel
+from dsv4_jax.model import cache_blocks
+from dsv4_jax.serving import device_steps
+from dsv4_jax.serving.answers import AnswerText, logprob
+from dsv4_jax.serving.lanes import Lanes
+from dsv4_jax.serving.prefix_cache import PrefixCache
+from dsv4_jax.serving.requests import FinishReason, Output, Sampling, checked_request
+from dsv4_jax.serving.scheduler import Scheduler, Sequence
+from dsv4_jax.serving.settings import EngineSettings
+
+NOTHING = Output()
+
+
+@dataclasses.dataclass
+class _Pending:
+    """A step whose tokens are still on the device, and who was in which slot."""
+
+    drawn: device_steps.Drawn
+    served: list[Sequence | None]
+
+
+class EngineCore:
+    """Continuous batching over one model. Not thread safe.
+
+    A request's tokens are the same alone, in any batch, in any slot, after a prefix hit and after it was
+    interrupted: prompts are always cut at the same places, programs have fixed shapes, and a draw depends on
+    the request's seed and position alone.
+
+    Args:
+        lm: the model. settings: sizes.
+
+    Raises:
+        ProblemsError: for sizes that cannot work.
+    """
+
+    def __init__(self, lm: LanguageModel, settings: EngineSettings | None = None) -> None:
+        settings = settings or EngineSettings()
+        smallest = cache_blocks.block_length(lm.config)
+        if problems := settings.problems(smallest):
+            raise ProblemsError("the engine cannot start", problems)
+        self.lm, self.settings = lm, settings
+        self.block = settings.chunk or -(-128 // smallest) * smallest
+        self.scheduler = Scheduler(settings.num_slots, settings.num_lanes, self.block)
+        self.steps = 0
+        self._lanes = Lanes(lm, settings, self.block)
+        self._cache = lm.new_cache(settings.num_slots, settings.max_length)
+        empty = device_steps.empty_slots(settings.num_slots, lm.config.vocab_size)
+        self._slots = jax.tree.map(lambda leaf: lm.network.put(leaf, "B"), empty)
+        self._sequences: dict[int, Sequence] = {}
+        self._pending: _Pending | None = None
+        self._outputs: collections.deque[tuple[int, Output]] = collections.deque()
+
+    @property
+    def prefixes(self) -> PrefixCache[cache_blocks.State] | None:
+        """Prefixes that are known; None: the engine keeps none."""
+        return self._lanes.prefixes
+
+    # ---- requests --------------------------------------------------------------------------------
+
+    def add(
+        self, prompt: tuple[int, ...], sampling: Sampling, *, salt: bytes = b"", priority: int = 0
+    ) -> int:
+        """Queues a request and gives it a number.
+
+        Args:
+            prompt: token ids. sampling: how to draw.
+            salt: prefixes are shared among requests of equal salt alone (a tenant's).
+            priority: smaller ones come first, and may interrupt others.
+
+        Raises:
+            ProblemsError: for what cannot be served.
+        """
+        lm = self.lm
+        stops = checked_request(
+            prompt,
+            sampling,
+            lm.stop_token_ids,
+            lm.tokenizer is not None,
+            lm.config.vocab_size,
+            self.settings.max_length,
+        )
+        sequence = Sequence(
+            self.scheduler.next_id(), tuple(prompt), sampling, stops, salt=salt, priority=priority
+        )
+        sequence.text = AnswerText(lm.tokenizer, sampling, stops)
+        self._sequences[sequence.id] = sequence
+        self.scheduler.add(sequence)
+        return sequence.id
+
+    def abort(self, number: int) -> None:
+        """Ends a request; its slot is free from the next step on. Others stay as they are."""
+        if sequence := self._sequences.get(number):
+            self._finish(sequence, "aborted")
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has anything to do or to give back."""
+        return bool(self._sequences or self._pending or self._outputs)
+
+    # ---- a step ----------------------------------------------------------------------------------
+
+    def step(self) -> list[tuple[int, Output]]:
+        """Starts one step on the device and returns what earlier ones gave: (request, output) in order."""
+        while (victim := self.scheduler.victim()) is not None:
+            self.preempt(victim.id)
+        for sequence in self.scheduler.admit():
+            if sequence.kept is None:
+                self._lanes.begin(sequence)
+            else:
+                (cache, logits), sequence.kept = sequence.kept, None
+                self._place(sequence, cache, logits, 0)
+        if chunks := self.scheduler.chunks():
+            self._lanes.append(chunks)
+            for chunk in chunks:
+                if chunk.is_last:
+                    lane = chunk.sequence.lane
+                    self.scheduler.complete(chunk.sequence)
+                    self._place(chunk.sequence, self._lanes.cache, self._lanes.logits, lane)
+        previous, self._pending = self._pending, None
+        served = [each if each and each.stage == "running" else None for each in self.scheduler.slots]
+        if any(served):
+            drawn, self._cache, self._slots = device_steps.decode(
+                self.lm.network, self.lm.parameters, self._cache, self._slots
+            )
+            self._pending = _Pending(drawn, served)
+            self.steps += 1
+        if previous is not None:
+            self._read(previous)
+        outputs = list(self._outputs)
+        self._outputs.clear()
+        return outputs
+
+    def preempt(self, number: int) -> bool:
+        """Takes a running request's slot and queues it again, with its row kept; it goes on bit for bit.
+
+        Returns:
+            Whether there was such a request in a slot.
+        """
+        # What is still on the device may have ended it.
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            self._read(pending)
+        sequence = self._sequences.get(number)
+        if sequence is None or sequence.stage != "running":
+            return False
+        cache, logits, self._slots = device_steps.interrupt(self._cache, self._slots, np.int32(sequence.slot))
+        sequence.kept = (cache, logits)
+        self.scheduler.preempt(sequence)
+        return True
+
+    def _place(self, sequence: Sequence, cache: Any, logits: jax.Array, row: int) -> None:
+        sizes = (self.settings.max_length, self.lm.config.vocab_size)
+        new = device_steps.new_slot(
+            sequence.prompt, sequence.output, sequence.sampling, sequence.stops, *sizes
+        )
+        where = np.int32(row), np.int32(sequence.slot)
+        self._cache, self._slots = device_steps.place(self._cache, self._slots, cache, logits, *where, new)
+
+    # ---- what came back --------------------------------------------------------------------------
+
+    def _read(self, pending: _Pending) -> None:
+        drawn = jax.device_get(pending.drawn)
+        stopped = np.zeros(self.settings.num_slots, bool)
+        for slot, sequence in enumerate(pending.served):
+            if sequence is None or sequence.stage != "running" or not drawn.running[slot]:
+                continue
+            token = int(drawn.token[slot])
+            if token == NO_TOKEN:
+                where = f"position {len(sequence.prompt) + len(sequence.output)}"
+                self._finish(sequence, "error", error=f"the logits at {where} are not finite numbers")
+                continue
+            shown = sequence.text.add(token)
+            output = dataclasses.replace(
+                shown.output,
+                logprobs=logprob(drawn, slot, sequence.sampling.logprobs),
+                cached_tokens=0 if sequence.output else sequence.cached,
+            )
+            sequence.output.append(token)
+            stopped[slot] = shown.by_text
+            if output.finish_reason is None:
+                self._outputs.append((sequence.id, output))
+            else:
+                self._finish(sequence, output.finish_reason, output)
+        if stopped.any():
+            self._slots = device_steps.stop_slots(self._slots, stopped)
+
+    def _finish(
+        self,
+        sequence: Sequence,
+        reason: FinishReason,
+        output: Output = NOTHING,
+        error: str | None = None,
+    ) -> None:
+        if reason in ("aborted", "error") and sequence.slot is not None:
+            stopped = np.zeros(self.settings.num_slots, bool)
+            stopped[sequence.slot] = True
+            self._slots = device_steps.stop_slots(self._slots, stopped)
+        self.scheduler.finish(sequence)
+        del self._sequences[sequence.id]
+        last = dataclasses.replace(output, finish_reason=reason, error=error)
+        self._outputs.append((sequence.id, last))
+
+    def close(self) -> None:
+        """Waits until all prefixes that should be on disk are there."""
+        self._lanes.close()
+
+    # ---- starting --------------------------------------------------------------------------------
+
+    def warm_up(self) -> float:
+        """Compiles everything that any request can need, and returns the seconds it took.
+
+        A request goes through every program twice, so that the second finds the first one's prefix; then the
+        prefix cache is emptied again.
+
+        Raises:
+            RuntimeError: if requests are being served.
+        """
+        if self.has_work:
+            raise RuntimeError("warm_up must come before the first request")
+        start = time.monotonic()
+        prompt = (0,) * min(self.block + 2, self.settings.max_length - 2)
+        sampling = Sampling(max_tokens=2, temperature=0.5, ignore_eos=True)
+        for _ in range(2):
+            number = self.add(prompt, sampling)
+            interrupted = False
+            while self.has_work:
+                interrupted = interrupted or self.preempt(number)
+                self.step()
+        nobody = np.zeros(self.settings.num_slots, bool)
+        self._slots = device_steps.stop_slots(self._slots, nobody)
+        if self.prefixes is not None:
+            self.prefixes.clear()
+            self.prefixes.queries = self.prefixes.hits = self.prefixes.evictions = 0
+        self.steps = self.scheduler.num_preemptions = 0
+        jax.block_until_ready(self._slots)
+        return time.monotonic() - start

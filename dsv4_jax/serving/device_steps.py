@@ -1,0 +1,224 @@
+"""The engine's compiled steps: draw and append a token a slot, and move a finished prompt into a slot.
+
+All shapes are fixed when the engine starts: nothing is compiled after that, whatever the requests ask for.
+Slots that serve nobody draw and append nothing.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float32, Int32, Key, UInt32
+
+from dsv4_jax.inference.logit_rules import LogitRules, applied
+from dsv4_jax.inference.sampling import NO_TOKEN, keys_at, sample
+from dsv4_jax.model import cache_rows
+from dsv4_jax.model import span as spans
+from dsv4_jax.model.cache import Cache
+from dsv4_jax.model.initial import Network
+from dsv4_jax.parameters import Parameters
+from dsv4_jax.serving.requests import MOST_BIASES, MOST_LOGPROBS, MOST_STOP_TOKENS, Sampling
+
+NO_STOP = -1
+"""Fills up lists of stop tokens; no token has this id."""
+
+
+class Slots(NamedTuple):
+    """What every slot draws with, S rows."""
+
+    logits: Float32[Array, "S V"]  # of the next token
+    requests: Key[Array, "S"]
+    temperature: Float32[Array, "S"]
+    top_p: Float32[Array, "S"]
+    rules: LogitRules
+    stops: Int32[Array, "S stops"]  # filled up with NO_STOP
+    stop_from: Int32[Array, "S"]  # position of the first token that may be a stop token
+    last: Int32[Array, "S"]  # position of the last token to draw
+    running: Bool[Array, "S"]
+
+
+class NewSlot(NamedTuple):
+    """What a request brings to its slot, from the host."""
+
+    seed: UInt32[Array, "2"]  # high and low word
+    temperature: Float32[Array, ""]
+    top_p: Float32[Array, ""]
+    presence: Float32[Array, ""]
+    frequency: Float32[Array, ""]
+    repetition: Float32[Array, ""]
+    bias_ids: Int32[Array, " biases"]  # filled up with V
+    bias: Float32[Array, " biases"]
+    prompt: Int32[Array, " length"]  # filled up with V
+    output: Int32[Array, " length"]  # what it drew before it was interrupted, filled up with V
+    top_k: Int32[Array, ""]
+    min_p: Float32[Array, ""]
+    stops: Int32[Array, " stops"]
+    stop_from: Int32[Array, ""]
+    last: Int32[Array, ""]
+
+
+class Drawn(NamedTuple):
+    """What a step drew, S rows; of rows that were not running nothing means anything."""
+
+    token: Int32[Array, "S"]  # NO_TOKEN: the logits were no numbers
+    running: Bool[Array, "S"]  # drew a token in this step
+    stopped: Bool[Array, "S"]  # by a stop token
+    logprob: Float32[Array, "S"]
+    likeliest: Int32[Array, "S k"]
+    likeliest_logprobs: Float32[Array, "S k"]
+
+
+def empty_slots(num_slots: int, vocab_size: int) -> Slots:
+    """Slots that serve nobody."""
+    rows = functools.partial(jnp.zeros, (num_slots,))
+    words = jnp.zeros((num_slots, 2), jnp.uint32)
+    return Slots(
+        logits=jnp.zeros((num_slots, vocab_size), jnp.float32),
+        requests=jax.random.wrap_key_data(words, impl="threefry2x32"),
+        temperature=rows(jnp.float32),
+        top_p=jnp.ones((num_slots,), jnp.float32),
+        rules=LogitRules.neutral(num_slots, vocab_size),
+        stops=jnp.full((num_slots, MOST_STOP_TOKENS), NO_STOP, jnp.int32),
+        stop_from=rows(jnp.int32),
+        last=rows(jnp.int32),
+        running=rows(bool),
+    )
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def stop_slots(slots: Slots, stopped: Bool[Array, "S"]) -> Slots:
+    """The same slots, of which some no longer run."""
+    return slots._replace(running=slots.running & ~stopped)
+
+
+@functools.partial(jax.jit, donate_argnums=1)
+def interrupt(
+    cache: Cache, slots: Slots, slot: Int32[Array, ""]
+) -> tuple[Cache, Float32[Array, "1 V"], Slots]:
+    """A copy of a slot's row and of its next logits, to be placed again later; the slot runs no longer.
+
+    The slots are consumed, the cache is not.
+    """
+    stopped = jnp.arange(len(slots.running), dtype=jnp.int32) == slot
+    logits = jax.lax.dynamic_slice_in_dim(slots.logits, slot, 1, 0)
+    return cache_rows.take(cache, slot[None]), logits, slots._replace(running=slots.running & ~stopped)
+
+
+@functools.partial(jax.jit, donate_argnums=(0, 1))
+def place(
+    cache: Cache,
+    slots: Slots,
+    other: Cache,
+    logits: Float32[Array, "P V"],
+    row: Int32[Array, ""],
+    slot: Int32[Array, ""],
+    new: NewSlot,
+) -> tuple[Cache, Slots]:
+    """Copies a row of another cache, whose prompt is complete, into a slot, which then runs.
+
+    Cache and slots are consumed; the other cache and its logits are not.
+    """
+    moved = cache_rows.take(other, row[None])
+    cache = cache_rows.put(cache, slot[None], moved)
+    vocab_size = slots.logits.shape[1]
+    bias = jnp.zeros((vocab_size,), jnp.float32).at[new.bias_ids].add(new.bias, mode="drop")
+    seen = jnp.zeros((vocab_size,), bool).at[new.prompt].set(True, mode="drop")
+    counts = jnp.zeros((vocab_size,), jnp.int32).at[new.output].add(1, mode="drop")
+    values = Slots(
+        logits[row],
+        # As `sampling.request_keys` does for the first request of a seed.
+        jax.random.fold_in(jax.random.wrap_key_data(new.seed, impl="threefry2x32"), jnp.int32(0)),
+        new.temperature,
+        new.top_p,
+        LogitRules(new.presence, new.frequency, new.repetition, bias, counts, seen, new.top_k, new.min_p),
+        new.stops,
+        new.stop_from,
+        new.last,
+        jnp.bool_(True),
+    )
+    return cache, jax.tree.map(lambda every, one: every.at[slot].set(one), slots, values)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=(2, 3))
+def decode(
+    network: Network, parameters: Parameters, cache: Cache, slots: Slots
+) -> tuple[Drawn, Cache, Slots]:
+    """One token for every running slot: drawn from its logits, appended, and the next logits."""
+    model = network.holding(parameters)
+    position, running = cache.length, slots.running
+    logits = slots.logits
+    stop_ids = jnp.where(slots.stops == NO_STOP, logits.shape[1], slots.stops)
+    too_early = position < slots.stop_from
+    rows = jnp.arange(len(position), dtype=jnp.int32)[:, None]
+
+    def without_stops(logits: jax.Array) -> jax.Array:
+        banned = logits.at[rows, stop_ids].set(-jnp.inf, mode="drop")
+        return jnp.where(too_early[:, None], banned, logits)
+
+    allowed = jax.lax.cond(jnp.any(too_early & running), without_stops, lambda x: x, logits)
+    allowed = applied(allowed, slots.rules, slots.temperature)
+    keys = keys_at(slots.requests, position)
+    token = sample(allowed, keys, jnp.where(running, slots.temperature, 0.0), slots.top_p)
+    ids = jnp.where(running, jnp.maximum(token, 0), 0)
+    of_all = jax.nn.log_softmax(logits, axis=-1)
+    likeliest_logprobs, likeliest = jax.lax.top_k(of_all, min(MOST_LOGPROBS, logits.shape[1]))
+    stopped = jnp.any(slots.stops == token[:, None], axis=1)
+    drawn = Drawn(
+        token,
+        running,
+        running & stopped,
+        jnp.take_along_axis(of_all, ids[:, None], axis=1)[:, 0],
+        likeliest.astype(jnp.int32),
+        likeliest_logprobs,
+    )
+    after = model(spans.appended(ids[:, None], position, running.astype(jnp.int32)), cache)
+    following = model.logits(model.hidden(after.streams))[:, 0]
+    ended = stopped | (position >= slots.last) | (token == NO_TOKEN)
+    slots = slots._replace(
+        logits=jnp.where(running[:, None], following, logits),
+        rules=slots.rules.counting(ids, running),
+        running=running & ~ended,
+    )
+    return drawn, after.cache, slots
+
+
+def new_slot(
+    prompt: tuple[int, ...],
+    output: list[int],
+    sampling: Sampling,
+    stops: frozenset[int],
+    max_length: int,
+    vocab_size: int,
+) -> NewSlot:
+    """What a request brings to its slot, arrays of the host.
+
+    Args:
+        prompt: its tokens. output: those it has drawn already, if it was interrupted.
+        sampling: how to draw. stops: token ids that end it.
+        max_length: of a sequence. vocab_size: V.
+    """
+
+    def padded(values: Any, size: int, fill: int, dtype: Any = np.int32) -> np.ndarray:
+        array = np.full(size, fill, dtype)
+        array[: len(values)] = values
+        return array
+
+    return NewSlot(
+        seed=np.array([sampling.seed >> 32, sampling.seed & 0xFFFFFFFF], np.uint32),
+        temperature=np.float32(sampling.temperature),
+        top_p=np.float32(sampling.top_p),
+        presence=np.float32(sampling.presence_penalty),
+        frequency=np.float32(sampling.frequency_penalty),
+        repetition=np.float32(sampling.repetition_penalty),
+        bias_ids=padded(list(sampling.logit_bias), MOST_BIASES, vocab_size),
+        bias=padded(list(sampling.logit_bias.values()), MOST_BIASES, 0, np.float32),
+        prompt=padded(prompt, max_length, vocab_size),
+        output=padded(output, max_length, vocab_size),
+        top_k=np.int32(min(sampling.top_k, vocab_size)),
+        min_p=np.float32(sampling.min_p),
+        stops=padded(sorted(stops), MOST_STOP_TOKENS, NO_STOP),
+        stop_from=np.int32(len(prompt) + min(sampling.min_tokens, max_length)),
+        last=np.int32(len(prompt) + sampling.max_tokens - 1),
+    )
