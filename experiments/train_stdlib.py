@@ -17,14 +17,15 @@ from dsv4_jax.training.sources import StandardLibrary
 
 
 def run() -> RunConfig:
-    """Dense attention for the first half, then sparse, at twice the length."""
+    """Dense attention first; then the indexers alone, a little; then sparse attention at twice the length."""
     return RunConfig(
         model=QUICKSTART.config,
         policy=QUICKSTART.policy,
         source=StandardLibrary(),
         stages=(
-            Stage(num_steps=1000, seq_len=256, batch_size=4),
-            Stage(num_steps=1000, seq_len=512, batch_size=2),
+            Stage(num_steps=1000, seq_len=256, batch_size=4, attention="dense"),
+            Stage(num_steps=100, seq_len=256, batch_size=4, attention="dense", indexer="warm-up"),
+            Stage(num_steps=900, seq_len=512, batch_size=2, indexer="sparse"),
         ),
         learning_rate=LearningRate(QUICKSTART.peak_learning_rate, warmup_steps=100, decay_steps=1000),
         out=pathlib.Path("stdlib_run"),

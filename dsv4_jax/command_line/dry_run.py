@@ -29,7 +29,13 @@ def print_run(config: RunConfig, console: Console) -> None:
     print_model(config, model, console)
     console.print(_groups(config, model))
     console.print(_bytes(config, model))
-    console.print(_stages(config, model))
+    console.print(_stages(config))
+    for number, stage in enumerate(config.stages):
+        flops = flops_per_token(model, stage.seq_len, dense=stage.attention == "dense")
+        flops *= stage.batch_size * stage.seq_len
+        ramp = stage.ramp
+        grows = f"; {ramp.first:,} rows at first, full from step {ramp.num_steps:,} on" if ramp else ""
+        console.print(f"stage {number}: {flops:.2e} FLOP a full step{grows}")
     for number in range(len(config.stages)):
         if number == 0 or config.stages[number].source is not None:
             console.print(f"text from stage {number} on: {config.source_of(number)}")
@@ -110,22 +116,19 @@ def _bytes(config: RunConfig, model: ModelConfig) -> Table:
     return table
 
 
-def _stages(config: RunConfig, model: ModelConfig) -> Table:
-    heads = ("", "steps", "length", "rows", "parts", "attention", "indexer", "tokens", "FLOP")
-    table = Table(*heads, title="stages; rows of a batch, taken in parts; FLOP of a full step")
+def _stages(config: RunConfig) -> Table:
+    heads = ("", "steps", "length", "rows", "in", "attention", "indexer", "tokens")
+    table = Table(*heads, title="stages; rows of a full batch, in so many parts")
     for number, stage in enumerate(config.stages):
-        flops = flops_per_token(model, stage.seq_len, dense=stage.attention == "dense")
-        ramp = "" if stage.ramp is None else f"{stage.ramp.first:,} to "
         table.add_row(
             str(number),
             f"{stage.num_steps:,}",
             f"{stage.seq_len:,}",
-            f"{ramp}{stage.batch_size:,}",
+            f"{stage.batch_size:,}",
             str(stage.accumulate),
             stage.attention,
             stage.indexer,
             amount(stage.num_tokens),
-            f"{flops * stage.batch_size * stage.seq_len:.1e}",
         )
     return table
 

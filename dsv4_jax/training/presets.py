@@ -5,6 +5,7 @@ import pathlib
 
 from dsv4_jax.config import tiny, v4_flash
 from dsv4_jax.numerics.policy import Policy
+from dsv4_jax.training.muon import Muon
 from dsv4_jax.training.recipe import QUICKSTART
 from dsv4_jax.training.run_config import Checkpoints, Logging, RunConfig, Stage, Validation
 from dsv4_jax.training.schedules import BatchRamp, LearningRate
@@ -19,7 +20,7 @@ def stdlib() -> RunConfig:
         model=QUICKSTART.config,
         policy=QUICKSTART.policy,
         source=StandardLibrary(),
-        stages=(Stage(num_steps=2000, seq_len=256, batch_size=4),),
+        stages=(Stage(num_steps=2000, seq_len=256, batch_size=4, indexer="sparse"),),
         learning_rate=LearningRate(QUICKSTART.peak_learning_rate, warmup_steps=100, decay_steps=1000),
         optimizer=QUICKSTART.optimizer,
         out=pathlib.Path("stdlib_run"),
@@ -88,5 +89,6 @@ def flash() -> RunConfig:
             stage(5_000, 1048576, indexer="sparse"),
         ),
         learning_rate=LearningRate(2.7e-4, warmup_steps=2000, decay_steps=80_000),
+        optimizer=Muon(),
         out=pathlib.Path("flash_run"),
     )

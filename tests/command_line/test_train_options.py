@@ -9,8 +9,9 @@ from dsv4_jax.command_line import main as cli
 from dsv4_jax.command_line import train
 from dsv4_jax.config import v4_flash
 from dsv4_jax.errors import ProblemsError
-from dsv4_jax.inspection.training_cost import flops_per_token, optimizer_groups, training_bytes
+from dsv4_jax.inspection.training_cost import flops_per_token, training_bytes
 from dsv4_jax.numerics.policy import Policy
+from dsv4_jax.parameters import parameters
 from dsv4_jax.training.run_config import RunConfig
 from tests.training.tiny_run import CONFIG, config
 
@@ -71,7 +72,7 @@ def test_a_dry_run_shows_all_of_a_run(capsys):
     assert cli.run(["train", "flash", "--mesh", "fsdp=32,expert=8", "--dry-run"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     for part in (
-        "284.33B parameters, 13.27B active", "mesh: fsdp=32,expert=8; 31.", "no gradient", "moments",
+        "284.33B parameters, 13.27B active", "mesh: fsdp=32,expert=8; 31.", "rule, no gradient", "Muon, decayed", "moments",
         "together, at least", "16,384", "dense", "2000 steps up to 0.00027",
         "cosine decay to 2.7e-05", "MTP 0.3, from step", "every 1000 steps, 3 are kept", "StandardLibrary",
     ):  # fmt: skip
@@ -129,13 +130,10 @@ def test_flops_of_the_released_model():
     assert flops_per_token(v4_flash(), 65536, dense=True) > flops_per_token(v4_flash(), 65536)
 
 
-def test_groups_and_bytes_count_every_parameter():
-    groups = optimizer_groups(CONFIG, lambda parameter: parameter.role)
-    named = {group.name: group for group in groups}
-    assert named["no gradient"].elements == CONFIG.n_routed_experts
-    assert sum(group.elements for group in groups if group.name != "no gradient") > 1000
+def test_bytes_count_every_parameter():
+    elements = sum(parameter.size for parameter in parameters(CONFIG).values())
     one = training_bytes(CONFIG, Policy.of("float32"), 2.0, "data=1", 8, 16)
     spread = training_bytes(CONFIG, Policy.of("float32"), 2.0, "fsdp=8", 8, 16)
-    assert one.parameters == 4 * sum(group.elements for group in groups)
+    assert one.parameters == 4 * elements
     assert one.moments == 2 * one.parameters and one.total > 4 * one.parameters
     assert spread.parameters < one.parameters / 3 and spread.streams == one.streams / 8

@@ -62,7 +62,7 @@ def remembering(state, tokens, rate, spoilt):
     after = TrainState({"seen": seen}, {"count": state.fixed["count"] + tokens.shape[0]}, (), state.step + 1)
     kept = jnp.isfinite(loss)
     after = jax.tree.map(lambda old, new: jnp.where(kept, new, old), state, after)
-    report = StepReport(**dict.fromkeys(StepReport._fields, loss))
+    report = StepReport(**dict.fromkeys(StepReport._fields, loss))._replace(loads=jnp.ones((2, 4)))
     return after._replace(step=state.step + 1), report
 
 
