@@ -171,6 +171,7 @@ def kept_if_finite(before: TrainState, after: TrainState, report: StepReport) ->
 
     The count of steps goes on either way: the batch has been seen.
     """
-    fine = jnp.isfinite(report.loss) & jnp.isfinite(report.grad_norm)
+    numbers = (report.loss, report.grad_norm, report.indexer_grad_norm)
+    fine = jnp.isfinite(jnp.stack(numbers)).all()
     kept = jax.tree.map(lambda old, new: jnp.where(fine, new, old), before, after)
     return kept._replace(step=after.step)

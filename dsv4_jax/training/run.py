@@ -7,6 +7,7 @@ for only before a state is saved, at a validation and at the end.
 import contextlib
 import dataclasses
 import functools
+import math
 import os
 import time
 from collections.abc import Callable
@@ -229,7 +230,8 @@ class _Session:
         record["seconds"] = now - self.last_told
         self.last_told = now
         self.teller.step(record, loads)
-        finding = self.observer.judge(done.step, numbers["loss"], numbers["grad_norm"])
+        norm = math.hypot(numbers["grad_norm"], numbers["indexer_grad_norm"])
+        finding = self.observer.judge(done.step, numbers["loss"], norm)
         if finding.words:
             self.teller.event(finding.kind, done.step, f"{finding.words}; {finding.action}")
         return finding
@@ -276,8 +278,8 @@ class _Session:
         with self.goodput.spent_on("validating"):
             if self.validation_batches is None:
                 self.validation_batches = self._held_out()
-            params = self.state.params
-            self.validation_loss = validation_loss(self.network, params, self.validation_batches)
+            params, mode = self.state.params, self.config.mode(self.step - 1)
+            self.validation_loss = validation_loss(self.network, params, self.validation_batches, mode)
             text = None if self.sample is None else self.sample(params)
         self.teller.validated(self.step, self.validation_loss, text)
 

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.config.quantities import integer_problem, seed_problem
 from dsv4_jax.errors import ConfigError
+from dsv4_jax.model.training_mode import TrainingMode
 from dsv4_jax.numerics.policy import Policy
 from dsv4_jax.training.data import BatchStream
 from dsv4_jax.training.health import Health
@@ -236,6 +237,10 @@ class RunConfig:
         stage = self.stages[place.stage]
         parts = stage.parts(place.rows)
         return StepSettings(self.optimizer, parts, stage.attention, stage.indexer, self.losses.z > 0)
+
+    def mode(self, step: int) -> TrainingMode:
+        """How the model attends at a step, with no loss for its indexers: for validations."""
+        return self.settings(self.place(step)).mode._replace(index_loss=False)
 
     def rates(self, step: int) -> Rates:
         """Learning rate and weights of step `step`, counted from 0."""

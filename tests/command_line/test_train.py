@@ -12,7 +12,7 @@ import dsv4_jax
 from dsv4_jax.checkpoint.files import open_checkpoint
 from tests.command_line.killed_runs import command, ended, kill, run_file, trace, wait_for_steps
 
-STEPS = 40
+STEPS = 60
 
 
 @pytest.fixture(scope="module")
@@ -44,14 +44,24 @@ def test_a_run_leaves_a_model_that_anybody_can_load(whole):
 
 
 def kills(whole, cache, folder, count, seed):
+    """Kills a run so many times, ends it by SIGTERM once, lets it finish, and compares it with the whole one."""
     path, wanted, *_ = whole
     path = shutil.copy(path, folder / path.name)
     out, chance, told = folder / "out", random.Random(seed), []
-    for number in range(count):
-        process = command("train", str(path), *(["--resume"] if number else []), cache=cache)
+
+    def started(*options):
+        running = command("train", str(path), *options, cache=cache)
         records = trace(out)
-        wait_for_steps(process, out, records[-1]["step"] if records else 0)
-        told.append(kill(process, out, chance))
+        wait_for_steps(running, out, records[-1]["step"] if records else 0)
+        return running
+
+    for number in range(count):
+        told.append(kill(started(*(["--resume"] if number else [])), out, chance))
+    running = started("--resume")
+    running.process.send_signal(signal.SIGTERM)
+    code, _, err = ended(running)
+    assert code == 143 and "saving the state and stopping" in err and "--resume goes on" in err, err
+    assert not (out / "model").exists()
     code, _, err = ended(command("train", str(path), "--resume", cache=cache))
     assert code == 0, err
     assert trace(out) == trace(wanted)
@@ -62,7 +72,7 @@ def kills(whole, cache, folder, count, seed):
     return told
 
 
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(whole, cache, tmp_path):
+def test_a_killed_and_stopped_run_goes_on_as_if_nothing_had_happened(whole, cache, tmp_path):
     assert len(kills(whole, cache, tmp_path, 3, seed=1)) == 3
 
 
@@ -71,19 +81,3 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(whole, cache, tmp_path)
 def test_a_run_that_is_killed_ten_times(whole, cache, tmp_path, seed):
     told = kills(whole, cache, tmp_path, 10, seed)
     assert len(set(told)) == 2
-
-
-def test_sigterm_saves_and_ends_with_its_code(whole, cache, tmp_path):
-    path, wanted, *_ = whole
-    path = shutil.copy(path, tmp_path / path.name)
-    process = command("train", str(path), cache=cache)
-    wait_for_steps(process, tmp_path / "out", 0)
-    process.process.send_signal(signal.SIGTERM)
-    code, _, err = ended(process)
-    assert code == 143 and "saving the state and stopping" in err and "--resume goes on" in err
-    assert not (tmp_path / "out" / "model").exists()
-    code, _, err = ended(command("train", str(path), cache=cache))
-    assert code == 2 and "holds a run; --resume goes on with it" in err
-    code, _, err = ended(command("train", str(path), "--resume", cache=cache))
-    assert code == 0, err
-    assert trace(tmp_path / "out") == trace(wanted)

@@ -4,8 +4,11 @@ The step here is one line that remembers every batch and rate it was given, so t
 went on is compared with one that was not; `test_run_of_a_model.py` does the same with a model.
 """
 
+import dataclasses
+import itertools
 import json
 import os
+import shutil
 import signal
 
 import jax
@@ -26,6 +29,7 @@ from dsv4_jax.training.telling import Spoken
 from tests.training.tiny_run import Numbers, config
 
 NAN = float("nan")
+SESSIONS = itertools.count()
 
 
 class Placing:
@@ -91,7 +95,7 @@ def go(run_config, *, resume=False, watching=None, **options):
     run_config.out.mkdir(parents=True, exist_ok=True)
     watching = Watching() if watching is None else watching
     teller = Spoken(run_config.out, watching, tensorboard=False, every=1)
-    goodput = Goodput(RecordFile(run_config.out / GOODPUT_FILE), f"s{id(watching)}")
+    goodput = Goodput(RecordFile(run_config.out / GOODPUT_FILE), f"session {next(SESSIONS)}")
     try:
         result = runs.run(run_config, Placing(), fresh(), None, teller, goodput, resume=resume, **options)
     finally:
@@ -129,8 +133,6 @@ def whole(tmp_path, spoilt):
 
 
 def with_out(run_config, out, **changes):
-    import dataclasses
-
     return dataclasses.replace(run_config, out=out, **changes)
 
 
@@ -167,8 +169,6 @@ def test_records_of_steps_that_come_again_are_dropped(whole, tmp_path):
     go(cut, watching=stopping_at(6, signal.SIGINT))
     states = sorted((cut.out / STATES_FOLDER).glob("[0-9]*"), key=lambda path: int(path.name))
     assert [path.name for path in states] == ["6", "7"]
-    import shutil
-
     shutil.rmtree(states[-1])
     with open(cut.out / "metrics.jsonl", "a") as file:
         file.write('{"step": 8, "los')  # a line that was being written
@@ -211,8 +211,6 @@ def test_a_damaged_step_is_told_and_the_one_before_is_used(whole, tmp_path):
 
 def test_another_run_is_refused_with_what_differs(whole, tmp_path):
     run_config, _ = whole
-    import dataclasses
-
     other = with_out(run_config, run_config.out, seed=5)
     with pytest.raises(ProblemsError, match="seed is 5 now, and was 0"):
         go(other, resume=True)
@@ -333,7 +331,7 @@ def test_validations_and_samples_come_at_intervals_and_at_the_end(tmp_path, spoi
     run_config = config(tmp_path / "out", validation=Validation(Numbers(), every=5, num_batches=3))
     measured = []
 
-    def validation_loss(network, params, batches):
+    def validation_loss(network, params, batches, mode):
         measured.append([batch.tokens.tolist() for batch in batches])
         return 1.5
 
