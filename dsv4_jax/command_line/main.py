@@ -6,13 +6,25 @@ Imports are inside the functions, so that `dsv4 --help` does not wait for JAX.
 import json
 import pathlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import tyro
 
 from dsv4_jax.command_line import devices, processes, standard_streams
 from dsv4_jax.command_line.standard_streams import note
+from dsv4_jax.command_line.start import (
+    AllowLinks,
+    Checkpoint,
+    CompilationCache,
+    Destination,
+    Json,
+    Mesh,
+    Prompt,
+    prepare,
+    require,
+)
+from dsv4_jax.command_line.training_commands import train
 from dsv4_jax.errors import CheckpointError, ProblemsError
 
 DESCRIPTION = """\
@@ -25,29 +37,9 @@ examples:
   dsv4 quickstart
   dsv4 generate quickstart "def main("
   dsv4 chat quickstart
+  dsv4 train experiments/train_stdlib.py
   dsv4 inspect config.json
 """
-
-Checkpoint = Annotated[
-    tyro.conf.Positional[str],
-    tyro.conf.arg(metavar="CHECKPOINT", help="directory, or hf://org/name@revision"),
-]
-Destination = Annotated[tyro.conf.Positional[pathlib.Path], tyro.conf.arg(metavar="DESTINATION")]
-Prompt = Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[PROMPT]")]
-CompilationCache = Annotated[
-    bool, tyro.conf.arg(help="keep compiled programs under ~/.cache/dsv4_jax/compiled")
-]
-AllowLinks = Annotated[
-    pathlib.Path | None,
-    tyro.conf.arg(metavar="DIR", help="accept links of CHECKPOINT that lead into this directory"),
-]
-Mesh = Annotated[
-    str | None,
-    tyro.conf.arg(
-        metavar="AXIS=SIZE,...", help="devices to spread the model over, such as expert=8,tensor=2"
-    ),
-]
-Json = Annotated[bool, tyro.conf.arg(name="json", help="print one JSON object")]
 
 
 def generate(
@@ -97,7 +89,7 @@ def generate(
     given = completion.checked_request(prompt, ids, sampling)
     numbers = {"dtype": dtype, "numerics": numerics, "cache": cache}
     processes.join(hosts, mesh, {"prompt": given, "sampling": sampling, **numbers})
-    _prepare(compilation_cache)
+    prepare(compilation_cache)
     from dsv4_jax import loading
     from dsv4_jax.command_line import hub
     from dsv4_jax.refusing import refused_together
@@ -162,7 +154,7 @@ def chat(
 
     manner = checked_manner(Manner(True, "high", max_new_tokens, temperature, top_p, seed))
     read_line = conversation.terminal_lines()
-    _prepare(compilation_cache)
+    prepare(compilation_cache)
     from dsv4_jax import loading
     from dsv4_jax.command_line import hub
     from dsv4_jax.serving.chat.profile import choose_profile
@@ -207,7 +199,7 @@ def inspect(
         rules: how the mesh is used (`sharding.rules`).
         rows: sequences of so much context over the whole mesh; one a device if not given.
     """
-    _require(devices.settings_problem)  # no device: everything is computed from shapes
+    require(devices.settings_problem)  # no device: everything is computed from shapes
     from dsv4_jax.command_line import hub, terminal
     from dsv4_jax.config import io as config_io
     from dsv4_jax.inspection import context_cost, costs, report
@@ -278,7 +270,7 @@ def evaluate(
         seed: of the needles.
         dtype: of parameters and activations.
     """
-    _prepare(compilation_cache)
+    prepare(compilation_cache)
     from dsv4_jax import loading
     from dsv4_jax.command_line import evaluate as evaluation
     from dsv4_jax.command_line import hub
@@ -308,7 +300,7 @@ def verify(
     """
     processes.join(hosts, mesh, {"checkpoint": checkpoint})
     if mesh is not None:
-        _require(devices.device_problem)
+        require(devices.device_problem)
     from dsv4_jax.checkpoint.verify import verify_checkpoint
     from dsv4_jax.command_line import hub, terminal
     from dsv4_jax.inspection import verification
@@ -360,7 +352,7 @@ def convert(
     request = {"checkpoint": checkpoint, "destination": destination, "layout": layout, "to": to}
     draft_head = "ignore" if ignore_draft_head else "load"
     processes.join(hosts, mesh, request | {"draft head": draft_head, "overwrite": overwrite})
-    _require(devices.device_problem)
+    require(devices.device_problem)
     from dsv4_jax.checkpoint.convert import convert_checkpoint
     from dsv4_jax.command_line import hub, terminal
     from dsv4_jax.placing import placement_of
@@ -437,7 +429,7 @@ def quickstart(
         seed: of parameters, data order and sampling.
         prompt: what the trained model continues.
     """
-    _prepare(compilation_cache)
+    prepare(compilation_cache)
     from dsv4_jax.command_line import quickstart as first_run
 
     first_run.quickstart(minutes=minutes, out=out, seed=seed, prompt=prompt)
@@ -445,6 +437,7 @@ def quickstart(
 
 SUBCOMMANDS = {
     "quickstart": quickstart,
+    "train": train,
     "generate": generate,
     "chat": chat,
     "eval": evaluate,
@@ -492,25 +485,6 @@ def run(arguments: Sequence[str]) -> int:
         note(f"dsv4: a fault of this program, {name}: {fault}\n`python -X dev -m dsv4_jax` shows where")
         return 1
     return 0
-
-
-def _prepare(keep_programs: bool) -> None:
-    """A device to compute on, and the place where compiled programs are kept."""
-    _require(devices.device_problem)
-    if not keep_programs:
-        return
-    from dsv4_jax.command_line import compilation_cache
-
-    try:
-        compilation_cache.enable()
-    except compilation_cache.NoCache as why:
-        note(f"note: compiled programs are not kept: {why}")
-
-
-def _require(check: Callable[[], str | None]) -> None:
-    """Comes before the imports of modules that import JAX, so that its refusal is a sentence."""
-    if problem := check():
-        raise ProblemsError("cannot compute", [problem])
 
 
 if __name__ == "__main__":
