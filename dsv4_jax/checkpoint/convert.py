@@ -28,7 +28,7 @@ def convert_checkpoint(
     *,
     layout: names.Layout = "official",
     to: Target = "keep",
-    draft_head: DraftHead = "refuse",
+    draft_head: DraftHead = "load",
     overwrite: bool = False,
     allow_links: str | pathlib.Path | None = None,
     reading: Progress | None = None,
@@ -48,7 +48,7 @@ def convert_checkpoint(
             change. float32 parameters (mHC, sinks, biases) always stay float32. 'fp8-fp4' and 'fp8' round
             weights to the official formats and need the official layout; weights in the wanted format
             stay as they are.
-        draft_head: 'ignore' leaves a DSpark draft head out instead of refusing the checkpoint.
+        draft_head: 'ignore' leaves a DSpark draft head out.
         overwrite: replace what is at `destination`.
         allow_links: a folder that links of `source` may lead into.
         reading, writing: progress of looking at all numbers, and of writing.

@@ -70,7 +70,7 @@ def load_checkpoint(
     policy: "Policy | None",
     *,
     weights: Weights = "dequantized",
-    draft_head: DraftHead = "refuse",
+    draft_head: DraftHead = "load",
     text_only: bool = False,
     require_mtp: bool = False,
     scan_weights: bool = False,
@@ -93,8 +93,7 @@ def load_checkpoint(
             float32. None takes the narrower of bfloat16 and float32 that holds every matrix exactly.
         weights: 'native' keeps FP8 and FP4 weights as `QuantizedWeight`; 'dequantized' makes them arrays of
             the param dtype.
-        draft_head: 'ignore' loads a DSpark release without its draft head; 'refuse' does not load
-            it.
+        draft_head: 'ignore' loads a DSpark release without its draft head.
         text_only: load the text model of a vision variant.
         require_mtp: refuse a checkpoint without an MTP block.
         scan_weights: look for NaN and infinity in bfloat16 weights too.

@@ -51,8 +51,7 @@ def verify_checkpoint(
 ) -> Verification:
     """Checks config, headers, side files and every value of a checkpoint; memory is one matrix.
 
-    A draft head that loading needs a word for (DSpark) is a warning here: the model itself is
-    checked. Never raises for a bad checkpoint.
+    Never raises for a bad checkpoint.
 
     Args:
         directory: the checkpoint.
@@ -60,7 +59,7 @@ def verify_checkpoint(
         progress: called after each tensor with (its name, bytes read, bytes of all tensors).
     """
     try:
-        with open_manifest(directory, Options(draft_head="ignore", allow_links=allow_links)) as (
+        with open_manifest(directory, Options(allow_links=allow_links)) as (
             files,
             manifest,
         ):

@@ -61,6 +61,7 @@ def generate(
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
     numerics: Literal["reference", "qat"] = "reference",
     cache: Literal["plain", "fp8+fp8", "fp8+mxfp4"] = "plain",
+    draft: Literal["mtp", "dspark", "lookup"] | None = None,
     mesh: Mesh = None,
     hosts: processes.Group = processes.ALONE,
     allow_links: AllowLinks = None,
@@ -87,10 +88,12 @@ def generate(
         numerics: qat rounds activations, cache and index scores as the official code does.
         cache: how entries and indexer keys are kept; bytes of one entry + one key of the released models:
             plain 1024 + 256 (bfloat16), fp8+fp8 584 + 132, fp8+mxfp4 584 + 68.
+        draft: guess several tokens a step: by the draft head of the checkpoint (mtp or dspark), or by looking
+            up what followed before (lookup). The same text as without; acceptance goes to stderr.
     """
     from dsv4_jax.command_line import completion
 
-    sampling = completion.Sampling(max_new_tokens, temperature, top_p, seed)
+    sampling = completion.Sampling(max_new_tokens, temperature, top_p, seed, draft)
     given = completion.checked_request(prompt, ids, sampling)
     numbers = {"dtype": dtype, "numerics": numerics, "cache": cache}
     processes.join(hosts, mesh, {"prompt": given, "sampling": sampling, **numbers})
@@ -111,10 +114,12 @@ def generate(
     )
     if as_json:
         print(json.dumps(completion.complete(model, given, sampling)))
-        return
-    for piece in completion.stream(model, given, sampling):
-        print(piece, end="", flush=True)
-    print()
+    else:
+        for piece in completion.stream(model, given, sampling):
+            print(piece, end="", flush=True)
+        print()
+    if line := completion.acceptance_line(model):
+        note(line)
 
 
 def chat(
@@ -327,7 +332,7 @@ def convert(
         layout: tensor names; 'hybrid' is what transformers' save_pretrained writes by default.
         to: of matrices and norms. 'keep' writes every tensor as it is stored; 'fp8-fp4' rounds experts to
             FP4 and other linear layers to FP8, as the instruct releases store them; 'fp8' rounds all to FP8.
-        ignore_draft_head: leave a DSpark draft head out instead of refusing the checkpoint.
+        ignore_draft_head: leave a DSpark draft head out.
         overwrite: replace a checkpoint at the destination.
     """
     from dsv4_jax.checkpoint.convert import convert_checkpoint
@@ -341,7 +346,7 @@ def convert(
             destination,
             layout=layout,
             to=to,
-            draft_head="ignore" if ignore_draft_head else "refuse",
+            draft_head="ignore" if ignore_draft_head else "load",
             overwrite=overwrite,
             allow_links=allow_links,
             reading=reading,

@@ -28,6 +28,8 @@ def as_plain(inspection: Inspection) -> dict[str, object]:
             "active_with_embedding": parameters.active_with_embedding,
             "mtp_total": inspection.mtp_total,
             "mtp_active": inspection.mtp_active,
+            "dspark_total": inspection.dspark_total,
+            "dspark_active": inspection.dspark_active,
             "total_with_mtp": inspection.total_with_mtp,
         },
         "per_layer": dataclasses.asdict(inspection.layer),
@@ -137,6 +139,11 @@ def _config_table(inspection: Inspection) -> Table:
         "vocabulary": f"{config.vocab_size}",
         "MTP blocks": f"{config.num_nextn_predict_layers}",
     }
+    if (head := config.dspark) is not None:
+        layers = ", ".join(map(str, head.target_layer_ids))
+        rows["DSpark draft head"] = (
+            f"blocks of {head.block_size}, reads layers {layers}, Markov rank {head.markov_rank}"
+        )
     table = Table(title="Configuration", show_header=False, title_justify="left")
     for name, text in rows.items():
         table.add_row(name, text)
@@ -166,7 +173,15 @@ def _parameter_table(inspection: Inspection) -> Table:
         ("active per token, with embedding", counts.active_with_embedding),
         ("MTP block, total", inspection.mtp_total),
         ("MTP block, active", inspection.mtp_active),
-        ("total with MTP", inspection.total_with_mtp),
+        *(
+            [
+                ("DSpark head, total", inspection.dspark_total),
+                ("DSpark head, active", inspection.dspark_active),
+            ]
+            if inspection.dspark_total
+            else []
+        ),
+        ("total with MTP" if not inspection.dspark_total else "total with DSpark", inspection.total_with_mtp),
     ):
         table.add_row(name, f"{value:,}")
     table.add_section()

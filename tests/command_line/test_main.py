@@ -28,6 +28,7 @@ class FakeModel:
     """Echoes what it was asked for; refuses like the real one, when the first piece is drawn."""
 
     config = CONFIG
+    acceptance = None
 
     def __init__(self) -> None:
         self.calls: list[dict[str, object]] = []
@@ -245,11 +246,12 @@ def test_inspect_shows_all_config_problems(capsys, config_file):
     assert "3 problems" in err and "YaRN" in err and "o_groups=3" in err
 
 
-def test_inspect_notes_a_draft_head(capsys, config_file):
-    raw = json.loads(config_file.read_text()) | {"dspark_block_size": 5}
+def test_inspect_shows_a_draft_head(capsys, config_file):
+    raw = json.loads(config_file.read_text()) | {"dspark_block_size": 5, "dspark_noise_token_id": 7}
+    raw |= {"dspark_markov_rank": 4, "dspark_target_layer_ids": [0, 1]}
     config_file.write_text(json.dumps(raw))
-    code, _, err = run(capsys, "inspect", str(config_file))
-    assert code == 0 and "note: this checkpoint carries a DSpark draft head" in err
+    code, out, _ = run(capsys, "inspect", str(config_file))
+    assert code == 0 and "blocks of 5, reads layers 0, 1, Markov rank 4" in out
 
 
 def test_a_hub_address_without_revision(capsys):

@@ -99,6 +99,20 @@ def test_every_cache_format_generates_text(capsys, monkeypatch, request, stored,
     assert isinstance(csa.indexer.entries, keys)
 
 
+def test_drafts_change_nothing_but_the_number_of_steps(capsys, checkpoint):
+    greedy = ("--ids", "7", "8", "7", "8", "--temperature", "0")
+    plain = generate(capsys, checkpoint, *greedy)
+    fixed = ("--dtype", "float32", "--no-compilation-cache", "--max-new-tokens", "5")
+    assert cli.run(["generate", checkpoint, *greedy, *fixed, "--draft", "mtp", "--json"]) == 0
+    shown = capsys.readouterr()
+    record = json.loads(shown.out)
+    assert " ".join(map(str, record["ids"])) + "\n" == plain
+    assert len(record["accepted"]) == len(record["drafted"]) and set(record["drafted"]) <= {0, 1}
+    assert "tokens a step; by position: " in shown.err and record["sampling"]["draft"] == "mtp"
+    assert cli.run(["generate", checkpoint, *greedy, *fixed, "--draft", "dspark"]) == 2
+    assert "this model has no DSpark draft head" in capsys.readouterr().err
+
+
 def test_a_cache_that_contradicts_the_numerics_is_refused(capsys, checkpoint):
     arguments = ("--numerics", "qat", "--cache", "fp8+fp8", "--no-compilation-cache")
     assert cli.run(["generate", checkpoint, "text", *arguments]) == 2
