@@ -1,4 +1,4 @@
-"""The commands that train from a run file: functions for `main.SUBCOMMANDS`, no logic of their own."""
+"""The commands that train: functions for `main.SUBCOMMANDS`, no logic of their own."""
 
 import pathlib
 from typing import Annotated
@@ -61,3 +61,29 @@ def train(
     processes.join(hosts, config.mesh, {"run": config, "resume": resume})
     prepare(compilation_cache)
     training.train(config, resume=resume)
+
+
+def quickstart(
+    minutes: float = 5.5,
+    out: pathlib.Path = pathlib.Path("quickstart"),
+    seed: int = 0,
+    prompt: str = "def ",
+    compilation_cache: CompilationCache = True,
+) -> None:
+    """Train a small, complete V4 on Python's own sources, save it, load it, and let it write.
+
+    Needs no download. Ctrl-C ends the training early and keeps what was trained.
+
+    examples:
+      dsv4 quickstart --minutes 1 --out first_model
+
+    Args:
+        minutes: time for everything, on two CPU cores.
+        out: directory of the checkpoint and the loss curve.
+        seed: of parameters, data order and sampling.
+        prompt: what the trained model continues.
+    """
+    prepare(compilation_cache)
+    from dsv4_jax.command_line import quickstart as first_run
+
+    first_run.quickstart(minutes=minutes, out=out, seed=seed, prompt=prompt)

@@ -22,8 +22,7 @@ from jaxtyping import Array, Int32
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.model.cache import Cache
 from dsv4_jax.model.cache_stores import Store, stores, with_stores
-from dsv4_jax.numerics.cache_storage import num_slots
-from pallas_kernels.formats.columns import Columns
+from dsv4_jax.numerics.cache_storage import num_slots, slot_axes
 
 GROWING = ("entries", "keys")
 """What `cache_stores` says of stores that grow with the context."""
@@ -61,10 +60,7 @@ def _leaves(cache: Cache, config: ModelConfig, block: int) -> list[_Leaf]:
         if store.holds not in GROWING:
             continue
         entries, size = block // config.ratio(store.kind), num_slots(store.stored)
-        leaves = jax.tree.leaves(store.stored)
-        turned = store.stored.turned if isinstance(store.stored, Columns) else (False,) * len(leaves)
-        for leaf, is_turned in zip(leaves, turned, strict=True):
-            axis = 3 if is_turned else 2
+        for leaf, axis in zip(jax.tree.leaves(store.stored), slot_axes(store.stored), strict=True):
             count, rest = divmod(leaf.shape[axis] * entries, size)
             if rest:
                 raise ValueError(f"a block of {block} tokens is no whole number of rows of {leaf.shape}")
