@@ -8,6 +8,7 @@ import tyro
 from dsv4_jax.command_line import standard_streams
 from dsv4_jax.command_line.checkpoint_commands import convert, doctor, inspect, verify
 from dsv4_jax.command_line.model_commands import bench, chat, evaluate, generate
+from dsv4_jax.command_line.serve import serve
 from dsv4_jax.command_line.standard_streams import note
 from dsv4_jax.command_line.training_commands import quickstart, train
 from dsv4_jax.errors import ProblemsError
@@ -22,6 +23,7 @@ examples:
   dsv4 quickstart
   dsv4 generate quickstart "def main("
   dsv4 chat quickstart
+  dsv4 serve quickstart
   dsv4 train experiments/train_stdlib.py
   dsv4 inspect config.json
 """
@@ -36,6 +38,7 @@ SUBCOMMANDS = {
     "inspect": inspect,
     "verify": verify,
     "convert": convert,
+    "serve": serve,
     "bench": bench,
     "doctor": doctor,
 }

@@ -220,6 +220,11 @@ class Engine:
                 drafts=core.acceptance.by_place(),
             )
 
+    @property
+    def failed(self) -> bool:
+        """Whether a step failed: nothing is served any more."""
+        return self._failure is not None
+
     def close(self, drain_seconds: float = 0.0) -> None:
         """Refuses new requests, lets running ones go on for so long, aborts the rest, and ends the thread."""
         until = time.monotonic() + drain_seconds
