@@ -89,7 +89,7 @@ def generate(
         cache: how entries and indexer keys are kept; bytes of one entry + one key of the released models:
             plain 1024 + 256 (bfloat16), fp8+fp8 584 + 132, fp8+mxfp4 584 + 68.
         draft: guess several tokens a step: by the draft head of the checkpoint (mtp or dspark), or by looking
-            up what followed before (lookup). The same text as without; acceptance goes to stderr.
+            up what followed before (lookup). The same text but for rounding; acceptance: stderr.
     """
     from dsv4_jax.command_line import completion
 
