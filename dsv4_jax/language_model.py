@@ -284,8 +284,8 @@ class LanguageModel:
                 filled up with the stop token it drew.
             top_p: nucleus mass, in (0, 1].
             draft: guess several tokens a step (`inference.drafters`): "mtp" or "dspark", of a model with such
-                a head, or "lookup". The tokens are the same as without; `last_acceptance` tells how often
-                guesses were right.
+                a head, or "lookup". The tokens are those without, see `inference.speculative` on rounding;
+                `last_acceptance` tells how often guesses were right.
 
         Returns:
             i32[B, max_new_tokens]; for a str prompt the new text, without stop tokens.

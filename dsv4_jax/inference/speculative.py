@@ -2,6 +2,10 @@
 
 A drafter guesses, one compiled step verifies (`steps.verify`), and rejected drafts are taken back from the
 cache. Rows go on at their own pace; columns are handed out when every row has reached them.
+
+Every accepted token is the one that the model draws in that step. A step of several positions may round other
+than a step of one, as any two shapes may: in float32 the tests find no token changed, in bfloat16 two logits
+that are nearly equal can change places.
 """
 
 import dataclasses
