@@ -289,6 +289,12 @@ def parameter_at(path: Path, shape: tuple[int, ...]) -> Parameter:
     raise ValueError(f"{'/'.join(map(str, path))} is [{row.dims}], not an array of {shape}")
 
 
+def is_trained(path: Path) -> bool:
+    """Whether the steps of training change the parameter there by gradients. They leave a DSpark head alone,
+    which no term of their loss reads: weight decay would only wear it down."""
+    return path[0] != "dspark" and row_at(path).role not in WITHOUT_GRADIENT
+
+
 def applies(row: Row, attention: AttentionKind, router: RouterKind) -> bool:
     """Whether a layer of these kinds has the parameter."""
     if row.when == "compressed":

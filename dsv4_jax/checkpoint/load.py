@@ -123,8 +123,7 @@ def load_checkpoint(
             scan_weights=scan_weights,
             progress=progress,
         )
-        blocks = {path: BLOCK[held[path].format] for path in held if held[path].format in BLOCK}
-        shardings = parameter_shardings(manifest.config, mesh, rules, str(directory), blocks)
+        shardings = parameter_shardings(manifest.config, mesh, rules, str(directory), blocks_of(held))
         for path, parameter in held.items():
             value = placed(parameter.read_box, parameter.shape, shardings.get(path))
             if findings.problems:
@@ -148,6 +147,11 @@ def load_checkpoint(
             tensor.format == "fp4" for tensor in manifest.tensors if tensor.spec.parameter.role == "expert"
         ),
     )
+
+
+def blocks_of(held: Mapping[names.Path, Held]) -> dict[names.Path, tuple[int, int]]:
+    """Rows and columns that share a scale, of the parameters that are held quantised."""
+    return {path: BLOCK[each.format] for path, each in held.items() if each.format in BLOCK}
 
 
 def exact_dtype(manifest: Manifest) -> np.dtype:

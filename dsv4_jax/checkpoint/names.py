@@ -2,9 +2,9 @@
 
 `TOP_ROWS`, `LAYER_ROWS`, `MTP_ROWS` and `DSPARK_ROWS` are the whole rename table: a row is one tensor, with
 its official name, its name in the transformers native layout, and the parameter that holds it; what that
-parameter is says `dsv4_jax.parameters`. The hybrid layout (what `save_pretrained` writes by default) is the official one
-with the prefix `model.` for layers and the other names of `_HYBRID`. Nothing else in the package spells a
-tensor name.
+parameter is says `dsv4_jax.parameters`. The hybrid layout (what `save_pretrained` writes by default) is the
+official one with the prefix `model.` for layers and the other names of `_HYBRID`. Nothing else in the package
+spells a tensor name.
 
 A parameter has leading axes that a checkpoint spreads over several tensors: the repeats of a layer stack,
 and for experts (expert, gate or up). `TensorSpec.index` selects in those; what is left has the official

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from dsv4_jax.inference.sampling import keys_at, sample
 from dsv4_jax.model import span as spans
 from dsv4_jax.model.cache import new_cache, pinned_cache
+from sharding.compiling import compiled_step
 
 RUNNING = -1
 """In place of a stop token: this row goes on. No token has this id."""
@@ -73,14 +74,14 @@ def mtp_logits(network, parameters, span):
     return model.logits(model.predict_further(model(span).streams, span)[0])
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+@compiled_step(static_argnums=0, donate_argnums=2)
 def extend(network, parameters, cache, tokens, num_valid):
     model = network.holding(parameters)
     after = model(spans.appended(tokens, cache.length, num_valid), cache)
     return model.logits(model.hidden(after.streams)), after.cache
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+@compiled_step(static_argnums=0, donate_argnums=2)
 def extend_further(network, parameters, cache, tokens, num_valid):
     """Appends tokens, and predicts one token further with the MTP block (report, section 2.1).
 
@@ -125,7 +126,7 @@ def draft(network, parameters, cache, token):
     return model.logits(model.predict_appended(none, span, cache)[0])[:, 0]
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=(2, 5))
+@compiled_step(static_argnums=0, donate_argnums=(2, 5))
 def prefill(network, parameters, cache, tokens, num_valid, last):
     """Appends a chunk; `last` f32[B, V] is updated for rows whose prompt has tokens in it."""
     model = network.holding(parameters)
@@ -138,7 +139,7 @@ def prefill(network, parameters, cache, tokens, num_valid, last):
     return model.operations.pinned(logits, "B V"), after.cache
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=(2, 3))
+@compiled_step(static_argnums=0, donate_argnums=(2, 3))
 def decode(network, parameters, cache, logits, requests, temperature, top_p, stopped, stops):
     """Draws a token a row, appends it, and returns (token, next logits, stopped, cache).
 
@@ -241,7 +242,7 @@ def verify(network, parameters, cache, token, drafts, num_drafts, requests, temp
     batch, width = ids.shape
     position = start[:, None] + jnp.arange(1, width + 1, dtype=jnp.int32)
     keys = jax.vmap(keys_at, in_axes=(None, 1), out_axes=1)(requests, position)
-    each = (jnp.repeat(number, width, total_repeat_length=batch * width) for number in (temperature, top_p))
+    each = (jnp.broadcast_to(number[:, None], ids.shape).reshape(-1) for number in (temperature, top_p))
     drawn = sample(logits.reshape(batch * width, -1), keys.reshape(-1), *each).reshape(batch, width)
     meant = jnp.arange(width - 1, dtype=jnp.int32) < num_drafts[:, None]
     right = (drawn[:, :-1] == drafts) & (drafts >= 0) & meant

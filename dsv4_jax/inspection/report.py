@@ -245,6 +245,8 @@ def mesh_as_plain(spread: Spread) -> dict[str, object]:
             for part, (once, own, beyond) in spread.by_part().items()
         },
         "arrays": mesh_report.lines(rows),
+        "tokens": spread.tokens,
+        "traffic": [dataclasses.asdict(each) | {"cheaper": each.cheaper} for each in spread.traffic],
     }
 
 
@@ -267,3 +269,25 @@ def print_mesh(spread: Spread, console: Console) -> None:
     table.add_section()
     table.add_row("all", *(f"{amount / 2**30:.3f}" for amount in sums))
     console.print(table)
+    _print_traffic(spread, console)
+
+
+def _print_traffic(spread: Spread, console: Console) -> None:
+    """What a step moves, and where the rules do not do what moves the fewest bytes."""
+    if not spread.traffic:
+        return
+    table = Table(
+        title=f"MiB that a split weight brings to each device, forward, in a step of {spread.tokens} tokens"
+    )
+    table.add_column("weight")
+    for name in ("layers", "parts", "if gathered", "if rows travel", "done"):
+        table.add_column(name, justify="right")
+    for each in spread.traffic:
+        amounts = (f"{amount / 2**20:.3f}" for amount in (each.weight_bytes, each.rows_bytes))
+        table.add_row(
+            each.name, str(each.layers), f"{each.parts} ({', '.join(each.axes)})", *amounts, each.chosen
+        )
+    console.print(table)
+    for each in spread.traffic:
+        if remark := each.remark(spread.tokens):
+            console.print(remark)

@@ -174,8 +174,8 @@ def test_the_head_equals_the_specification(lm, prompts, seen, record_property):
 
 
 def test_keys_in_fp8_are_rounded_once(lm, prompts):
-    """As the specification's QDQ8 with 64 channels to a scale; rotary channels in bfloat16. The bound is wider:
-    a number on the border of two may round the other way when its last bit differs."""
+    """As the specification's QDQ8 with 64 channels to a scale; rotary channels in bfloat16. The bound is
+    wider: a number on the border of two may round the other way when its last bit differs."""
 
     def rounded(entry):
         plain = CONFIG.head_dim - CONFIG.qk_rope_head_dim
