@@ -15,6 +15,7 @@ the rest; one rate serves both groups. Its steps cost more: CPU seconds a step a
 """
 
 import dataclasses
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -43,16 +44,18 @@ class Options:
     """How much to train."""
 
     seeds: tuple[int, ...] = (0, 1, 2)
-    steps: int = 120
+    steps: int = 80
     """Of the full schedule, 4 x 256 tokens each."""
     parts: tuple[float, ...] = (0.5, 0.75)
     """Lengths of Muon's shorter schedules, as parts of the full one."""
     tuning_steps: int = 40
-    adamw_rates: tuple[float, ...] = (2e-3, 4e-3, 8e-3)
+    adamw_rates: tuple[float, ...] = (2e-3, 4e-3, 8e-3, 1.6e-2)
     muon_rates: tuple[float, ...] = (5e-3, 1e-2, 2e-2)
     evaluate_every: int = 20
     validation_batches: int = 6
     """Of 4 x 256 tokens."""
+    resume: bool = False
+    """Take over from `out` the trainings of an earlier call that are wanted again."""
     out: Path = Path("experiments/results/muon_vs_adamw.json")
     """Also names the table (`.md`) and the plot (`.png`)."""
 
@@ -203,6 +206,20 @@ def markdown(record: dict[str, Any]) -> str:
     )
 
 
+def earlier(options: Options) -> dict[tuple[Any, ...], dict[str, Any]]:
+    """The trainings in `options.out`, by optimizer, rate, steps and seed.
+
+    Raises:
+        ValueError: they were evaluated otherwise.
+    """
+    record = json.loads(options.out.read_text())
+    same = ("evaluate_every", "validation_batches")
+    if other := [name for name in same if record["options"][name] != getattr(options, name)]:
+        raise ValueError(f"{options.out} is of another {' and '.join(other)}")
+    done = (*record["tuning"], *record["runs"])
+    return {(one["optimizer"], one["rate"], one["steps"], one["seed"]): one for one in done}
+
+
 def plot(path: Path, record: dict[str, Any]) -> None:
     """Held-out loss by tokens: the mean over seeds, and each seed thinly; AdamW's final loss as a line."""
     from matplotlib.figure import Figure  # slow to import, and needed once
@@ -242,8 +259,10 @@ def main(options: Options, recipe: Recipe = QUICKSTART) -> None:
     record = study_record.stamp("muon_vs_adamw")
     record |= {"options": shown, "rates": {}, "rows": [], "tuning": [], "runs": []}
 
+    done = earlier(options) if options.resume else {}
+
     def keep(where: str, *arguments: Any) -> None:
-        one = run(*arguments, data, options.evaluate_every, recipe)
+        one = done.get(arguments) or run(*arguments, data, options.evaluate_every, recipe)
         record[where].append(one)
         record["rows"] = summary(record["runs"], options.steps)
         study_record.write(options.out, record, markdown(record))

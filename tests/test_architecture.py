@@ -55,7 +55,7 @@ ROOM_ARROWS = {
     "training": {*_BELOW_MODEL, "model", "reading"},
     "checkpoint": {*_BELOW_MODEL, "reading"},
     "language_model": {*_BELOW_MODEL, "model", "inference", "checkpoint"},
-    "serving": {*_BELOW_MODEL, "model", "inference", "checkpoint", "language_model", "reading"},
+    "serving": {*_BELOW_MODEL, "model", "inference", "checkpoint", "language_model", "reading", "training"},
     "inspection": {*_BELOW_MODEL, "model", "checkpoint"},
     "command_line": {*ROOMS.values()},
     "top": {"training", "language_model", *_BELOW_MODEL},  # the public names

@@ -7,9 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from dsv4_jax.command_line import devices
-from dsv4_jax.command_line.arguments import AllowLinks, Checkpoint, CompilationCache
 from dsv4_jax.command_line.standard_streams import note
+from dsv4_jax.command_line.start import AllowLinks, Checkpoint, CompilationCache, prepare
 from dsv4_jax.errors import ProblemsError
 
 if TYPE_CHECKING:
@@ -137,6 +136,8 @@ def serve(
     lanes: int = 2,
     prefix_blocks: int = 256,
     share_prefixes: bool = False,
+    draft: Literal["mtp", "dspark", "lookup"] | None = None,
+    prefix_folder: Path | None = None,
     max_waiting: int = 512,
     max_tokens: int | None = None,
     max_body_mib: int = 64,
@@ -174,6 +175,8 @@ def serve(
         prefix_blocks: blocks of 128 prompt tokens that are kept for later requests.
         share_prefixes: let requests with different keys profit from each other's prompts; a client could then
             find out by time what others have sent.
+        draft: who guesses further tokens, which changes how fast answers come and nothing else.
+        prefix_folder: keep prefixes here too, for later starts of the server.
         max_waiting: requests that may wait for a slot; more are told to come again.
         max_tokens: of an answer whose request sets no limit.
         max_body_mib: of a request.
@@ -187,7 +190,7 @@ def serve(
     """
     require_extra()
     keys = checked_place(Place(host, port, api_key_file, insecure))
-    devices.prepare(compilation_cache)
+    prepare(compilation_cache)
     from dsv4_jax import loading
     from dsv4_jax.command_line import hub, memory_plan
     from dsv4_jax.config import io as config_io
@@ -208,8 +211,10 @@ def serve(
     directory = hub.locate(checkpoint, weights=True, announce=note)
     config = config_io.read_config_file(directory, allow_links=allow_links).config
     max_length = min(max_length, config.max_position_embeddings)
-    settings = EngineSettings(max_length, slots, lanes, num_pages=prefix_blocks)
-    problems = limits.problems() + settings.problems(block_length(config))
+    settings = EngineSettings(
+        max_length, slots, lanes, num_pages=prefix_blocks, draft=draft, disk=prefix_folder
+    )
+    problems = limits.problems() + settings.problems(block_length(config), config)
     if drain_seconds < 0:
         problems.append(f"--drain-seconds {drain_seconds} must be at least 0")
     if problems:

@@ -77,6 +77,7 @@ class EngineStatus:
     prefix_tokens_found: int
     num_preemptions: int
     steps: int
+    drafts: tuple[tuple[int, int], ...] = ()  # (kept, tried) at each place behind a token
 
 
 Listener = Callable[[Output], None]
@@ -216,6 +217,7 @@ class Engine:
                 prefix_tokens_found=prefixes.hits if prefixes else 0,
                 num_preemptions=core.scheduler.num_preemptions,
                 steps=core.steps,
+                drafts=core.acceptance.by_place(),
             )
 
     @property

@@ -7,10 +7,10 @@ Report, Algorithm 1 and sections 2.4 and 4.2.2. For every logically independent 
     W = W (1 - rate decay) - rate O
 
 The factor gives an update whose elements have root mean square gamma, so that rates tuned for AdamW serve.
-`muon` is for any pytree of arrays; `Muon` are the settings of a V4 model's training, whose groups and matrices
-come from the table of parameters: AdamW for embedding, head, norms and the static parts of mHC, Muon for all
-other matrices. Attention sinks and the compressor's positional biases, which the report does not name, are
-AdamW's.
+`muon` is for any pytree of arrays; `Muon` are the settings of a V4 model's training, whose groups and
+matrices come from the table of parameters: AdamW for embedding, head, norms and the static parts of mHC, Muon
+for all other matrices. Attention sinks and the compressor's positional biases, which the report does not
+name, are AdamW's.
 """
 
 import dataclasses
@@ -97,7 +97,7 @@ def muon(
 def check_numbers(
     momentum: float, weight_decay: float, update_rms: float, compute_dtype: jax.typing.DTypeLike
 ) -> None:
-    """Refuses settings of Muon that cannot be meant. Traced ones, as of `optax.inject_hyperparams`, are taken.
+    """Refuses settings of Muon that cannot be meant. Traced ones (`optax.inject_hyperparams`) are taken.
 
     Raises:
         ProblemsError: with all of them.

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Float32
 COEFFICIENTS = ((3.4445, -4.7750, 2.0315),) * 8 + ((2.0, -1.5, 0.5),) * 2
 """(a, b, c) of each step, Y <- a Y + b (Y Y^T) Y + c (Y Y^T)^2 Y."""
 
-ELEMENTS_AT_ONCE = 2**16
+ELEMENTS_AT_ONCE = 2**14
 """Of the matrices that go through the iteration together. One at a time would do for large ones; small ones
 are taken together, as many as stay in the caches of a core and bound the memory of the intermediates."""
 

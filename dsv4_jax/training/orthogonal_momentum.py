@@ -173,7 +173,7 @@ def _updates(
     results: list[list[jax.Array]] = [[] for _ in leaves]
     for (_, num_rows, axes, _), batch in batches.items():
         sizes = [[mesh_shape[axis] for axis in dim] for dim in axes]
-        together = jnp.concatenate([stack for _, stack in batch]).astype(compute_dtype)
+        together = jnp.concatenate([stack.astype(compute_dtype) for _, stack in batch])
 
         def whole(stack: jax.Array, num_rows: int = num_rows) -> jax.Array:
             (folded,) = Matrices(1, num_rows).shapes(stack.shape)

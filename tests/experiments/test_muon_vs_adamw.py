@@ -55,6 +55,16 @@ def test_rows_are_of_seeds_that_are_done():
     assert muon_vs_adamw._verdict([]) == ""
 
 
+def test_earlier_trainings_are_known_by_what_they_were(tmp_path):
+    options = muon_vs_adamw.Options(out=tmp_path / "study.json")
+    record = {"options": {"evaluate_every": 20, "validation_batches": 6}}
+    record |= {"tuning": [one("AdamW", 40, 6.0, seed=1000)], "runs": [one("Muon", 80, 5.0)]}
+    options.out.write_text(json.dumps(record))
+    assert set(muon_vs_adamw.earlier(options)) == {("AdamW", 1e-3, 40, 1000), ("Muon", 1e-3, 80, 0)}
+    with pytest.raises(ValueError, match="evaluate_every and validation_batches"):
+        muon_vs_adamw.earlier(dataclasses.replace(options, evaluate_every=1, validation_batches=2))
+
+
 @pytest.mark.slow
 def test_a_short_study_writes_everything(tmp_path):
     options = muon_vs_adamw.Options(

@@ -64,14 +64,14 @@ def step(
         frequency = picked.view(rows, -1, count).mean(1) * count / top_k
         losses.append((frequency * share).sum(-1).mean())
     balance = sum(losses)
-    optimizer.zero_grad(set_to_none=False)
-    for parameter in model.parameters():  # the indexer gets none; its weights decay all the same
-        parameter.grad = torch.zeros_like(parameter)
+    optimizer.zero_grad()
     (main + BALANCE_WEIGHT * balance).backward()
-    norm = torch.sqrt(sum(parameter.grad.square().sum() for parameter in model.parameters()))
+    # The indexer's parameters have no gradient, and torch leaves them alone: they do not decay either.
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    norm = torch.sqrt(sum(gradient.square().sum() for gradient in gradients))
     if max_norm is not None and norm > max_norm:
-        for parameter in model.parameters():
-            parameter.grad.mul_(max_norm / norm)
+        for gradient in gradients:
+            gradient.mul_(max_norm / norm)
     optimizer.step()
     with torch.no_grad():
         for (module, _, _), load in zip(routed, loads, strict=True):

@@ -65,9 +65,9 @@ def test_bfloat16_iterations_are_within_its_rounding(shape):
     assert 1e-4 < np.abs(got - exact).max() < 0.02  # it is bfloat16, and no worse
 
 
-@pytest.mark.parametrize("count", [1, 63, 64, 65, 129])
+@pytest.mark.parametrize("count", [1, 15, 16, 17, 33])
 def test_matrices_in_chunks_are_those_alone(count):
-    matrices = jnp.asarray(normal((count, 32, 32)))  # 64 go at once
+    matrices = jnp.asarray(normal((count, 32, 32)))  # 16 go at once
     together = np.asarray(orthogonalized(matrices))
     for number in {0, count // 2, count - 1}:
         alone = np.asarray(orthogonalized(matrices[number]))

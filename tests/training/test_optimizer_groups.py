@@ -6,17 +6,23 @@ import re
 import jax
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from dsv4_jax.config import v4_flash
 from dsv4_jax.errors import ProblemsError
 from dsv4_jax.language_model import LanguageModel
-from dsv4_jax.model.initial import initial_parameters
+from dsv4_jax.model.initial import Network, initial_parameters
 from dsv4_jax.numerics.policy import Policy
+from dsv4_jax.parameter_shardings import parameter_shardings
 from dsv4_jax.parameters import parameter_at, parameters
 from dsv4_jax.training.muon import MUON_ROLES, Muon, matrices_of
 from dsv4_jax.training.newton_schulz import orthogonalized
 from dsv4_jax.training.optimizer import AdamW, Sgd, split_trainable
 from dsv4_jax.training.optimizer_groups import partition, partition_table
+from sharding.activations import Placement
+from sharding.mesh import AXES
+from sharding.rules import TRAIN
+from tests.kernels import ahead_of_time
 from tests.models import all_kinds
 
 FLOAT32 = Policy.of("float32")
@@ -235,10 +241,10 @@ def on_mesh(mesh, settings=BARE):
     return jax.jit(step).lower(trained, state, gradients).compile(), (trained, state, gradients)
 
 
-def split_shapes(trained):
+def split_shapes(trained, config=CONFIG):
     """Shapes of matrices with the mesh axes of their dims, of those that are split."""
     found = set()
-    for path, parameter in parameters(CONFIG).items():
+    for path, parameter in parameters(config).items():
         if parameter.role in MUON_ROLES:
             reading = matrices_of(parameter, BARE)
             spec = at(trained, path).sharding.spec
@@ -267,3 +273,33 @@ def test_eight_devices_are_one_and_exchange_once_each_way(mesh, updates):
     assert not any(counts.values()), counts
     assert exchanges == 2 * len(split_shapes(arguments[0]))
     assert bool(exchanges) == ("fsdp" in mesh)
+
+
+@pytest.mark.slow
+def test_a_tpu_exchanges_once_each_way():
+    """The compiler for CPUs proves values, not traffic: what a TPU's does, with bfloat16 iterations."""
+    config = all_kinds()
+    mesh = Mesh(np.array(ahead_of_time.devices("v6e")).reshape(1, 4, 1, 1, 1), AXES)
+    placement = Placement(mesh, TRAIN)
+    shapes, _ = split_trainable(Network(config, FLOAT32).shapes())
+    transform = Muon(weight_decay=0.0, max_grad_norm=None, compute_dtype="bfloat16").transform(placement)
+    leaves, structure = jax.tree.flatten(shapes)
+    placed = parameter_shardings(config, mesh, TRAIN.parameters, "a test")
+    found = jax.tree_util.tree_flatten_with_path(shapes)[0]
+    shardings = [placed[tuple(key.key for key in path)] for path, _ in found]
+
+    def update(*gradients):
+        gradients = structure.unflatten(gradients)
+        return jax.tree.leaves(transform.update(gradients, transform.init(gradients), gradients)[0])
+
+    text = ahead_of_time.compile_on(update, leaves, shardings).as_text()
+    names = ("all-to-all", "all-gather", "all-reduce", "reduce-scatter", "collective-permute")
+    counts = {name: len(re.findall(rf"= .*\b{name}(?:-start)?\(", text)) for name in names}
+    assert re.search(r"= bf16\[.*\ball-to-all", text)
+    tree = structure.unflatten(
+        [
+            jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s)
+            for leaf, s in zip(leaves, shardings, strict=True)
+        ]
+    )
+    assert counts == dict.fromkeys(names, 0) | {"all-to-all": 2 * len(split_shapes(tree, config))}

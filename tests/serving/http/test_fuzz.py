@@ -13,15 +13,16 @@ PATHS = ("/v1/chat/completions", "/v1/completions")
 FIELDS = (
     "model", "messages", "prompt", "max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k",
     "min_p", "n", "seed", "stop", "stop_token_ids", "presence_penalty", "frequency_penalty",
-    "repetition_penalty", "logit_bias", "min_tokens", "ignore_eos", "stream", "stream_options", "logprobs", "top_logprobs", "echo",
+    "repetition_penalty", "logit_bias", "min_tokens", "ignore_eos", "stream", "stream_options", "logprobs",
+    "top_logprobs", "echo",
     "best_of", "suffix", "tools", "tool_choice", "response_format", "reasoning_effort", "thinking",
     "chat_template_kwargs", "user", "cache_salt", "add_special_tokens", "system", "metadata",
 )  # fmt: skip
 WORDS = (
     "role", "content", "user", "assistant", "system", "tool", "type", "text", "function", "name",
     "parameters", "arguments", "tool_calls", "id", "tool_call_id", "auto", "none", "json_schema",
-    "json_object", "schema", "object", "enabled", "disabled", "high", "include_usage", "tiny", "<｜User｜>", "</think>",
-    "prefix", "$ref",
+    "json_object", "schema", "object", "enabled", "disabled", "high", "include_usage", "tiny",
+    "<｜User｜>", "</think>", "prefix", "$ref",
 )  # fmt: skip
 
 texts = st.sampled_from(WORDS) | st.text(max_size=8)

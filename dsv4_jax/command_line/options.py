@@ -1,4 +1,4 @@
-"""Arguments that several subcommands share."""
+"""Options that several subcommands share."""
 
 import pathlib
 from typing import Annotated
@@ -16,3 +16,10 @@ AllowLinks = Annotated[
     pathlib.Path | None,
     tyro.conf.arg(metavar="DIR", help="accept links of CHECKPOINT that lead into this directory"),
 ]
+Mesh = Annotated[
+    str | None,
+    tyro.conf.arg(
+        metavar="AXIS=SIZE,...", help="devices to spread the model over, such as expert=8,tensor=2"
+    ),
+]
+Json = Annotated[bool, tyro.conf.arg(name="json", help="print one JSON object")]
