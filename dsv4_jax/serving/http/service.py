@@ -44,7 +44,8 @@ class Model:
         scores = PromptScores(lm, engine.settings.max_length, chunk)
         if warm_up:
             scores.score([0, 0])
-        fingerprint = f"dsv4_{model_fingerprint(lm, with_weights=True).hex()[:16]}"
+        digest = model_fingerprint(lm, engine.settings.draft, with_weights=True)
+        fingerprint = f"dsv4_{digest.hex()[:16]}"
         return Model(engine, profile, fingerprint, chat, texts, scores, int(time.time()))
 
 
