@@ -44,7 +44,7 @@ class Model:
         scores = PromptScores(lm, engine.settings.max_length, chunk)
         if warm_up:
             scores.score([0, 0])
-        fingerprint = f"dsv4_{model_fingerprint(lm, with_weights=True).hex()[:16]}"
+        fingerprint = f"dsv4_{model_fingerprint(lm, None, with_weights=True).hex()[:16]}"
         return Model(engine, profile, fingerprint, chat, texts, scores, int(time.time()))
 
 

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from dsv4_jax.errors import ProblemsError
 from dsv4_jax.serving.chat import render
 from dsv4_jax.serving.chat.answer import Event, Finish
+from dsv4_jax.serving.chat.headings import prompt_pieces
 from dsv4_jax.serving.chat.messages import Conversation, Tool
 from dsv4_jax.serving.chat.parser import AnswerParser
 from dsv4_jax.serving.chat.tokens import AnswerTokens, prompt_ids
@@ -39,7 +40,7 @@ def prompt_of(model: Model, conversation: Conversation) -> Prompt:
     if model.chat is None:
         raise ProblemsError("no conversation", ["a conversation needs a tokenizer.json, which is not there"])
     how = {"thinking": conversation.thinking, "effort": conversation.effort}
-    pieces = render.render(conversation.messages, model.profile, **how)
+    pieces = prompt_pieces(model.chat, conversation.messages, model.profile, **how)
     ids = tuple(prompt_ids(model.chat, pieces))
     return Prompt(ids, render.starts_reasoning(pieces), conversation.tools)
 
