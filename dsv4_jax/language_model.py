@@ -26,7 +26,8 @@ from dsv4_jax.arguments import (
 from dsv4_jax.checkpoint.side_files import stop_token_ids, with_tokenizer
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.inference import generate as generation
-from dsv4_jax.inference import steps
+from dsv4_jax.inference import speculative, steps
+from dsv4_jax.inference.drafters import Draft, draft_problem, rewind_for
 from dsv4_jax.inference.text import TextStream, prompt_ids
 from dsv4_jax.model import span as spans
 from dsv4_jax.model.cache import Cache, check_not_consumed, check_sizes, counts_after
@@ -59,7 +60,7 @@ class LanguageModel:
         config: the architecture.
         policy: dtypes and numerics.
         parameters: nested dict as `initial_parameters` or `load_checkpoint` return.
-        tokenizer: for text in, text out; None allows token ids only.
+        tokenizer: for text in and out; None: token ids only.
         stored: tensor name -> dtype on disk, as loaded; lets `save` write it back unchanged.
         side_files: small files by name, as loaded, for `save`; `tokenizer` decides about tokenizer.json.
         placement: the mesh that the parameters are spread over, and how the model uses it; None: one device.
@@ -84,6 +85,7 @@ class LanguageModel:
         self.placement = placement
         on_mesh = None if placement is None else operations(policy, placement=placement)
         self.network = Network(config, policy, on_mesh)
+        self.acceptance: speculative.Acceptance | None = None  # of the drafts of the last generation
 
     @classmethod
     def random(
@@ -198,14 +200,17 @@ class LanguageModel:
 
     # ---- incremental -----------------------------------------------------------------------------
 
-    def new_cache(self, batch: int, max_length: int, max_rewind: int = 8, *, mtp: bool = False) -> Cache:
+    def new_cache(
+        self, batch: int, max_length: int, max_rewind: int = 8, *, mtp: bool = False, dspark: bool = False
+    ) -> Cache:
         """An empty cache for `batch` rows of up to `max_length` tokens (see `model.cache.new_cache`).
 
         Arrays are allocated for the next power of two, so that lengths between two powers share programs;
-        `dsv4 inspect --context` shows the bytes. `mtp` adds the slot of the MTP block (`steps.draft`).
+        `dsv4 inspect --context` shows the bytes. `mtp` adds the slot of the MTP block (`steps.draft`),
+        `dspark` that of the DSpark head (`steps.draft_block`).
 
         Raises:
-            ValueError: for sizes that are no integers or out of range, or `mtp` without such a block.
+            ValueError: for sizes that are no integers or out of range, or a slot without such a head.
             TypeError: for traced sizes: they decide shapes.
         """
         sizes = (batch, max_length, max_rewind)
@@ -216,6 +221,7 @@ class LanguageModel:
         how = (p.cache_dtype, max_rewind, p.row_dtype, p.cache_format, operations(p).cache_of_bits)
         how = (*how, self.placement)
         more = {"max_length": np.int32(max_length), "stream_dtype": p.compute_dtype if mtp else None}
+        more["dspark"] = bool(dspark)
         empty = steps.empty_cache(self.config, batch, allocated, *how, **more)
         return empty.knowing(Counts.empty(batch, max_length))
 
@@ -262,6 +268,7 @@ class LanguageModel:
         seed: int | Sequence[int] = 0,
         stop_token_ids: Sequence[int] | None = None,
         top_p: float = 1.0,
+        draft: Draft | None = None,
     ) -> Any:
         """Continues prompts.
 
@@ -276,6 +283,9 @@ class LanguageModel:
             stop_token_ids: end a row; None means the model's own, () never stops. A stopped row is
                 filled up with the stop token it drew.
             top_p: nucleus mass, in (0, 1].
+            draft: guess several tokens a step (`inference.drafters`): "mtp" or "dspark", of a model with such
+                a head, or "lookup". The tokens are those without, see `inference.speculative` on rounding;
+                `last_acceptance` tells how often guesses were right.
 
         Returns:
             i32[B, max_new_tokens]; for a str prompt the new text, without stop tokens.
@@ -285,9 +295,10 @@ class LanguageModel:
             FloatingPointError: for logits that are not finite numbers, by row and position.
             TypeError: for traced arguments or parameters.
         """
+        how = (max_new_tokens, temperature, seed, stop_token_ids, top_p, draft)
         if isinstance(tokens, str):
-            return "".join(self.stream_text(tokens, max_new_tokens, temperature, seed, stop_token_ids, top_p))
-        columns = list(self.stream(tokens, max_new_tokens, temperature, seed, stop_token_ids, top_p))
+            return "".join(self.stream_text(tokens, *how))
+        columns = list(self.stream(tokens, *how))
         batch = len(tokens)
         out = np.stack(columns, axis=1) if columns else np.zeros((batch, 0), np.int32)
         missing = max_new_tokens - out.shape[1]
@@ -301,6 +312,7 @@ class LanguageModel:
         seed: int | Sequence[int] = 0,
         stop_token_ids: Sequence[int] | None = None,
         top_p: float = 1.0,
+        draft: Draft | None = None,
     ) -> Iterator[np.ndarray]:
         """As `generate` for ids, yielding i32[B] after each step; arguments are checked at the first."""
         refuse_traced(
@@ -312,19 +324,39 @@ class LanguageModel:
         max_new_tokens = checked_integer("max_new_tokens", max_new_tokens, 0)
         if stop_token_ids is not None:
             stop_token_ids = checked_stops(stop_token_ids, self.config.vocab_size)
+        if problem := draft_problem(draft, self.config):
+            raise ValueError(problem)
         needed = max(len(prompt) for prompt in prompts) + max_new_tokens
-        cache = self.new_cache(len(prompts), capacity(needed, self.config))
-        yield from generation.stream(
-            self.network,
-            self.parameters,
-            cache,
-            prompts,
-            max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-            stop_token_ids=self._stops(stop_token_ids),
-        )
+        size = len(prompts), capacity(needed, self.config), rewind_for(draft, self.config)
+        cache = self.new_cache(*size, **({draft: True} if draft in ("mtp", "dspark") else {}))
+        how = {"temperature": temperature, "top_p": top_p, "seed": seed}
+        how |= {"stop_token_ids": self._stops(stop_token_ids)}
+        tokens_of, self.acceptance = generation.stream, None
+        if draft is not None:
+            tokens_of, self.acceptance = speculative.stream, speculative.Acceptance.of(len(prompts))
+            how |= {"draft": draft, "acceptance": self.acceptance}
+        yield from tokens_of(self.network, self.parameters, cache, prompts, max_new_tokens, **how)
+
+    def draft_block(
+        self, tokens: Any
+    ) -> tuple[Int32[Array, "B K"], Float32[Array, "B K V"], Float32[Array, "B K"]]:
+        """What the DSpark head expects after the greedy next token (the anchor) of prompts: K ids, without
+        that token; their corrected logits; and the raw logits of being accepted. `tokens` as in `generate`.
+
+        Raises:
+            ValueError: for a model without such a head, or bad tokens.
+        """
+        prompts = checked_prompts(tokens, self.config.vocab_size)
+        if problem := draft_problem("dspark", self.config):
+            raise ValueError(problem)
+        cache = self.new_cache(len(prompts), capacity(max(map(len, prompts)), self.config), dspark=True)
+        return speculative.draft_block(self.network, self.parameters, cache, prompts)
+
+    @property
+    def last_acceptance(self) -> list[list[int]] | None:
+        """Of the last generation: for each row, how many drafts became tokens, step by step; None without
+        drafts. `acceptance` tells more."""
+        return None if self.acceptance is None else self.acceptance.accepted
 
     def stream_ids(
         self,
@@ -334,12 +366,10 @@ class LanguageModel:
         seed: int = 0,
         stop_token_ids: Sequence[int] | None = None,
         top_p: float = 1.0,
+        draft: Draft | None = None,
     ) -> Iterator[int]:
-        """Continues one prompt, of text or of ids, yielding new ids up to the stop token, without it.
-
-        Raises:
-            ValueError: as `generate`, and for text if the model has no tokenizer.
-        """
+        """Continues one prompt, of text or of ids, yielding new ids up to the stop token, without it. Raises
+        ValueError as `generate`, and for text if the model has no tokenizer."""
         if not is_traced(seed):
             seed = checked_seed(seed)  # of one row: no list
         if isinstance(prompt, str):
@@ -349,7 +379,7 @@ class LanguageModel:
         if stop_token_ids is not None:
             stop_token_ids = checked_stops(stop_token_ids, self.config.vocab_size)
         stops = set(self._stops(stop_token_ids))
-        for token in self.stream([ids], max_new_tokens, temperature, seed, stop_token_ids, top_p):
+        for token in self.stream([ids], max_new_tokens, temperature, seed, stop_token_ids, top_p, draft):
             if int(token[0]) in stops:
                 return
             yield int(token[0])
@@ -362,16 +392,15 @@ class LanguageModel:
         seed: int = 0,
         stop_token_ids: Sequence[int] | None = None,
         top_p: float = 1.0,
+        draft: Draft | None = None,
     ) -> Iterator[str]:
-        """Continues text, yielding pieces that are whole characters (see `inference.text`).
-
-        Raises:
-            ValueError: as `stream_ids`.
-        """
+        """Continues text, yielding pieces that are whole characters (see `inference.text`). Raises ValueError
+        as `stream_ids`."""
         if not isinstance(prompt, str):
             raise ValueError(f"prompt must be a str, not {type(prompt).__name__}: for ids use stream_ids")
         text = TextStream(self._text_tokenizer())
-        for token in self.stream_ids(prompt, max_new_tokens, temperature, seed, stop_token_ids, top_p):
+        how = (max_new_tokens, temperature, seed, stop_token_ids, top_p, draft)
+        for token in self.stream_ids(prompt, *how):
             if piece := text.add(token):
                 yield piece
         if rest := text.finish():

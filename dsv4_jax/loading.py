@@ -22,7 +22,7 @@ def load(
     weights: Literal["native", "dequantized"] = "native",
     kernels: str = "xla",
     cache: str = "plain",
-    draft_head: Literal["refuse", "ignore"] = "refuse",
+    draft_head: Literal["load", "ignore"] = "load",
     text_only: bool = False,
     tokenizer: Literal["read", "ignore"] = "read",
     allow_links: str | Path | None = None,
@@ -42,7 +42,7 @@ def load(
         numerics: "reference", or "qat" for the official quantisation simulation (`numerics.qat.SWITCHES`).
         kernels: "xla", "pallas" (TPU) or "pallas-interpret" (see `numerics.policy.KERNELS`).
         cache: how the cache keeps its rows: "plain", "fp8+fp8" or "fp8+mxfp4" (`numerics.cache_formats`).
-        draft_head: "ignore" loads the backbone of a checkpoint with a DSpark draft head, without it.
+        draft_head: "ignore" leaves a DSpark draft head out.
         text_only: load the text model of a vision variant.
         tokenizer: "ignore" opens no tokenizer.json; the model takes token ids only and saves no tokenizer.
         allow_links: a folder that links may lead into, besides the folder itself and its hub cache.

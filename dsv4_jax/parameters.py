@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from dsv4_jax.config import AttentionKind, ModelConfig, RouterKind, layer_stacks
+from dsv4_jax.config import DSPARK_STAGES, AttentionKind, ModelConfig, RouterKind, layer_stacks
 
 Path = tuple[str | int, ...]
 """Keys from the root of the parameter tree; list positions are ints."""
@@ -46,9 +46,9 @@ Role = Literal[
     "table",  # token id -> expert ids
 ]
 Part = Literal[
-    "attention", "compressors", "indexers", "moe", "hyper_connections", "norms", "embedding", "head", "mtp"
+    "attention", "compressors", "indexers", "moe", "hyper_connections", "norms", "embedding", "head", "draft"
 ]
-"""Which count of `inspection.ParameterCounts` it belongs to; mtp: only in the MTP block."""
+"""Which count of `inspection.ParameterCounts` it belongs to; draft: only in an MTP block or a DSpark head."""
 
 When = Literal["always", "compressed", "csa", "hash", "learned"]
 """Which layers have it; compressed: csa or hca."""
@@ -207,25 +207,40 @@ LAYER_ROWS = (
 )
 
 MTP_ROWS = (
-    Row("e_proj", "D D", "matrix", "mtp", quantized=True),
-    Row("h_proj", "D D", "matrix", "mtp", quantized=True),
-    Row("enorm", "D", "norm", "mtp"),
-    Row("hnorm", "D", "norm", "mtp"),
-    Row("norm", "D", "norm", "mtp"),
-    *_mixing("hc_head", "N", "1", "mtp"),
+    Row("e_proj", "D D", "matrix", "draft", quantized=True),
+    Row("h_proj", "D D", "matrix", "draft", quantized=True),
+    Row("enorm", "D", "norm", "draft"),
+    Row("hnorm", "D", "norm", "draft"),
+    Row("norm", "D", "norm", "draft"),
+    *_mixing("hc_head", "N", "1", "draft"),
 )
 """Besides a whole window layer with learned routing, under `block`."""
 
 LORA = "lora"
 """Branch of a tree with the small matrices `a` and `b` of LoRA, at the path of the matrix they belong to."""
 
+DSPARK_ROWS = (
+    Row("main_proj", "D (C D)", "matrix", "draft", quantized=True),
+    Row("main_norm", "D", "norm", "draft"),
+    Row("norm", "D", "norm", "draft"),
+    *_mixing("hc_head", "N", "1", "draft"),
+    Row("markov_w1", "V Mr", "embedding", "draft"),
+    Row("markov_w2", "V Mr", "head", "draft"),
+    Row("confidence", "1 Dm", "matrix", "draft"),
+)
+"""Besides `DSPARK_STAGES` whole window layers with learned routing, under `stages`: a stack without a scan of
+its own, R = 3."""
+
 LETTERS = frozenset(
-    letter for row in (*MODEL_ROWS, *LAYER_ROWS, *MTP_ROWS) for letter in re.findall(r"\w+", row.dims)
+    letter
+    for row in (*MODEL_ROWS, *LAYER_ROWS, *MTP_ROWS, *DSPARK_ROWS)
+    for letter in re.findall(r"\w+", row.dims)
 ) | {"R"}
 """Of all dims that a parameter can have."""
 
-_OF_MODEL, _OF_LAYER, _OF_MTP = (
-    {tuple(row.path.split("/")): row for row in rows} for rows in (MODEL_ROWS, LAYER_ROWS, MTP_ROWS)
+_OF_MODEL, _OF_LAYER, _OF_MTP, _OF_DSPARK = (
+    {tuple(row.path.split("/")): row for row in rows}
+    for rows in (MODEL_ROWS, LAYER_ROWS, MTP_ROWS, DSPARK_ROWS)
 )
 
 
@@ -238,8 +253,14 @@ def row_at(path: Path) -> Row:
     match path:
         case (branch, *rest, "a" | "b") if branch == LORA:
             return row_at(tuple(rest))
-        case ("stacks", int(), "blocks", int(), *rest) | ("mtp", int(), "block", *rest):
+        case (
+            ("stacks", int(), "blocks", int(), *rest)
+            | ("mtp", int(), "block", *rest)
+            | ("dspark", "stages", *rest)
+        ):
             rows, key = _OF_LAYER, tuple(rest)
+        case ("dspark", *rest):
+            rows, key = _OF_DSPARK, tuple(rest)
         case ("mtp", int(), *rest):
             rows, key = _OF_MTP, tuple(rest)
         case _:
@@ -268,6 +289,12 @@ def parameter_at(path: Path, shape: tuple[int, ...]) -> Parameter:
     raise ValueError(f"{'/'.join(map(str, path))} is [{row.dims}], not an array of {shape}")
 
 
+def is_trained(path: Path) -> bool:
+    """Whether the steps of training change the parameter there by gradients. They leave a DSpark head alone,
+    which no term of their loss reads: weight decay would only wear it down."""
+    return path[0] != "dspark" and row_at(path).role not in WITHOUT_GRADIENT
+
+
 def applies(row: Row, attention: AttentionKind, router: RouterKind) -> bool:
     """Whether a layer of these kinds has the parameter."""
     if row.when == "compressed":
@@ -293,6 +320,9 @@ def sizes(config: ModelConfig, attention: AttentionKind = "window") -> dict[str,
         "E": c.n_routed_experts,
         "Ke": c.num_experts_per_tok,
         "F": c.moe_intermediate_size,
+        "C": len(c.dspark.target_layer_ids) if c.dspark else 0,
+        "Mr": c.dspark.markov_rank if c.dspark else 0,
+        "Dm": c.hidden_size + c.dspark.markov_rank if c.dspark else 0,
         "w": config.branches(attention),
         "m": c.ratio(attention),
     }
@@ -308,6 +338,8 @@ def _table(config: ModelConfig) -> dict[Path, Parameter]:
     table = {parameter.path: parameter for parameter in found}
     for depth in range(config.num_nextn_predict_layers):
         table |= mtp_parameters(config, depth)
+    if config.dspark is not None:
+        table |= dspark_parameters(config)
     return table
 
 
@@ -329,10 +361,18 @@ def layers_of(config: ModelConfig, path: Path) -> tuple[int, ...]:
 
 
 def mtp_parameters(config: ModelConfig, depth: int) -> dict[Path, Parameter]:
-    """Those of one MTP block, whether or not the model has it: DSpark stages are blocks of the same kind."""
+    """Those of one MTP block, whether or not the model has it."""
     root: Path = ("mtp", depth)
     found = [_placed(row, root, None, sizes(config)) for row in MTP_ROWS]
     found += _layer(config, (*root, "block"), 1, "window", "learned")
+    return {parameter.path: parameter for parameter in found}
+
+
+def dspark_parameters(config: ModelConfig) -> dict[Path, Parameter]:
+    """Those of the DSpark draft head of a config that has one."""
+    root: Path = ("dspark",)
+    found = [_placed(row, root, None, sizes(config)) for row in DSPARK_ROWS]
+    found += _layer(config, (*root, "stages"), DSPARK_STAGES, "window", "learned")
     return {parameter.path: parameter for parameter in found}
 
 

@@ -39,8 +39,8 @@ CLOCK_HZ = {"v6e": 1.75e9, "tpu7x": 2.2e9, "v5e": 1.5e9, "v5p": 1.75e9}
 """Inferred from published peak rates: no vendor publishes them."""
 
 
-def program(config: ModelConfig, topology: str, spelling: str, batch: int, context: int) -> Any:
-    """The compiled decode step on a mesh of described chips, its seconds, and its placement."""
+def shapes(config: ModelConfig, topology: str, spelling: str, batch: int, context: int) -> tuple[Any, ...]:
+    """The network on a mesh of described chips, and shapes of its weights, cache and tokens, placed there."""
     from jax.experimental import topologies
 
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
@@ -61,19 +61,26 @@ def program(config: ModelConfig, topology: str, spelling: str, batch: int, conte
     def rows(leaf, dims):
         return held(leaf, NamedSharding(placement.mesh, placement.spec(dims, leaf.shape)))
 
-    def step(weights, cache, tokens):
-        ones = jnp.ones((tokens.shape[0],), jnp.int32)
-        model = network.holding(weights)
-        after = model(spans.appended(tokens, cache.length, ones), cache)
-        return model.logits(model.hidden(after.streams)), after.cache
-
-    arguments = (
+    return (
+        network,
         jax.tree_util.tree_map_with_path(
             lambda path, leaf: held(leaf, shardings[keys_of(path)]), weights, is_leaf=is_quantized
         ),
         jax.tree.map(lambda leaf: rows(leaf, "B" if leaf.ndim == 1 else "R B"), cache),
         rows(jax.ShapeDtypeStruct((batch, 1), jnp.int32), "B"),
     )
+
+
+def program(config: ModelConfig, topology: str, spelling: str, batch: int, context: int) -> Any:
+    """The compiled decode step on a mesh of described chips, and its seconds."""
+    network, *arguments = shapes(config, topology, spelling, batch, context)
+
+    def step(weights, cache, tokens):
+        ones = jnp.ones((tokens.shape[0],), jnp.int32)
+        model = network.holding(weights)
+        after = model(spans.appended(tokens, cache.length, ones), cache)
+        return model.logits(model.hidden(after.streams)), after.cache
+
     started = time.monotonic()
     lowered = jax.jit(step, donate_argnums=1).lower(*arguments)
     lowering, started = time.monotonic() - started, time.monotonic()

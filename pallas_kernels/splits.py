@@ -18,6 +18,11 @@ class Splits(NamedTuple):
     summed: str = ""  # letters that may be split, if the results are then summed over the devices
     multiples: Mapping[str, int] = {}  # letter -> a part must be a multiple of so many
 
+    def __hash__(self) -> int:
+        """Equal tables are one key of a compiled program."""
+        parts = (self.arguments.items(), self.multiples.items())
+        return hash((*map(frozenset, parts), self.results, self.free, self.summed))
+
 
 def letters(dim: str) -> set[str]:
     """The letters by which one dim can be split."""

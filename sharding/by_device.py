@@ -5,7 +5,7 @@ device has its part before the operation starts, by the family's own table of wh
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -23,23 +23,42 @@ class ByDevice:
     Attributes:
         operation: on one device; its first operands are `names`, in order, or given by name.
         placement: mesh and rules.
-        splits: the dims of its operands and results.
+        splits: the dims of its operands and results, from the `SPLITS` of its family.
         rows: the letter of the operation's rows: B, or the first of the `tokens`.
         heads: the letter that the rules for G split as well, or none.
+
+    Raises:
+        ValueError: for rows and heads that the table does not let devices share freely.
     """
 
     operation: Callable[..., Any]
     placement: Placement
-    splits: "Table"
+    splits: Splits
     rows: str
     heads: str = ""
 
+    def __post_init__(self) -> None:
+        if whole := {self.rows, self.heads} - {"", *self.splits.free.split()}:
+            free = self.splits.free or "nothing"
+            raise ValueError(f"{', '.join(sorted(whole))} must be whole on every device; {free} may be split")
+
     def __call__(self, *operands: Any, **more: Any) -> Any:
-        """The operation of whole arrays; operands that are None stay None."""
-        names = [name for name, _ in self.splits.arguments]
+        """The operation of whole arrays; operands that are None stay None.
+
+        An operand that is whole on several devices gets the sum of their gradients.
+
+        Args:
+            operands: in the order of the table, or by its names; arrays, or pytrees of them whose leaves have
+                the same leading dims.
+            more: what else the operation takes, the same on every device.
+
+        Raises:
+            ValueError: without an operand that has rows, or heads if they are to be split.
+        """
+        arguments = self.splits.arguments
+        names = list(arguments)
         given = dict(zip(names, operands, strict=False))
         given |= {name: more.pop(name) for name in names if name in more}
-        arguments = dict(self.splits.arguments)
         axes = {self.rows: self.placement.axes_for("B", self._size(given, arguments, self.rows))}
         if self.heads:
             size = self._size(given, arguments, self.heads)
@@ -63,7 +82,7 @@ class ByDevice:
         )
         return split(*given.values())
 
-    def _size(self, given: dict[str, Any], arguments: dict[str, Any], letter: str) -> int:
+    def _size(self, given: dict[str, Any], arguments: Mapping[str, Any], letter: str) -> int:
         """Of the dim with this letter, from the first operand that has one."""
         for name, value in given.items():
             dims = arguments[name]
@@ -74,24 +93,6 @@ class ByDevice:
                     if at is not None:
                         return leaf.shape[at]
         raise ValueError(f"no operand has a dim {letter}")
-
-
-@dataclasses.dataclass(frozen=True)
-class Table:
-    """`pallas_kernels.splits.Splits` as what can be a key of a compiled program.
-
-    Attributes:
-        arguments: name and dims of each operand.
-        results: dims of each result.
-    """
-
-    arguments: tuple[tuple[str, Any], ...]
-    results: tuple[Any, ...]
-
-    @classmethod
-    def of(cls, splits: Splits) -> "Table":
-        """The part of a family's table that says where dims are."""
-        return cls(tuple(splits.arguments.items()), tuple(splits.results))
 
 
 def _place(words: str, letter: str, rank: int) -> int | None:

@@ -57,7 +57,8 @@ ASYNCHRONOUS = {
     "xla_tpu_enable_async_all_to_all": "true",
     "xla_tpu_enable_async_ragged_all_to_all": "true",
 }
-"""Compiler options (`jax.jit(..., compiler_options=...)`): TPUs then exchange rows while they multiply."""
+"""Compiler options (`jax.jit(..., compiler_options=...)`): TPUs then exchange rows while they multiply.
+The steps of `sharding.compiling` have them."""
 
 WHOLE_FROM = 0.75
 """A chunk this close to all of a device's tokens takes them all, and then there is nothing to loop over."""

@@ -63,7 +63,7 @@ def over_mesh(
 
     Args:
         experts: the operation on one device, `grouped_matmul.expert_ffn` or what behaves like it: pairs whose
-            id is out of range contribute nothing and cost nothing.
+            id is out of range contribute nothing and cost nothing, and `expected_pairs` are the likely ones.
         mesh: with the axes `AXES`.
         transport: how tokens reach their experts; "auto" takes the one with the lowest cost for the number of
             tokens (`dispatch_cost`), when a program is traced.
@@ -160,11 +160,9 @@ class ExpertParallel:
         ids: Int32[Array, "T Ke"],
         weights: Float32[Array, "T Ke"],
         *,
-        swiglu_limit: float,
         valid: Bool[Array, "T"] | None = None,
         repeat: Int32[Array, ""] | None = None,
-        round_hidden: Any = None,
-        **more: Any,
+        **settings: Any,
     ) -> Float32[Array, "T D"]:
         """The experts' weighted sums for every token; arguments and result as of `grouped_matmul.expert_ffn`.
 
@@ -174,17 +172,16 @@ class ExpertParallel:
             ValueError: for shapes that do not fit, and waves that do not divide the experts of a device; what
                 the operation on one device refuses.
         """
-        local = functools.partial(self.experts, swiglu_limit=swiglu_limit, round_hidden=round_hidden, **more)
+        local = functools.partial(self.experts, **settings)
         if ids.size == 0:
             return local(x, gate_up, down, ids, weights, valid=valid, repeat=repeat)
         wrong = _problems(x, gate_up, down, ids, weights, valid, repeat)
         if wrong:
             raise ValueError("expert parallelism: " + "; ".join(wrong))
         tokens, top_k = ids.shape
-        travel = self.travel(gate_up, down, x, top_k, rounded=round_hidden is not None)
-        # Padding, here and the caller's, is a token of no expert.
-        chosen = (ids >= 0) & (ids < gate_up.shape[0 if repeat is None else 1])
-        ids = jnp.where(chosen if valid is None else chosen & valid[:, None], ids, -1)
+        rounded = settings.get("round_hidden") is not None
+        travel = self.travel(gate_up, down, x, top_k, rounded=rounded)
+        ids = chosen_ids(ids, valid, gate_up.shape[0 if repeat is None else 1])
         filling = -tokens % self.mesh.size
         x, weights = (jnp.pad(a, ((0, filling), (0, 0))) for a in (x, weights))
         ids = jnp.pad(ids, ((0, filling), (0, 0)), constant_values=-1)
@@ -318,6 +315,14 @@ class Travel:
     plan: Plan | None
 
 
+def chosen_ids(
+    ids: Int32[Array, "*tokens Ke"], valid: Bool[Array, "*tokens"] | None, num_experts: int
+) -> Int32[Array, "*tokens Ke"]:
+    """The ids, and -1 for those of no expert and of tokens that are not valid: padding asks for nothing."""
+    chosen = (ids >= 0) & (ids < num_experts)
+    return jnp.where(chosen if valid is None else chosen & valid[..., None], ids, -1)
+
+
 def on_device(local, travel: Travel, x, gate_up, down, ids, weights, repeat):
     """One device's tokens [t, D], through all experts."""
     cut, plan = travel.cut, travel.plan
@@ -328,9 +333,11 @@ def on_device(local, travel: Travel, x, gate_up, down, ids, weights, repeat):
     ids, weights = _gathered_choices(ids, weights, axes)
     if not direct:
         y = exchanged(local, plan)(x, gate_up, down, ids, weights, repeat)
-    else:
-        mine = ids if plan is None else ids - plan.group.number() * plan.group.own
-        y = local(x, gate_up, down, mine, weights, repeat=repeat)
+    elif plan is None:
+        y = local(x, gate_up, down, ids, weights, repeat=repeat)
+    else:  # all tokens of the group, and few of their experts
+        mine, likely = ids - plan.group.number() * plan.group.own, cdiv(ids.size, plan.group.size)
+        y = local(x, gate_up, down, mine, weights, repeat=repeat, expected_pairs=likely)
     return scattered(y, axes)
 
 

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from sharding.activations import Placement
-from sharding.expert_parallel import TOKEN_AXES, ExpertParallel, Matrices, on_device
+from sharding.expert_parallel import TOKEN_AXES, ExpertParallel, Matrices, chosen_ids, on_device
 from sharding.report import axes_of
 
 
@@ -42,16 +42,13 @@ class ExpertRows:
         *,
         valid: Bool[Array, "*tokens"] | None = None,
         repeat: Int32[Array, ""] | None = None,
-        swiglu_limit: float,
-        round_hidden: Any = None,
-        **more: Any,
+        **settings: Any,
     ) -> Float32[Array, "*tokens D"]:
         """The experts' weighted sums for every token; else as `grouped_matmul.expert_ffn`.
 
         Raises:
             ValueError: as `ExpertParallel`.
         """
-        settings = {"swiglu_limit": swiglu_limit, "round_hidden": round_hidden, **more}
         if x.ndim == 2:
             return self.flat(x, gate_up, down, ids, weights, valid=valid, repeat=repeat, **settings)
         if x.size == 0:
@@ -64,11 +61,11 @@ class ExpertRows:
         shares = math.prod(mesh.shape[axis] for axis in sharing)
         own_tokens = math.prod(x.shape[:2]) // math.prod(mesh.shape[axis] for axis in used)
         share = -(-own_tokens // shares)
-        chosen = (ids >= 0) & (ids < gate_up.shape[0 if repeat is None else 1])
-        ids = jnp.where(chosen if valid is None else chosen & valid[..., None], ids, -1)
+        ids = chosen_ids(ids, valid, gate_up.shape[0 if repeat is None else 1])
         local = functools.partial(self.flat.experts, **settings)
         whole = jax.ShapeDtypeStruct((share * mesh.size, x.shape[-1]), x.dtype)
-        travel = self.flat.travel(gate_up, down, whole, ids.shape[-1], rounded=round_hidden is not None)
+        rounded = settings.get("round_hidden") is not None
+        travel = self.flat.travel(gate_up, down, whole, ids.shape[-1], rounded=rounded)
 
         def on_own_rows(x, gate_up, down, ids, weights, repeat):
             own = [a.reshape(-1, a.shape[-1]) for a in (x, ids, weights)]

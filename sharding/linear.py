@@ -19,8 +19,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.formats.weights import QuantizedWeight, Weight, is_quantized
 from sharding.activations import Placement
-from sharding.placement import ways
-from sharding.rules import OPTIONAL, axis_names
+from sharding.placement import Axis, cuts_of, ways
 
 Letters = tuple[tuple[str, int], ...]
 """Letters that the rules may split; of outputs with the places of their dims, else with their sizes."""
@@ -59,7 +58,8 @@ class LinearOverMesh:
             weight: [*out, D].
             out: letters of output dims, and which ones they are; what comes out is split along them.
             over: letters of the first dims that are folded into what is summed over, and their sizes. Partial
-                sums are added in float32, after each was rounded to the dtype of x.
+                sums are added in float32, after each was rounded to the dtype of x; of bfloat16 ones XLA's
+                compiler for TPUs makes a sum in bfloat16 (seen in a decode step for v6e).
             by_rows: what comes out is split along rows again, by all axes, and whole along its outputs.
         """
         by_letter = self.axes(weight, out, over)
@@ -118,45 +118,48 @@ class LinearOverMesh:
         return split(x, *held)
 
     def _together(self, x: jax.Array, by_letter: Sequence[tuple[str, ...]]) -> jax.Array:
-        """All rows for a device's part of the weight, from rows that are split over all axes: the parts of
-        minor axes come together first. Of groups a device gets its own alone."""
+        """All rows for a device's part of the weight, from rows that are split over all axes, in their order.
+        Of groups a device gets its own alone: those are exchanged before anything is copied."""
         first, *later = by_letter
-        for axes in reversed([axes for axes in later if axes]):
-            x = lax.all_gather(x, axes, tiled=True)
-        if first and self.grouped:
-            return lax.all_to_all(x, first, x.ndim - 2, 0, tiled=True)
-        return lax.all_gather(x, first, tiled=True) if first else x
+        minor = tuple(axis for axes in later for axis in axes)
+        if not (first and self.grouped):
+            return lax.all_gather(x, (*first, *minor), tiled=True)
+        x = lax.all_to_all(x, first, x.ndim - 2, 0, tiled=True)
+        if not minor:
+            return x
+        parts = x.reshape(ways(self.placement.mesh, first), -1, *x.shape[1:])
+        return lax.all_gather(parts, minor, axis=1, tiled=True).reshape(-1, *x.shape[1:])
 
     def axes(self, weight: Weight, out: Letters = (), over: Letters = ()) -> list[tuple[str, ...]]:
-        """The mesh axes that a weight is split over along each letter, as its parameter was placed.
+        """The mesh axes that a weight is split over along each letter, as its parameter was placed."""
+        rules = self.placement.table.parameters
+        cuts, _ = cuts_of("", _placed_axes(weight, out, over), self.placement.mesh, rules)
+        if over:
+            return cuts[-1][: len(over)]
+        by_place = [cut for by_letter in cuts for cut in by_letter]
+        return [by_place[place] for _, place in out]
 
-        Of letters that one axis of the array folds, a later one is split only where the earlier ones are cut
-        into single elements (`sharding.placement`).
-        """
-        shape, mesh = weight.shape, self.placement.mesh
-        sizes = [(letter, shape[place]) for letter, place in out] or list(over)
-        folds = bool(over) or (is_quantized(weight) and out and out[0][1] >= len(weight.leading))
-        axis_size, block = 0, 1
-        if folds:
-            axis_size = shape[-1] if over else math.prod(weight.dims[:-1])
-            block = weight.blocks.block[1 if over else 0] if is_quantized(weight) else 1
-        found: list[tuple[str, ...]] = []
-        used: tuple[str, ...] = ()
-        whole_before = 1
-        for letter, size in sizes:
-            taken: tuple[str, ...] = ()
-            for name in axis_names(self.placement.table.parameters.get(letter, ())):
-                axis = name.removesuffix(OPTIONAL)
-                if axis in used or mesh.shape[axis] == 1 or size % ways(mesh, (*taken, axis)):
-                    continue
-                parts = ways(mesh, (*used, *taken, axis))
-                if folds and (ways(mesh, used) != whole_before or axis_size // parts % block):
-                    continue
-                taken = (*taken, axis)
-            found.append(taken)
-            used += taken
-            whole_before *= size
-        return found
+
+def _placed_axes(weight: Weight, out: Letters, over: Letters) -> list[Axis]:
+    """The axes of the arrays that hold a weight, by the letters of its product; others have no letter.
+
+    Together they have a letter for each dim of the weight, in order, but for those that `over` folds.
+    """
+    letters = dict((place, letter) for letter, place in out)
+    named = [letters.get(place, "") for place in range(len(weight.shape) - 1)]
+    dims = list(zip(named, weight.shape, strict=False))
+    num_leading, block = len(dims), (1, 1)
+    if is_quantized(weight):
+        num_leading, block = len(weight.leading), weight.blocks.block
+    rows, held = dims[num_leading:], dims[:num_leading]
+    folded = over or (("", weight.shape[-1]),)
+    rest = weight.shape[-1] // math.prod(size for _, size in folded)
+    columns = (*folded, ("", rest)) if rest > 1 else folded
+    folded_axes = [each for each in zip((rows, columns), block, strict=True) if each[0]]
+    return [
+        *(Axis((letter,), (size,)) for letter, size in held),
+        *(Axis(*zip(*parts, strict=True), n) for parts, n in folded_axes),
+    ]
 
 
 def _weight_spec(

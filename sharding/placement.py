@@ -70,28 +70,42 @@ def sharding_of(
         mesh: the devices.
         rules: letter, or path:letter, -> axes of the mesh; axes that the mesh does not have are skipped.
     """
+    by_axis, problems = cuts_of(name, axes, mesh, rules)
+    entries = [tuple(each for cut in letters for each in cut) or None for letters in by_axis]
+    while entries and entries[-1] is None:
+        entries.pop()  # as the compiler spells what comes out of a step: one spelling, one program
+    return NamedSharding(mesh, PartitionSpec(*entries)), problems
+
+
+def cuts_of(
+    name: str, axes: Sequence[Axis], mesh: Mesh | AbstractMesh, rules: Rules
+) -> tuple[list[list[tuple[str, ...]]], list[str]]:
+    """Over which axes of the mesh one array is split: for each of its axes, along each letter that it folds.
+    Also why some of what the rules ask for cannot be had; such an axis of the mesh splits nothing.
+
+    Args:
+        name, axes, mesh, rules: as for `sharding_of`.
+    """
     used: set[str] = set()
-    entries: list[tuple[str, ...] | None] = []
+    by_axis: list[list[tuple[str, ...]]] = []
     problems: list[str] = []
     for axis in axes:
-        taken: tuple[str, ...] = ()
+        by_letter: list[tuple[str, ...]] = []
         for position, letter in enumerate(axis.letters):
-            own_start = len(taken)
+            before, own = ways(mesh, [each for cut in by_letter for each in cut]), ()
             for wanted in axis_names(rule_for(rules, name, letter)):
                 mesh_axis = wanted.removesuffix(OPTIONAL)
                 if mesh_axis in used or mesh.shape.get(mesh_axis, 1) == 1:
                     continue
-                before = ways(mesh, taken[:own_start])
-                problem = _cut_problem(axis, position, before, (*taken[own_start:], mesh_axis), mesh)
-                if problem and wanted.endswith(OPTIONAL):
-                    continue
-                problems += [f"{name}: {problem}"] * bool(problem)
-                taken = (*taken, mesh_axis)
-                used.add(mesh_axis)
-        entries.append(taken or None)
-    while entries and entries[-1] is None:
-        entries.pop()  # as the compiler spells what comes out of a step: one spelling, one program
-    return NamedSharding(mesh, PartitionSpec(*entries)), problems
+                problem = _cut_problem(axis, position, before, (*own, mesh_axis), mesh)
+                if problem is None:
+                    own = (*own, mesh_axis)
+                    used.add(mesh_axis)
+                elif not wanted.endswith(OPTIONAL):
+                    problems.append(f"{name}: {problem}")
+            by_letter.append(own)
+        by_axis.append(by_letter)
+    return by_axis, problems
 
 
 def ways(mesh: Mesh | AbstractMesh, axes: Sequence[str]) -> int:
@@ -150,14 +164,9 @@ def placed(
     """
     if sharding is None:
         return jax.device_put(read_box(tuple(slice(0, size) for size in shape)))
-    shape = tuple(shape)
-    holders: dict[tuple[tuple[int, int, int], ...], list[jax.Device]] = {}
-    for device, index in sharding.addressable_devices_indices_map(shape).items():
-        key = tuple(part.indices(size) for part, size in zip(index, shape, strict=True))
-        holders.setdefault(key, []).append(device)
-    trees = []
-    for key, devices in holders.items():
-        box = read_box(tuple(slice(start, stop) for start, stop, _ in key))
+    shape, trees = tuple(shape), []
+    for index, devices in own_boxes(shape, sharding):
+        box = read_box(index)
         copies = [jax.device_put(box, device) for device in devices]
         del box  # once it is on its devices
         trees += jax.block_until_ready(copies)
@@ -168,6 +177,19 @@ def placed(
         return jax.make_array_from_single_device_arrays(size, sharding, list(arrays))
 
     return jax.tree.map(joined, *trees)
+
+
+def own_boxes(
+    shape: Sequence[int], sharding: jax.sharding.Sharding
+) -> list[tuple[tuple[slice, ...], list[jax.Device]]]:
+    """The different boxes of an array that are this process's, each with its devices that hold it."""
+    holders: dict[tuple[tuple[int, int, int], ...], list[jax.Device]] = {}
+    for device, index in sharding.addressable_devices_indices_map(tuple(shape)).items():
+        key = tuple(part.indices(size) for part, size in zip(index, shape, strict=True))
+        holders.setdefault(key, []).append(device)
+    return [
+        (tuple(slice(start, stop) for start, stop, _ in key), devices) for key, devices in holders.items()
+    ]
 
 
 def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

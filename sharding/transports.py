@@ -32,14 +32,15 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
-from pallas_kernels.arithmetic import quotient, remainder
+from pallas_kernels.arithmetic import cdiv, quotient, remainder
 from pallas_kernels.formats.blocks import format_of
 
 LANES = 128
 """Numbers of a row of a TPU's tile."""
 
 Experts = Callable[..., Float32[Array, "T D"]]
-"""x, gate_up, down, ids, weights, *, valid, repeat: one device's operation, ids relative to its experts."""
+"""x, gate_up, down, ids, weights, *, valid, repeat, expected_pairs: one device's operation. Its ids are
+relative to its experts."""
 
 
 class Group(NamedTuple):
@@ -297,7 +298,8 @@ def exchanged(experts: Experts, plan: Plan) -> Callable[..., Float32[Array, "t D
 
         def part(chunk, arrived):
             rows = there(chunk, arrived, x)
-            y = experts(rows, gate_up, down, arrived.ids, arrived.weights, valid=arrived.used, repeat=repeat)
+            how = {"valid": arrived.used, "repeat": repeat, "expected_pairs": cdiv(ids.size, plan.waves)}
+            y = experts(rows, gate_up, down, arrived.ids, arrived.weights, **how)
             return back(chunk, arrived, y.astype(sent_as(x)))
 
         # The first chunks of all waves: chains that do not depend on each other, so that they may overlap.
@@ -334,9 +336,8 @@ def exchanged(experts: Experts, plan: Plan) -> Callable[..., Float32[Array, "t D
 
             def call(rows, weights, plain):
                 own = matrices | plain
-                return experts(
-                    rows, own["gate_up"], own["down"], arrived.ids, weights, valid=arrived.used, repeat=repeat
-                )
+                how = {"valid": arrived.used, "repeat": repeat, "expected_pairs": ids.size}
+                return experts(rows, own["gate_up"], own["down"], arrived.ids, weights, **how)
 
             _, pull = jax.vjp(call, there(chunk, arrived, x), arrived.weights, plain)
             # Rows that nobody wrote hold anything.

@@ -13,10 +13,13 @@ import optax
 
 import dsv4_jax
 from dsv4_jax.checkpoint import read
+from dsv4_jax.checkpoint.convert import convert_checkpoint
 from dsv4_jax.checkpoint.save import save_checkpoint
 from dsv4_jax.checkpoint.staging import StagedFiles, StagedOutput
+from dsv4_jax.checkpoint.verify import verify_checkpoint
 from dsv4_jax.command_line import main as command_line
 from dsv4_jax.errors import ProblemsError
+from dsv4_jax.placing import placement_of
 from dsv4_jax.refusing import refused_together
 from dsv4_jax.training.data import Batch
 from dsv4_jax.training.optimizer import AdamW
@@ -89,6 +92,11 @@ def main(port: int, number: int, checkpoint: str, folder: pathlib.Path) -> None:
     StagedFiles.create = lambda self, name: created.append(name) or create(self, name)
     save_checkpoint(folder / "saved", lm.config, lm.parameters, stored=lm.stored, max_shard_bytes=SHARD_BYTES)
     StagedFiles.create, found["created"] = create, created
+    placement = placement_of(MESH, None)
+    found["verified"] = [
+        verify_checkpoint(each, placement=placement).problems for each in (checkpoint, folder / "bad")
+    ]
+    convert_checkpoint(checkpoint, folder / "converted", to="float32", placement=placement)
     lm = dsv4_jax.load(checkpoint, dtype="float32", mesh=TRAIN_MESH, rules="train")
     np.savez(folder / f"trained{number}.npz", **trained(lm))
     (folder / f"found{number}.json").write_text(json.dumps(found))

@@ -12,7 +12,7 @@ import jax
 import pytest
 
 from dsv4_jax.checkpoint import names
-from dsv4_jax.config import tiny, v4_flash, v4_pro
+from dsv4_jax.config import DSpark, tiny, v4_flash, v4_pro
 from dsv4_jax.model.initial import Network
 from dsv4_jax.numerics.policy import Policy
 from dsv4_jax.parameters import (
@@ -31,6 +31,7 @@ from tests.checkpoint.synthetic import repeated_config
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 PRESETS = {"flash": v4_flash, "pro": v4_pro}
 ROOT = pathlib.Path(__file__).parents[1]
+WITH_DSPARK = tiny(4, num_nextn_predict_layers=0, dspark=DSpark(5, 0, (1, 2, 3), 6))
 
 
 def as_text(config) -> str:
@@ -57,8 +58,8 @@ def test_the_table_is_the_reviewed_one(name):
 
 @pytest.mark.parametrize(
     "config",
-    [tiny(), repeated_config(num_nextn_predict_layers=0), tiny(4, like="pro")],
-    ids=["tiny", "repeated", "pro"],
+    [tiny(), repeated_config(num_nextn_predict_layers=0), tiny(4, like="pro"), WITH_DSPARK],
+    ids=["tiny", "repeated", "pro", "dspark"],
 )
 def test_modules_declare_what_the_table_says(config):
     shapes = Network(config, Policy.of("bfloat16")).shapes()
@@ -72,7 +73,7 @@ def test_modules_declare_what_the_table_says(config):
 
 
 def test_a_row_is_found_by_the_path_alone():
-    for path, parameter in parameters(repeated_config()).items():
+    for path, parameter in (parameters(repeated_config()) | parameters(WITH_DSPARK)).items():
         assert row_at(path) is parameter.row
     for path in [("embed", "x"), ("stacks", 0, "blocks", 0, "embed"), ("mtp", 0, "attn_norm"), ()]:
         with pytest.raises(KeyError, match="no parameter"):
@@ -108,9 +109,9 @@ def test_stored_shapes_fold_every_axis_once():
 
 
 def test_every_parameter_has_an_official_name_and_nothing_else_has():
-    config = v4_flash()
-    named = {spec.path for spec in names.official_tensors(config)}
-    assert named == set(parameters(config))
+    for config in (v4_flash(), WITH_DSPARK):
+        named = {spec.path for spec in names.official_tensors(config)}
+        assert named == set(parameters(config))
 
 
 # Words of paths that say what a parameter is. Code that compares or searches them asks the table instead.

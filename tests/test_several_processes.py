@@ -1,11 +1,14 @@
 """A model over two processes is the model in one: text, tokens, a training step; each reads its own part."""
 
 import json
+import shutil
 
+import ml_dtypes
 import numpy as np
 import pytest
 
 import dsv4_jax
+from dsv4_jax.checkpoint.convert import convert_checkpoint
 from dsv4_jax.checkpoint.files import open_checkpoint
 from dsv4_jax.command_line import main as command_line
 from dsv4_jax.language_model import LanguageModel
@@ -32,9 +35,19 @@ def one(checkpoint):
     return dsv4_jax.load(checkpoint, dtype="float32")
 
 
+LAST_EXPERT = f"layers.0.ffn.experts.{CONFIG.n_routed_experts - 1}.w2.weight"
+"""Of a device of process 1."""
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, checkpoint):
     folder = tmp_path_factory.mktemp("together")
+    shutil.copytree(checkpoint, folder / "bad")
+    with open_checkpoint(folder / "bad") as files:
+        info = files.tensors[LAST_EXPERT]
+    with open(info.path, "r+b") as file:
+        file.seek(info.start)
+        file.write(np.array(np.nan, ml_dtypes.bfloat16).tobytes())
     (folder / "taken").mkdir()
     (folder / "taken" / "something").touch()
     return folder
@@ -121,6 +134,19 @@ def test_saved_together_is_saved_by_one(found, folder, one, tmp_path):
     sizes = [sum((folder / "saved" / name).stat().st_size for name in names) for names in own]
     assert min(len(names) for names in own) > 1 and max(sizes) < 1.3 * min(sizes)
     assert there == set(found[0]["created"]) | own[1]
+
+
+def test_verified_and_converted_together(found, folder, checkpoint, tmp_path):
+    """What one process finds in its part, both say; and the numbers of the files are those of one process."""
+    for each in found:
+        sound, (problem,) = each["verified"]
+        assert sound == [] and f"{LAST_EXPERT}: 1 of" in problem
+    convert_checkpoint(checkpoint, tmp_path / "alone", to="float32")
+    with open_checkpoint(tmp_path / "alone") as wanted, open_checkpoint(folder / "converted") as got:
+        assert set(got.tensors) == set(wanted.tensors)
+        for name in wanted.tensors:
+            assert got.read(name).dtype == wanted.read(name).dtype, name
+            assert got.read(name).tobytes() == wanted.read(name).tobytes(), name
 
 
 def test_a_training_step(ended, folder, one, checkpoint):

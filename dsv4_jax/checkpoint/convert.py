@@ -1,19 +1,30 @@
 """One checkpoint to another: naming layout and dtype."""
 
+import functools
 import pathlib
+from collections.abc import Mapping
 from typing import Literal
 
 from dsv4_jax.checkpoint import names
 from dsv4_jax.checkpoint.files import Progress
-from dsv4_jax.checkpoint.load import exact_dtype, stored_dtypes
+from dsv4_jax.checkpoint.load import Loaded, exact_dtype, load_checkpoint, stored_dtypes
 from dsv4_jax.checkpoint.manifest import Options, open_manifest
 from dsv4_jax.checkpoint.read import Findings, stored_parameters
 from dsv4_jax.checkpoint.recognise import DraftHead
-from dsv4_jax.checkpoint.save import MAX_SHARD_BYTES, non_finite_problems, option_problems, write_held
+from dsv4_jax.checkpoint.save import (
+    MAX_SHARD_BYTES,
+    non_finite_problems,
+    option_problems,
+    save_checkpoint,
+    write_held,
+)
 from dsv4_jax.checkpoint.storage import BASE, PREVIEW
 from dsv4_jax.checkpoint.write import target_problems
+from dsv4_jax.config import ModelConfig
 from dsv4_jax.errors import CheckpointError
 from dsv4_jax.numerics.policy import Policy
+from dsv4_jax.refusing import refused_together
+from sharding.activations import Placement
 
 Target = Literal["keep", "bfloat16", "float32", "fp8", "fp8-fp4"]
 """How the weights of the result are stored; 'fp8-fp4' as in the instruct releases, 'fp8' as in Base."""
@@ -28,15 +39,18 @@ def convert_checkpoint(
     *,
     layout: names.Layout = "official",
     to: Target = "keep",
-    draft_head: DraftHead = "refuse",
+    draft_head: DraftHead = "load",
     overwrite: bool = False,
     allow_links: str | pathlib.Path | None = None,
+    placement: Placement | None = None,
     reading: Progress | None = None,
     writing: Progress | None = None,
 ) -> list[str]:
     """Reads `source` twice, to look at every number and to write it to `destination`.
 
-    Host memory holds one tensor at a time, or a few while one is rounded.
+    Host memory holds one tensor at a time, or a few while one is rounded. With a placement everything is read
+    once, onto its devices, and written from there: the same files. With several processes each reads and
+    writes a part, and all must call this, with folders that all of them see.
 
     Args:
         source: checkpoint directory in any layout.
@@ -48,9 +62,10 @@ def convert_checkpoint(
             change. float32 parameters (mHC, sinks, biases) always stay float32. 'fp8-fp4' and 'fp8' round
             weights to the official formats and need the official layout; weights in the wanted format
             stay as they are.
-        draft_head: 'ignore' leaves a DSpark draft head out instead of refusing the checkpoint.
+        draft_head: 'ignore' leaves a DSpark draft head out.
         overwrite: replace what is at `destination`.
         allow_links: a folder that links of `source` may lead into.
+        placement: mesh and rules by which the parameters are spread; None: they stay in the files.
         reading, writing: progress of looking at all numbers, and of writing.
 
     Returns:
@@ -58,7 +73,22 @@ def convert_checkpoint(
 
     Raises:
         CheckpointError: with all problems; `destination` is then as it was.
+        ProblemsError: rules that do not fit the mesh or the parameters.
     """
+    if placement is not None:
+        read = functools.partial(
+            _on_devices,
+            source,
+            destination,
+            layout,
+            to,
+            draft_head,
+            overwrite,
+            allow_links,
+            placement,
+            reading,
+        )
+        return _written(refused_together(read), destination, layout, to, overwrite, writing)
     problems = _destination_problems(source, destination, overwrite)
     if problems:  # before hours of reading
         raise CheckpointError(f"cannot convert to {destination}", problems)
@@ -83,12 +113,7 @@ def convert_checkpoint(
             raise CheckpointError(f"cannot save to {destination}", problems)
         warnings = [*manifest.warnings, *findings.warnings()]
         stored = stored_dtypes(manifest, held)
-        if to in _STORED_NAME:
-            stored = {
-                spec.name: _STORED_NAME[to]
-                for spec in names.official_tensors(config)
-                if spec.kind in ("matrix", "norm")
-            }
+        stored = _recorded(config, stored, to)
         warnings += write_held(
             destination,
             config,
@@ -104,6 +129,54 @@ def convert_checkpoint(
             last_check=files.check_unchanged,
         )
     return warnings
+
+
+def _recorded(config: ModelConfig, stored: Mapping[str, str], to: Target) -> Mapping[str, str]:
+    """Official name -> dtype that the result has where that loses nothing."""
+    if to not in _STORED_NAME:
+        return stored
+    wide = [spec.name for spec in names.official_tensors(config) if spec.kind in ("matrix", "norm")]
+    return dict.fromkeys(wide, _STORED_NAME[to])
+
+
+def _on_devices(
+    source, destination, layout, to, draft_head, overwrite, allow_links, placement, reading
+) -> Loaded:
+    """The source, read onto the devices of this process, once nothing is in the way of writing it."""
+    problems = _destination_problems(source, destination, overwrite)
+    if not problems:
+        with open_manifest(source, Options(draft_head=draft_head, allow_links=allow_links)) as (_, manifest):
+            problems = option_problems(manifest.config, layout, _RELEASES.get(to))
+    if problems:
+        raise CheckpointError(f"cannot convert to {destination}", problems)
+    return load_checkpoint(
+        source,
+        Policy.of(to) if to in _STORED_NAME else None,
+        weights="dequantized" if to in _STORED_NAME else "native",
+        draft_head=draft_head,
+        allow_links=allow_links,
+        mesh=placement.mesh,
+        rules=placement.table.parameters,
+        progress=reading,
+    )
+
+
+def _written(loaded: Loaded, destination, layout, to, overwrite, writing) -> list[str]:
+    """Writes parameters that are on devices, and gives all warnings."""
+    return [
+        *loaded.warnings,
+        *save_checkpoint(
+            destination,
+            loaded.config,
+            loaded.parameters,
+            layout=layout,
+            stored=_recorded(loaded.config, loaded.stored, to),
+            side_files=loaded.side_files,
+            release=_RELEASES.get(to),
+            overwrite=overwrite,
+            progress=writing,
+        ),
+    ]
 
 
 def _destination_problems(

@@ -10,7 +10,7 @@ from dsv4_jax.checkpoint.names import LAYER_PREFIX, Layout, TensorSpec
 from dsv4_jax.checkpoint.recognise import row_of
 from dsv4_jax.checkpoint.safetensors import TensorInfo
 from dsv4_jax.checkpoint.storage import FP4_DTYPES, SCALE_DTYPES, Format
-from dsv4_jax.config import ModelConfig
+from dsv4_jax.config import DSPARK_STAGES, ModelConfig
 from dsv4_jax.reading.foreign import OFFICIAL_HOME
 from pallas_kernels.formats.on_host import fp4_packed_shape, fp4_scale_shape, fp8_scale_shape
 from pallas_kernels.formats.sizes import FP4_GROUP
@@ -134,15 +134,19 @@ def missing_problems(expected: Iterable[TensorSpec], found: Mapping[str, object]
         found: keys are the names that are present.
     """
     layers: dict[str, list[TensorSpec]] = {}
+    is_dspark = False
     for spec in expected:
         layers.setdefault(_layer_prefix(spec.name), []).append(spec)
+        is_dspark = is_dspark or spec.path[0] == "dspark"
     problems = []
     for prefix, specs in layers.items():
         missing = [spec.name for spec in specs if spec.name not in found]
         if len(missing) == len(specs) > 1 and prefix:
             problem = f"all {len(missing)} tensors of {prefix}* are missing"
-            if prefix == "mtp.0.":
+            if prefix == "mtp.0." and not is_dspark:
                 problem += "; num_nextn_predict_layers: 0 loads the model without its MTP block"
+            elif prefix.startswith("mtp."):
+                problem += "; draft_head='ignore' loads the model without its DSpark head"
             problems.append(problem)
             continue
         holes: dict[str, list[int]] = {}
@@ -189,7 +193,10 @@ def _reason(name: str, layout: Layout, config: ModelConfig) -> str:
     row, prefix = row_of(name, layout), _layer_prefix(name)
     number = int(prefix.split(".")[-2]) if prefix else 0
     if row is not None and prefix.startswith("mtp."):
-        if number >= config.num_nextn_predict_layers:
+        if config.dspark is not None:
+            if number >= DSPARK_STAGES:
+                return f"a DSpark draft head has {DSPARK_STAGES} stages"
+        elif number >= config.num_nextn_predict_layers:
             return f"num_nextn_predict_layers is {config.num_nextn_predict_layers}"
         kinds = ("window", "learned")
     elif row is not None and prefix.startswith(LAYER_PREFIX[layout]):
@@ -201,6 +208,8 @@ def _reason(name: str, layout: Layout, config: ModelConfig) -> str:
     _, experts, tail = name.partition(".experts.")
     if experts and tail.partition(".")[0].isdecimal():
         return f"n_routed_experts is {config.n_routed_experts}"
+    if row.parameter.when == "always":
+        return "not of this block of the draft head"
     return f"{_ONLY.get(row.parameter.when, 'not expected')}; this one is {' and '.join(kinds)}"
 
 

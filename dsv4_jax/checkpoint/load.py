@@ -70,7 +70,7 @@ def load_checkpoint(
     policy: "Policy | None",
     *,
     weights: Weights = "dequantized",
-    draft_head: DraftHead = "refuse",
+    draft_head: DraftHead = "load",
     text_only: bool = False,
     require_mtp: bool = False,
     scan_weights: bool = False,
@@ -93,8 +93,7 @@ def load_checkpoint(
             float32. None takes the narrower of bfloat16 and float32 that holds every matrix exactly.
         weights: 'native' keeps FP8 and FP4 weights as `QuantizedWeight`; 'dequantized' makes them arrays of
             the param dtype.
-        draft_head: 'ignore' loads a DSpark release without its draft head; 'refuse' does not load
-            it.
+        draft_head: 'ignore' loads a DSpark release without its draft head.
         text_only: load the text model of a vision variant.
         require_mtp: refuse a checkpoint without an MTP block.
         scan_weights: look for NaN and infinity in bfloat16 weights too.
@@ -124,8 +123,7 @@ def load_checkpoint(
             scan_weights=scan_weights,
             progress=progress,
         )
-        blocks = {path: BLOCK[held[path].format] for path in held if held[path].format in BLOCK}
-        shardings = parameter_shardings(manifest.config, mesh, rules, str(directory), blocks)
+        shardings = parameter_shardings(manifest.config, mesh, rules, str(directory), blocks_of(held))
         for path, parameter in held.items():
             value = placed(parameter.read_box, parameter.shape, shardings.get(path))
             if findings.problems:
@@ -149,6 +147,11 @@ def load_checkpoint(
             tensor.format == "fp4" for tensor in manifest.tensors if tensor.spec.parameter.role == "expert"
         ),
     )
+
+
+def blocks_of(held: Mapping[names.Path, Held]) -> dict[names.Path, tuple[int, int]]:
+    """Rows and columns that share a scale, of the parameters that are held quantised."""
+    return {path: BLOCK[each.format] for path, each in held.items() if each.format in BLOCK}
 
 
 def exact_dtype(manifest: Manifest) -> np.dtype:

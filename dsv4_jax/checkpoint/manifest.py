@@ -25,7 +25,7 @@ _CLAIM_FACTOR, _CLAIM_SLACK = 4, 10_000
 class Options:
     """What the caller accepts in a checkpoint; see `load_checkpoint`."""
 
-    draft_head: DraftHead = "refuse"
+    draft_head: DraftHead = "load"
     text_only: bool = False
     require_mtp: bool = False
     copy: bool = False
@@ -116,6 +116,11 @@ def build_manifest(
     config = config_file.config
     if recognised.has_dspark or naming.layout != "official":
         config = dataclasses.replace(config, num_nextn_predict_layers=0)
+    left_out = []
+    if config.dspark is not None and (options.draft_head == "ignore" or naming.layout != "official"):
+        config = dataclasses.replace(config, dspark=None)
+        if options.draft_head != "ignore":
+            left_out = [f"config.json describes a DSpark draft head; the {naming.layout} layout holds none"]
     if options.require_mtp and config.num_nextn_predict_layers == 0:
         problems.append(f"an MTP block was asked for; this checkpoint ({naming.layout} layout) has none")
 
@@ -143,8 +148,7 @@ def build_manifest(
             problems.append(f"{scale.path.name}: {scale.name}: scales without their weights")
     if problems:
         return None, problems
-    # the DSpark note may come from the config and from the tensors
-    warnings = [*files.warnings, *config_file.notes, *recognised.warnings]
+    warnings = [*files.warnings, *config_file.notes, *recognised.warnings, *left_out]
     warnings += storage_warnings(matched, config_file.raw)
     return Manifest(config, naming.layout, tuple(matched), tuple(dict.fromkeys(warnings)), side_files), []
 

@@ -1,10 +1,10 @@
 """The one bijection between tensor names on disk and parameters in memory.
 
-`TOP_ROWS`, `LAYER_ROWS` and `MTP_ROWS` are the whole rename table: a row is one tensor, with its official
-name, its name in the transformers native layout, and the parameter that holds it; what that parameter is
-says `dsv4_jax.parameters`. The hybrid layout (what `save_pretrained` writes by default) is the official one
-with the prefix `model.` for layers and the other names of `_HYBRID`. Nothing else in the package spells a
-tensor name.
+`TOP_ROWS`, `LAYER_ROWS`, `MTP_ROWS` and `DSPARK_ROWS` are the whole rename table: a row is one tensor, with
+its official name, its name in the transformers native layout, and the parameter that holds it; what that
+parameter is says `dsv4_jax.parameters`. The hybrid layout (what `save_pretrained` writes by default) is the
+official one with the prefix `model.` for layers and the other names of `_HYBRID`. Nothing else in the package
+spells a tensor name.
 
 A parameter has leading axes that a checkpoint spreads over several tensors: the repeats of a layer stack,
 and for experts (expert, gate or up). `TensorSpec.index` selects in those; what is left has the official
@@ -16,7 +16,7 @@ import functools
 from typing import Literal
 
 from dsv4_jax import parameters
-from dsv4_jax.config import LayerStack, ModelConfig, layer_stacks
+from dsv4_jax.config import DSPARK_STAGES, LayerStack, ModelConfig, layer_stacks
 from dsv4_jax.parameters import Parameter, Path, Role
 
 Layout = Literal["official", "transformers", "hybrid"]
@@ -35,7 +35,13 @@ def kind_of(role: Role) -> Kind:
 
 
 _PARAMETER_ROWS = {
-    row.path: row for row in (*parameters.MTP_ROWS, *parameters.MODEL_ROWS, *parameters.LAYER_ROWS)
+    row.path: row
+    for row in (
+        *parameters.MTP_ROWS,
+        *parameters.DSPARK_ROWS,
+        *parameters.MODEL_ROWS,
+        *parameters.LAYER_ROWS,
+    )
 }
 
 
@@ -171,6 +177,18 @@ MTP_ROWS = (
     *(dataclasses.replace(row, transformers=None) for row in _COLLAPSE),
 )
 
+# Names after `mtp.`, besides `DSPARK_STAGES` whole window layers with learned routing.
+_LAST = DSPARK_STAGES - 1
+DSPARK_ROWS = (
+    _weight("0.main_proj", None, "main_proj"),
+    _weight("0.main_norm", None, "main_norm"),
+    _weight(f"{_LAST}.norm", None, "norm"),
+    *(dataclasses.replace(row, official=f"{_LAST}.{row.official}", transformers=None) for row in _COLLAPSE),
+    _weight(f"{_LAST}.markov_head.markov_w1", None, "markov_w1"),
+    _weight(f"{_LAST}.markov_head.markov_w2", None, "markov_w2"),
+    _weight(f"{_LAST}.confidence_head.proj", None, "confidence"),
+)
+
 _HYBRID = {  # official -> hybrid, where it is more than the prefix `model.` of layers
     "embed.weight": "model.embed_tokens.weight",
     "norm.weight": "model.norm.weight",
@@ -253,7 +271,7 @@ def layout_tensors(
 ) -> tuple[TensorSpec, ...]:
     """Every tensor of a checkpoint of `config` in `layout`: weights only, without block scales.
 
-    The transformers layouts hold no MTP block.
+    The transformers layouts hold no MTP block and no DSpark head.
 
     Args:
         config: of the model.
@@ -271,6 +289,8 @@ def layout_tensors(
     if layout == "official":
         for depth in range(config.num_nextn_predict_layers):
             specs += mtp_tensors(config, depth, experts)
+        if config.dspark is not None:
+            specs += dspark_tensors(config, experts)
     return tuple(specs)
 
 
@@ -281,6 +301,19 @@ def mtp_tensors(config: ModelConfig, depth: int = 0, experts: int | None = None)
     specs = [spec for row in MTP_ROWS for spec in _specs(row, "official", prefix, table, root, None)]
     for row in LAYER_ROWS:
         specs += _specs(row, "official", prefix, table, (*root, "block"), 0, experts)
+    return specs
+
+
+def dspark_tensors(config: ModelConfig, experts: int | None = None) -> list[TensorSpec]:
+    """The official tensors of the DSpark head of a config that has one."""
+    table = parameters.dspark_parameters(config)
+    specs = [
+        spec for row in DSPARK_ROWS for spec in _specs(row, "official", "mtp.", table, ("dspark",), None)
+    ]
+    for stage in range(DSPARK_STAGES):
+        for row in LAYER_ROWS:
+            root: Path = ("dspark", "stages")
+            specs += _specs(row, "official", f"mtp.{stage}.", table, root, stage, experts)
     return specs
 
 

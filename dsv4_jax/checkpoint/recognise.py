@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable
 from typing import Literal
 
 from dsv4_jax.checkpoint.names import (
+    DSPARK_ROWS,
     LAYER_PREFIX,
     LAYER_ROWS,
     LAYOUTS,
@@ -63,15 +64,16 @@ def pattern(name: str) -> str:
 def _rows(layout: Layout) -> dict[str, Row]:
     groups = [("", TOP_ROWS), (f"{LAYER_PREFIX[layout]}#.", LAYER_ROWS)]
     if layout == "official":
-        groups += [("mtp.#.", MTP_ROWS), ("mtp.#.", LAYER_ROWS)]
+        groups += [("mtp.#.", MTP_ROWS), ("mtp.", DSPARK_ROWS), ("mtp.#.", LAYER_ROWS)]
     known = {}
     for prefix, rows in groups:
         for row in rows:
             name = row_name(row, layout)
             if name is not None:
-                known[prefix + name] = row
+                name = pattern(prefix + name)  # expert numbers are `#` already
+                known[name] = row
                 if row.parameter.quantized:
-                    known[scale_name(prefix + name, layout)] = row
+                    known[scale_name(name, layout)] = row
     return known
 
 
@@ -135,7 +137,7 @@ def identify(names: Iterable[str]) -> Naming:
     return Naming(layout, found, unknown, problems)
 
 
-DraftHead = Literal["refuse", "ignore"]
+DraftHead = Literal["load", "ignore"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,8 +145,8 @@ class Recognised:
     """Result of `recognise`.
 
     Attributes:
-        names: tensor names of the model itself, draft heads and vision towers left out.
-        has_dspark: a DSpark draft head is among the tensors; there is then no MTP block.
+        names: tensor names of what is loaded; what is left out is not among them.
+        has_dspark: the checkpoint has a DSpark draft head; there is then no MTP block.
         refusals: if any, nothing else needs to be said about the checkpoint.
         warnings: what was left out.
     """
@@ -159,7 +161,7 @@ def recognise(
     names: Collection[str],
     *,
     has_dspark: bool,
-    draft_head: DraftHead = "refuse",
+    draft_head: DraftHead = "load",
     text_only: bool = False,
     require_mtp: bool = False,
 ) -> Recognised:
@@ -168,7 +170,7 @@ def recognise(
     Args:
         names: all tensor names in the files.
         has_dspark: the config says so (any `dspark_*` key).
-        draft_head: what to do with a DSpark head: refuse the checkpoint, or leave the head out.
+        draft_head: what to do with a DSpark head: load it, or leave it out.
         text_only: leave a vision tower out instead of refusing it.
         require_mtp: the caller wants the MTP block, which a DSpark head is not.
     """
@@ -185,17 +187,22 @@ def recognise(
 
     draft = {name: own_name(name, "official") for name in kept}
     draft = {name: own for name, own in draft.items() if own.startswith("mtp.")}
+    described = has_dspark
     has_dspark = has_dspark or any(
         own.startswith("mtp.1.") or own == "mtp.0.main_proj.weight" for own in draft.values()
     )
+    copies = set()
     if has_dspark:
         if require_mtp:
             refusals.append(f"{DSPARK_NOTE}; an MTP block was asked for and there is none")
-        elif draft_head == "refuse":
-            refusals.append(f"{DSPARK_NOTE}; draft_head='ignore' loads the model without it")
-        else:
-            warnings.append(DSPARK_NOTE)
-        copies = set(draft)
+        elif draft_head == "ignore":
+            warnings.append(f"{DSPARK_NOTE}, which is left out")
+            copies = set(draft)
+        elif not described:
+            refusals.append(
+                f"{DSPARK_NOTE}, which config.json does not describe (no dspark_block_size and others);"
+                " draft_head='ignore' loads the model without it"
+            )
     else:
         copies = {name for name, own in draft.items() if "emb" in own or own.endswith("head.weight")}
     return Recognised([name for name in kept if name not in copies], has_dspark, refusals, warnings)

@@ -121,8 +121,9 @@ def save_checkpoint(
 
 
 def _of_layout(config: ModelConfig, layout: names.Layout) -> ModelConfig:
-    """The config of what a layout can hold: all but the official one have no MTP block."""
-    return config if layout == "official" else dataclasses.replace(config, num_nextn_predict_layers=0)
+    """The config of what a layout can hold: all but the official one have no draft heads."""
+    none = {"num_nextn_predict_layers": 0, "dspark": None}
+    return config if layout == "official" else dataclasses.replace(config, **none)
 
 
 def option_problems(config: ModelConfig, layout: names.Layout, release: Release | None) -> list[str]:
@@ -159,8 +160,9 @@ def write_held(
         written: which process writes what; None: this one all of it.
     """
     warnings = []
-    if layout != "official" and config.num_nextn_predict_layers:
-        warnings.append(f"the MTP block is not saved: the {layout} layout has none")
+    if layout != "official" and (config.num_nextn_predict_layers or config.dspark):
+        what = "MTP block" if config.dspark is None else "DSpark draft head"
+        warnings.append(f"the {what} is not saved: the {layout} layout has none")
         config = _of_layout(config, layout)
     formats = sorted({parameter.format for parameter in held.values()} - {"plain"})
     if layout != "official" and formats:

@@ -13,7 +13,7 @@ from typing import Literal
 import ml_dtypes
 
 from dsv4_jax.checkpoint import names
-from dsv4_jax.config import ModelConfig
+from dsv4_jax.config import DSpark, ModelConfig
 from pallas_kernels.formats.on_host import fp4_packed_shape, fp4_scale_shape, fp8_scale_shape
 from pallas_kernels.formats.sizes import FP4_GROUP, FP8_BLOCK
 
@@ -36,8 +36,6 @@ QUANTIZATION_CONFIG = {
 """Of config.json in the released checkpoints."""
 
 Draft = Literal["mtp", "dspark", "none"]
-
-DSPARK_STAGES = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +87,7 @@ def released_tensors(
 
     With `experts` so many experts of each layer, see `names.layout_tensors`.
     """
-    backbone = dataclasses.replace(config, num_nextn_predict_layers=0)
+    backbone = dataclasses.replace(config, num_nextn_predict_layers=0, dspark=None)
     for spec in names.official_tensors(backbone, experts):
         yield from _released(spec, release)
     if release.draft == "mtp":
@@ -97,7 +95,18 @@ def released_tensors(
             for spec in names.mtp_tensors(config, depth, experts):
                 yield from _released(spec, release)
     elif release.draft == "dspark":
-        yield from _dspark(config, release, experts)
+        for spec in names.dspark_tensors(with_dspark(config, release), experts):
+            yield from _released(spec, release)
+
+
+def with_dspark(config: ModelConfig, release: Release) -> ModelConfig:
+    """The config with a DSpark head in place of MTP blocks: its own, or one of the release's Markov rank that
+    reads the last layers."""
+    if config.dspark is not None:
+        return config
+    last = config.num_hidden_layers
+    head = DSpark(5, config.vocab_size - 1, tuple(range(last - min(3, last), last)), release.markov_rank)
+    return dataclasses.replace(config, num_nextn_predict_layers=0, dspark=head)
 
 
 def stored_bytes(config: ModelConfig, release: Release) -> int:
@@ -114,7 +123,7 @@ def total_bytes(tensors: Iterable[ReleasedTensor]) -> int:
 
 
 def resident_bytes(config: ModelConfig, release: Release) -> int:
-    """Bytes of all parameters in memory, loaded in bfloat16 with native weights; no draft head but MTP.
+    """Bytes of all parameters in memory, loaded in bfloat16 with native weights, draft heads included.
 
     Quantised weights take what they take on disk; norms widen to float32, hash tables narrow to int32.
     """
@@ -181,22 +190,3 @@ def dtype_on_disk(tensor: ReleasedTensor, recorded: str | None) -> str:
     """The recorded dtype if it is one for the same format: FP4 may be I8 or U8, scales E8M0 or float32."""
     same = ({*FP4_DTYPES}, {*SCALE_DTYPES})
     return recorded if any({recorded, tensor.dtype} <= group for group in same) else tensor.dtype
-
-
-def _dspark(config: ModelConfig, release: Release, experts: int | None) -> Iterator[ReleasedTensor]:
-    """Three window blocks, a projection of three layers' states, a Markov and a confidence head."""
-    d, v, rank = config.hidden_size, config.vocab_size, release.markov_rank
-    only_mtp = {row.official for row in names.MTP_ROWS}
-    last = DSPARK_STAGES - 1
-    for stage in range(DSPARK_STAGES):
-        prefix = f"mtp.{stage}."
-        for spec in names.mtp_tensors(config, stage, experts):
-            short = spec.name.removeprefix(prefix)
-            kept = short == "norm.weight" or short.startswith("hc_head_")
-            if short not in only_mtp or (stage == last and kept):
-                yield from _released(spec, release)
-    yield from quantized("mtp.0.main_proj.weight", "mtp.0.main_proj.scale", (d, 3 * d), release.linears)
-    yield ReleasedTensor("mtp.0.main_norm.weight", "BF16", (d,))
-    yield ReleasedTensor(f"mtp.{last}.markov_head.markov_w1.weight", "BF16", (v, rank))
-    yield ReleasedTensor(f"mtp.{last}.markov_head.markov_w2.weight", "BF16", (v, rank))
-    yield ReleasedTensor(f"mtp.{last}.confidence_head.proj.weight", "BF16", (1, d + rank))

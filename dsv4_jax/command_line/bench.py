@@ -22,6 +22,7 @@ def bench(
     settings: EngineSettings,
     dtype: str = "bfloat16",
     mesh: str | None = None,
+    allow_links: Path | None = None,
     out: Path | None = None,
 ) -> dict[str, float]:
     """Loads a checkpoint, serves a load, prints the numbers, and writes them to `out` as JSON.
@@ -33,8 +34,8 @@ def bench(
         raise ProblemsError("this load cannot be sent", problems)
     console = Console(stderr=True, highlight=False)
     with console.status(f"loading {folder}"):
-        lm = load(folder, dtype=dtype, mesh=mesh)
-    if problems := settings.problems(block_length(lm.config)):
+        lm = load(folder, dtype=dtype, mesh=mesh, allow_links=allow_links)
+    if problems := settings.problems(block_length(lm.config), lm.config):
         raise ProblemsError("the engine cannot start", problems)
     with console.status("compiling"):
         engine = Engine(lm, settings)

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, TextIO
 
 from dsv4_jax.errors import ProblemsError
 from dsv4_jax.serving.chat.answer import ContentDelta, Finish, ReasoningDelta
-from dsv4_jax.serving.chat.from_openai import message_to_openai
+from dsv4_jax.serving.chat.headings import QUESTION, uses_headings
+from dsv4_jax.serving.chat.to_openai import message_to_openai
 
 if TYPE_CHECKING:
     from dsv4_jax.serving.chat.session import ChatSession
@@ -49,9 +50,14 @@ def begin(session: "ChatSession", effort: str | None) -> list[str]:
     session.manner = dataclasses.replace(session.manner, thinking=thinking, effort=effort)
     if not tokenizer.missing:
         return []
+    if uses_headings(tokenizer, session.profile):
+        form = f"turns stand under headings ({QUESTION.strip()})"
+    else:
+        form = "they are written as text, which the model may not know"
+    missing, example = len(tokenizer.missing), tokenizer.missing[0]
     return [
-        f"note: {len(tokenizer.missing)} marks of the chat format, such as {tokenizer.missing[0]}, are no tokens of"
-        " this tokenizer: they are written as text, which the model may not know and words of users can imitate"
+        f"note: {missing} marks of the chat format, such as {example}, are no tokens of this tokenizer:"
+        f" {form}, and words of users can imitate them"
     ]
 
 
@@ -176,7 +182,7 @@ def _answer(session: "ChatSession", words: str, out: TextIO, styled: bool) -> No
     if asked.is_set():
         print("(stopped)", file=out)
     elif reason == "length":
-        print(f"(the limit of {session.manner.max_new_tokens} new tokens)", file=out)
+        print(f"(cut: at most {session.manner.max_new_tokens} new tokens, or no room left)", file=out)
     elif reason not in ("stop", "tool_calls"):
         print(f"({reason})", file=out)
     out.flush()

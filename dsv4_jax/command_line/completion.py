@@ -20,6 +20,7 @@ class Sampling:
     temperature: float
     top_p: float
     seed: int
+    draft: str | None = None
 
 
 def checked_request(text: str | None, ids: Sequence[int], sampling: Sampling) -> str | list[int]:
@@ -70,6 +71,7 @@ def stream(model: "LanguageModel", prompt: str | list[int], sampling: Sampling) 
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         seed=sampling.seed,
+        draft=sampling.draft,
     )
     try:
         first = next(iterator, None)
@@ -95,7 +97,20 @@ def complete(model: "LanguageModel", prompt: str | list[int], sampling: Sampling
         record["text"] = "".join(pieces)
     else:
         record["ids"] = [int(piece) for piece in pieces]
+    if model.acceptance is not None:
+        record["accepted"] = model.acceptance.accepted[0]
+        record["drafted"] = model.acceptance.drafted[0]
     return record | {"seconds": round(time.perf_counter() - start, 3)}
+
+
+def acceptance_line(model: "LanguageModel") -> str | None:
+    """How the drafts of the last continuation fared, in one line; None if it had none."""
+    if model.acceptance is None:
+        return None
+    accepted, steps = sum(model.acceptance.accepted[0]), len(model.acceptance.accepted[0])
+    ratios = ", ".join(f"{right} of {all_}" for right, all_ in model.acceptance.by_position() if all_)
+    pace = f"{(accepted + steps) / steps:.2f} tokens a step" if steps else "no step"
+    return f"drafts: {accepted} accepted in {steps} steps, {pace}; by position: {ratios or 'none'}"
 
 
 def _stream_ids(model: "LanguageModel"):

@@ -5,9 +5,13 @@ import importlib.metadata
 import os
 import platform
 import shutil
+from typing import TYPE_CHECKING
 
 from dsv4_jax.command_line import compilation_cache
 from dsv4_jax.command_line.devices import device_problem, settings_problem
+
+if TYPE_CHECKING:
+    from dsv4_jax.command_line.transports import Choice
 
 PACKAGES = (
     "dsv4_jax",
@@ -51,10 +55,12 @@ class Diagnosis:
     cached_programs: int
     free_disk_bytes: int | None  # where compiled programs are kept
     problems: tuple[str, ...]
+    transports: "tuple[Choice, ...]" = ()  # of tokens to their experts, on the mesh that was asked about
 
     def as_plain(self) -> dict[str, object]:
         """JSON-ready values."""
-        return dataclasses.asdict(self)
+        plain = dataclasses.asdict(dataclasses.replace(self, transports=()))
+        return plain | {"transports": [each.as_plain() for each in self.transports]}
 
     def lines(self) -> list[str]:
         """The same for people."""
@@ -77,6 +83,9 @@ class Diagnosis:
             rows["compiled"] = f"programs are not kept: {self.compilation_cache}"
         else:
             rows["disk"] = f"{self.free_disk_bytes / GIB:.1f} GiB free there"
+        for each in self.transports:
+            name = f"{each.tokens} tokens"
+            rows[name] = f"to experts on {each.devices} devices, {each.link} links: {each.line()}"
         width = max(map(len, rows))
         return [f"{name:<{width}}  {text}" for name, text in rows.items()]
 

@@ -258,7 +258,7 @@ def _train(
     with InterruptRequest(announce) as interrupt, display:
         return train(
             Network(config, policy),
-            StepSettings(recipe.optimizer),
+            StepSettings(recipe.optimizer, indexer="sparse"),
             schedule,
             initial_state(parameters, recipe.optimizer),
             rows,

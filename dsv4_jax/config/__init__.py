@@ -14,9 +14,13 @@ Dimension legend of the whole repository (values: Flash / Pro):
     Hi  indexer heads, 64                Di  indexer head width, 128
     Ki  indexer top-k, 512 / 1024        E   routed experts, 256 / 384
     Ke  active experts, 6                F   expert width, 2048 / 3072
+    C   layers that DSpark reads, 3      Mr  Markov rank of DSpark, 256 / 512
+    K   DSpark's block size, 5           Dm  what its confidence head reads, D + Mr
 """
 
+from dsv4_jax.config.kinds import DSPARK_STAGES as DSPARK_STAGES
 from dsv4_jax.config.kinds import AttentionKind as AttentionKind
+from dsv4_jax.config.kinds import DSpark as DSpark
 from dsv4_jax.config.kinds import RouterKind as RouterKind
 from dsv4_jax.config.kinds import Yarn as Yarn
 from dsv4_jax.config.layer_stacks import LayerStack as LayerStack

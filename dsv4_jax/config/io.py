@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dsv4_jax import errors
 from dsv4_jax.config import ModelConfig, json_objects, rules
 from dsv4_jax.config.keys import Keys
-from dsv4_jax.config.kinds import Yarn
+from dsv4_jax.config.kinds import DSPARK_STAGES, DSpark, Yarn
 from dsv4_jax.config.layer_plan import LAYER_TYPES, MLP_LAYER_TYPES, read_layer_plan, read_rope
 from dsv4_jax.reading.folder import Folder
 from dsv4_jax.reading.foreign import foreign_config, foreign_folder
@@ -23,10 +23,7 @@ from dsv4_jax.reading.strict_json import JsonError
 CONFIG_FILE = "config.json"
 MODEL_TYPE = "deepseek_v4"
 ARCHITECTURE = "DeepseekV4ForCausalLM"
-DSPARK_NOTE = (
-    "this checkpoint carries a DSpark draft head (3 stages under mtp.*), which is not supported;"
-    " speculative decoding is off"
-)
+DSPARK_NOTE = "this checkpoint carries a DSpark draft head (3 stages under mtp.*)"
 V41_REFUSAL = (
     "DeepSeek-V4.1 is a different architecture (single-pass mHC, CSA2, Engram, 40 layers) and is"
     " not supported"
@@ -187,6 +184,7 @@ def parse_config(
     if has_dspark:
         # The official file still says num_nextn_predict_layers = 1 (or 3): those are DSpark stages.
         fields["num_nextn_predict_layers"] = 0
+        fields["dspark"] = _read_dspark(keys)
     for names, expected in _FIXED_KEYS:
         keys.fixed(names, expected)
     if not inference:
@@ -196,9 +194,19 @@ def parse_config(
     all_problems = keys.problems + rules.field_problems(known)
     if all_problems:
         raise errors.ConfigError(what, list(dict.fromkeys(all_problems)))
-    notes = [DSPARK_NOTE] if has_dspark else []
-    notes += [VISION_NOTE] if _has_vision(raw) else []
+    notes = [VISION_NOTE] if _has_vision(raw) else []
     return ConfigFile(ModelConfig(**fields), raw, tuple(notes), has_dspark)
+
+
+def _read_dspark(keys: Keys) -> DSpark | None:
+    numbers = [keys.integer(f"dspark_{name}") for name in ("block_size", "noise_token_id", "markov_rank")]
+    layers = keys.list_of("dspark_target_layer_ids", rules.is_int, "a layer number")
+    if not keys.has("dspark_target_layer_ids"):
+        keys.missing(("dspark_target_layer_ids",))
+    if layers is None or None in numbers:
+        return None
+    block_size, noise, rank = numbers
+    return DSpark(block_size, noise, tuple(layers), rank)
 
 
 def _refusals(raw: Mapping[str, object], *, text_only: bool) -> list[str]:
@@ -263,13 +271,19 @@ def official_config_dict(config: ModelConfig) -> dict[str, object]:
     ratios = [config.ratio(kind) for kind in config.attention_kinds]
     num_hash = config.router_kinds.count("hash")
     hash_first = config.router_kinds[:num_hash] == ("hash",) * num_hash
+    dspark = config.dspark
     result = _shared_keys(config) | {
         "qk_rope_head_dim": config.qk_rope_head_dim,
-        "compress_ratios": ratios + [0] * config.num_nextn_predict_layers,
+        "compress_ratios": ratios + [0] * (DSPARK_STAGES if dspark else config.num_nextn_predict_layers),
         "rope_scaling": {"type": "yarn"} | dataclasses.asdict(config.yarn),
         "topk_method": "noaux_tc",
         "torch_dtype": "bfloat16",
     }
+    if dspark is not None:
+        # As the releases say it, whose stages are not counted anywhere.
+        result["num_nextn_predict_layers"] = 1
+        result |= {f"dspark_{name}": value for name, value in dataclasses.asdict(dspark).items()}
+        result["dspark_target_layer_ids"] = list(dspark.target_layer_ids)
     if hash_first:
         result["num_hash_layers"] = num_hash
     else:

@@ -1,4 +1,4 @@
-"""The kinds of layers and of routers, and YaRN's numbers: what a `ModelConfig` is made of."""
+"""The kinds of layers and of routers, YaRN's and DSpark's numbers: what a `ModelConfig` is made of."""
 
 import dataclasses
 from typing import Literal
@@ -18,3 +18,17 @@ class Yarn:
     beta_fast: float
     beta_slow: float
     original_max_position_embeddings: int
+
+
+DSPARK_STAGES = 3
+"""Blocks of a DSpark draft head. No key of config.json says so: `num_nextn_predict_layers` does not."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DSpark:
+    """The draft head of the 0731 and 0813 releases (`dspark_*` keys of config.json)."""
+
+    block_size: int  # drafts of one pass; the weights do not depend on it
+    noise_token_id: int  # fills the unknown slots of a block
+    target_layer_ids: tuple[int, ...]  # whose output streams it reads, in this order
+    markov_rank: int  # Mr

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from dsv4_jax.config.kinds import AttentionKind, RouterKind, Yarn
+from dsv4_jax.config.kinds import AttentionKind, DSpark, RouterKind, Yarn
 from dsv4_jax.config.rules import field_problems
 from dsv4_jax.errors import ConfigError
 
@@ -51,6 +51,7 @@ class ModelConfig:
     bos_token_id: int | None
     eos_token_id: int | tuple[int, ...] | None  # any of several ends a text
     initializer_range: float
+    dspark: DSpark | None = None  # draft head; a checkpoint has this or MTP blocks
 
     def __post_init__(self) -> None:
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

@@ -8,7 +8,7 @@ import math
 import typing
 from collections.abc import Callable, Mapping
 
-from dsv4_jax.config.kinds import AttentionKind, RouterKind, Yarn
+from dsv4_jax.config.kinds import AttentionKind, DSpark, RouterKind, Yarn
 
 MAX_DIM = 2**31 - 1
 """Upper bound of every count and size: larger values are damage, not a model."""
@@ -107,7 +107,7 @@ def field_problems(fields: Mapping[str, object]) -> list[str]:
             values = [sound[name] for name in names]
             if not holds(*values):
                 problems.append(message.format(*values))
-    problems += _layer_problems(sound) + _token_problems(sound)
+    problems += _layer_problems(sound) + _token_problems(sound) + _draft_problems(sound)
     return problems
 
 
@@ -163,6 +163,8 @@ def _value_problem(name: str, value: object) -> str | None:
         return _kinds_problem(name, value, ROUTER_KINDS)
     elif name == "yarn":
         return _yarn_problem(value)
+    elif name == "dspark":
+        return _dspark_problem(value)
     return None
 
 
@@ -179,6 +181,23 @@ def _kinds_problem(name: str, value: object, known: tuple[str, ...]) -> str | No
         return None
     found = ", ".join(f"{kind} (first at layer {layer})" for kind, layer in first_layer.items())
     return f"{name} must hold only {', '.join(known)}; found {found}"
+
+
+def _dspark_problem(value: object) -> str | None:
+    if value is None:
+        return None
+    if not isinstance(value, DSpark):
+        return f"dspark={shown(value)} must be a DSpark, or absent"
+    for name, least in (("block_size", 1), ("noise_token_id", 0), ("markov_rank", 1)):
+        number = getattr(value, name)
+        if not is_int(number) or not least <= number <= MAX_DIM:
+            return f"dspark_{name}={shown(number)} must be an integer in {least} .. {MAX_DIM}"
+    ids = value.target_layer_ids
+    if not isinstance(ids, tuple) or not ids or not all(is_int(i) and i >= 0 for i in ids):
+        return f"dspark_target_layer_ids={shown(ids)} must be layer numbers, at least one"
+    if len(set(ids)) < len(ids):
+        return f"dspark_target_layer_ids={shown(ids)} must be different layers"
+    return None
 
 
 def _yarn_problem(value: object) -> str | None:
@@ -218,6 +237,21 @@ def _token_problems(sound: Mapping[str, typing.Any]) -> list[str]:
     if vocab is None:
         return []
     return [p for name in _TOKEN_IDS for p in token_problems(name, sound.get(name), vocab)]
+
+
+def _draft_problems(sound: Mapping[str, typing.Any]) -> list[str]:
+    dspark, problems = sound.get("dspark"), []
+    if dspark is None:
+        return []
+    if blocks := sound.get("num_nextn_predict_layers"):
+        problems.append(f"num_nextn_predict_layers={blocks}: a model has an MTP block or a DSpark draft head")
+    noise, vocab = dspark.noise_token_id, sound.get("vocab_size")
+    if vocab is not None and noise >= vocab:
+        problems.append(f"dspark_noise_token_id={noise} must be less than vocab_size={vocab}")
+    layers = len(sound.get("attention_kinds", ()))
+    if layers and (beyond := [layer for layer in dspark.target_layer_ids if layer >= layers]):
+        problems.append(f"dspark_target_layer_ids {beyond} must lie in 0 .. {layers - 1}")
+    return problems
 
 
 def token_ids(value: int | tuple[int, ...] | None) -> tuple[int, ...]:

@@ -13,7 +13,6 @@ from fractions import Fraction
 from dsv4_jax.checkpoint import storage
 from dsv4_jax.config import ModelConfig, layer_stacks, v4_flash, v4_pro
 from dsv4_jax.config.io import ConfigFile
-from dsv4_jax.config.rules import is_int
 from dsv4_jax.parameters import Path, parameters, row_at
 from pallas_kernels.arithmetic import cdiv
 from pallas_kernels.formats.entries import scale_bytes
@@ -116,6 +115,8 @@ class Inspection:
     parameters: ParameterCounts
     mtp_total: int
     mtp_active: int
+    dspark_total: int  # of a DSpark draft head, 0 without one
+    dspark_active: int
     layer: LayerCounts
     caches: tuple[CacheCost, ...]
     allocated: AllocatedCache
@@ -125,8 +126,8 @@ class Inspection:
 
     @property
     def total_with_mtp(self) -> int:
-        """Parameters of everything a checkpoint holds."""
-        return self.parameters.total + self.mtp_total
+        """Parameters of everything a checkpoint holds, with either draft head."""
+        return self.parameters.total + self.mtp_total + self.dspark_total
 
 
 def inspect_config(config: ModelConfig, *, dspark_markov_rank: int | None = None) -> Inspection:
@@ -134,14 +135,18 @@ def inspect_config(config: ModelConfig, *, dspark_markov_rank: int | None = None
 
     Args:
         config: any model.
-        dspark_markov_rank: of a checkpoint with a DSpark draft head; adds its size.
+        dspark_markov_rank: of a DSpark draft head that the config does not have; adds the size of a
+            checkpoint with it.
     """
     mtp_total, mtp_active = count_mtp(config)
+    dspark_total, dspark_active = count_dspark(config)
     return Inspection(
         config=config,
         parameters=count_parameters(config),
         mtp_total=mtp_total,
         mtp_active=mtp_active,
+        dspark_total=dspark_total,
+        dspark_active=dspark_active,
         layer=count_layer(config),
         caches=tuple(cache_cost(config, chosen) for chosen in cache_formats(config)),
         allocated=allocated_cache(config),
@@ -152,16 +157,15 @@ def inspect_config(config: ModelConfig, *, dspark_markov_rank: int | None = None
 
 
 def inspect_file(file: ConfigFile) -> Inspection:
-    """`inspect_config` of a file, with the size of the DSpark draft head if it names one."""
-    rank = file.raw.get("dspark_markov_rank") if file.has_dspark else None
-    return inspect_config(file.config, dspark_markov_rank=rank if is_int(rank) else None)
+    """`inspect_config` of a file."""
+    return inspect_config(file.config)
 
 
 def count_parameters(config: ModelConfig) -> ParameterCounts:
     """Parameters of the model without MTP block, by part."""
     counts = dict.fromkeys([field.name for field in dataclasses.fields(ParameterCounts)], 0)
     for path, size in _sizes(config).items():
-        if path[0] == "mtp":
+        if path[0] in ("mtp", "dspark"):
             continue
         counts[row_at(path).part] += size
         if row_at(path).role == "expert":
@@ -171,7 +175,18 @@ def count_parameters(config: ModelConfig) -> ParameterCounts:
 
 def count_mtp(config: ModelConfig) -> tuple[int, int]:
     """(all, active) parameters of the MTP block; embedding and head are shared with the model."""
-    sizes = {path: size for path, size in _sizes(config).items() if path[0] == "mtp"}
+    return _count_head(config, "mtp")
+
+
+def count_dspark(config: ModelConfig) -> tuple[int, int]:
+    """(all, active) parameters of the DSpark draft head, likewise; active for one token of a block, whose
+    Markov embedding is one row of a table."""
+    total, active = _count_head(config, "dspark")
+    return total, active - (config.vocab_size * config.dspark.markov_rank if config.dspark else 0)
+
+
+def _count_head(config: ModelConfig, root: str) -> tuple[int, int]:
+    sizes = {path: size for path, size in _sizes(config).items() if path[0] == root}
     inactive = sum(_inactive(config, size) for path, size in sizes.items() if row_at(path).role == "expert")
     return sum(sizes.values()), sum(sizes.values()) - inactive
 
@@ -271,6 +286,8 @@ def allocated_bytes(
 def checkpoint_bytes(config: ModelConfig, dspark_markov_rank: int | None = None) -> dict[str, int]:
     """Bytes of all tensors (an index's `total_size`) in each storage that releases use."""
     releases = dict(STORAGES)
+    if config.dspark is not None:
+        dspark_markov_rank = config.dspark.markov_rank
     if dspark_markov_rank is not None:
         releases["FP4 experts, FP8 linears, DSpark draft head"] = dataclasses.replace(
             storage.FLASH_0731, markov_rank=dspark_markov_rank

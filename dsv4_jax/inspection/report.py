@@ -28,6 +28,8 @@ def as_plain(inspection: Inspection) -> dict[str, object]:
             "active_with_embedding": parameters.active_with_embedding,
             "mtp_total": inspection.mtp_total,
             "mtp_active": inspection.mtp_active,
+            "dspark_total": inspection.dspark_total,
+            "dspark_active": inspection.dspark_active,
             "total_with_mtp": inspection.total_with_mtp,
         },
         "per_layer": dataclasses.asdict(inspection.layer),
@@ -137,6 +139,11 @@ def _config_table(inspection: Inspection) -> Table:
         "vocabulary": f"{config.vocab_size}",
         "MTP blocks": f"{config.num_nextn_predict_layers}",
     }
+    if (head := config.dspark) is not None:
+        layers = ", ".join(map(str, head.target_layer_ids))
+        rows["DSpark draft head"] = (
+            f"blocks of {head.block_size}, reads layers {layers}, Markov rank {head.markov_rank}"
+        )
     table = Table(title="Configuration", show_header=False, title_justify="left")
     for name, text in rows.items():
         table.add_row(name, text)
@@ -166,7 +173,15 @@ def _parameter_table(inspection: Inspection) -> Table:
         ("active per token, with embedding", counts.active_with_embedding),
         ("MTP block, total", inspection.mtp_total),
         ("MTP block, active", inspection.mtp_active),
-        ("total with MTP", inspection.total_with_mtp),
+        *(
+            [
+                ("DSpark head, total", inspection.dspark_total),
+                ("DSpark head, active", inspection.dspark_active),
+            ]
+            if inspection.dspark_total
+            else []
+        ),
+        ("total with MTP" if not inspection.dspark_total else "total with DSpark", inspection.total_with_mtp),
     ):
         table.add_row(name, f"{value:,}")
     table.add_section()
@@ -230,6 +245,8 @@ def mesh_as_plain(spread: Spread) -> dict[str, object]:
             for part, (once, own, beyond) in spread.by_part().items()
         },
         "arrays": mesh_report.lines(rows),
+        "tokens": spread.tokens,
+        "traffic": [dataclasses.asdict(each) | {"cheaper": each.cheaper} for each in spread.traffic],
     }
 
 
@@ -252,3 +269,25 @@ def print_mesh(spread: Spread, console: Console) -> None:
     table.add_section()
     table.add_row("all", *(f"{amount / 2**30:.3f}" for amount in sums))
     console.print(table)
+    _print_traffic(spread, console)
+
+
+def _print_traffic(spread: Spread, console: Console) -> None:
+    """What a step moves, and where the rules do not do what moves the fewest bytes."""
+    if not spread.traffic:
+        return
+    table = Table(
+        title=f"MiB that a split weight brings to each device, forward, in a step of {spread.tokens} tokens"
+    )
+    table.add_column("weight")
+    for name in ("layers", "parts", "if gathered", "if rows travel", "done"):
+        table.add_column(name, justify="right")
+    for each in spread.traffic:
+        amounts = (f"{amount / 2**20:.3f}" for amount in (each.weight_bytes, each.rows_bytes))
+        table.add_row(
+            each.name, str(each.layers), f"{each.parts} ({', '.join(each.axes)})", *amounts, each.chosen
+        )
+    console.print(table)
+    for each in spread.traffic:
+        if remark := each.remark(spread.tokens):
+            console.print(remark)

@@ -10,6 +10,7 @@ import jax
 
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.errors import ProblemsError
+from dsv4_jax.inspection.movement import traffic
 from dsv4_jax.inspection.native_shapes import native_shapes
 from dsv4_jax.model.cache import new_cache
 from dsv4_jax.model.geometry import allocated_length
@@ -21,7 +22,8 @@ from pallas_kernels.formats.weights import QuantizedWeight, is_quantized
 from sharding.activations import Placement
 from sharding.mesh import MeshError, described
 from sharding.report import Held, held
-from sharding.rules import TABLES, RuleTable
+from sharding.rules import DECODE, TABLES, RuleTable
+from sharding.weight_traffic import Traffic
 
 Weights = Literal["native", "bfloat16", "float32"]
 """FP4 experts and FP8 linear layers as official checkpoints store them, or all matrices in one dtype."""
@@ -106,6 +108,8 @@ class Spread:
         cache: one row an array; empty where no context was asked for.
         batch: rows that the cache holds over the whole mesh.
         context: tokens that each of them may hold.
+        tokens: of a step over the whole mesh: one a row in decode, else `context` of each, or one.
+        traffic: what such a step moves because weights are split.
     """
 
     placement: Placement
@@ -113,6 +117,8 @@ class Spread:
     cache: tuple[Held, ...] = ()
     batch: int = 0
     context: int = 0
+    tokens: int = 0
+    traffic: tuple[Traffic, ...] = ()
 
     def by_part(self) -> dict[str, tuple[int, int, int]]:
         """Part of the model -> bytes of one copy, bytes that each device holds, and how much of these are
@@ -168,10 +174,11 @@ def spread(
         raise ProblemsError("cannot spread the model", [f"no rules {rules!r}, only {', '.join(TABLES)}"])
     placement = described_placement(mesh, TABLES[rules])
     rows = tuple(parameter_rows(config, placement, weights))
-    if context is None:
-        return Spread(placement, rows)
     batch = math.prod(placement.mesh.shape.values()) if batch is None else batch
+    tokens = batch * (1 if rules == DECODE.name or context is None else context)
+    moved = tuple(traffic(config, placement, tokens, native=weights == "native"))
+    if context is None:
+        return Spread(placement, rows, tokens=tokens, traffic=moved)
     policy = Policy.of("float32" if weights == "float32" else "bfloat16", cache=cache)
-    return Spread(
-        placement, rows, tuple(cache_rows(config, placement, policy, batch, context)), batch, context
-    )
+    held_rows = tuple(cache_rows(config, placement, policy, batch, context))
+    return Spread(placement, rows, held_rows, batch, context, tokens, moved)

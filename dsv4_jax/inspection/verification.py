@@ -13,6 +13,7 @@ def as_plain(found: Verification) -> dict[str, object]:
         "num_tensors": found.num_tensors,
         "num_bytes": found.num_bytes,
         "formats": dict(found.formats),
+        **({} if found.bytes_a_device is None else {"bytes_a_device": found.bytes_a_device}),
     }
 
 
@@ -22,8 +23,10 @@ def lines(found: Verification) -> list[str]:
     if not found.sound:
         return [*said, f"unsound: {len(found.problems)} problems"]
     formats = ", ".join(f"{count} {name}" for name, count in sorted(found.formats.items()))
-    return [
-        *said,
+    said.append(
         f"sound: {found.num_tensors} tensors, {found.num_bytes:,} bytes, {found.layout} names"
-        f" ({formats} weights)",
-    ]
+        f" ({formats} weights)"
+    )
+    if found.bytes_a_device is not None:
+        said.append(f"spread as asked, every device would hold {found.bytes_a_device:,} bytes of parameters")
+    return said

@@ -94,19 +94,9 @@ class Attention(nnx.Module):
         Returns:
             the result, the states, what was collected, and the indexer's loss of each token, if asked for.
         """
-        batch, length = x.shape[:2]
-        linear = self.operations.linear
-        by_head = Rotation(rotation.cos[:, :, None], rotation.sin[:, :, None])
-        to_grid = self.grids.activation
-        seen_x = to_grid(x)
-        pinned = self.operations.pinned
-        latent = pinned(linear(seen_x, self.wq_a[...], out=(("Q", 0),), by_rows=True), "B T")
-        latent = to_grid(rms_norm(latent, self.q_norm[...], self.eps))
-        q = pinned(linear(latent, self.wq_b[...], out=(("G", 0), ("J", 1)), by_rows=True), "B T G")
-        groups, per_group, head_dim = q.shape[2:]
-        q = rotate(rms_norm(q.reshape(batch, length, -1, head_dim), None, self.eps), by_head)
-        kv = rms_norm(linear(seen_x, self.wkv[...]), self.kv_norm[...], self.eps)
-        kv = pinned(self.grids.entry(rotate(kv, rotation)), "B")
+        seen_x = self.grids.activation(x)
+        q, latent = self.queries(seen_x, rotation)
+        kv = self.entry(seen_x, rotation)
 
         new_cache = cache
         if cache is None:
@@ -155,11 +145,33 @@ class Attention(nnx.Module):
             o = self.operations.attend(*seen, **sizes, forward_only=cache is not None)
         asked = collect & {"selected", "attention"}
         taps = self.operations.view(*seen, **sizes, collect=asked) if asked else {}
+        return self.output(o, rotation), new_cache, taps, index_losses
+
+    def queries(
+        self, seen_x: Float[Array, "B T D"], rotation: Rotation
+    ) -> tuple[Float[Array, "B T H Dh"], Float[Array, "B T Q"]]:
+        """Rotated queries, and the latent that they come from; `seen_x` is on the grid of activations."""
+        linear, pinned = self.operations.linear, self.operations.pinned
+        latent = pinned(linear(seen_x, self.wq_a[...], out=(("Q", 0),), by_rows=True), "B T")
+        latent = self.grids.activation(rms_norm(latent, self.q_norm[...], self.eps))
+        q = pinned(linear(latent, self.wq_b[...], out=(("G", 0), ("J", 1)), by_rows=True), "B T G")
+        q = q.reshape(*q.shape[:2], -1, q.shape[-1])
+        return rotate(rms_norm(q, None, self.eps), _by_head(rotation)), latent
+
+    def entry(self, seen_x: Float[Array, "B T D"], rotation: Rotation) -> Float[Array, "B T Dh"]:
+        """The rotated vector of each token that is key and value; `seen_x` is on the grid of activations."""
+        kv = rms_norm(self.operations.linear(seen_x, self.wkv[...]), self.kv_norm[...], self.eps)
+        return self.operations.pinned(self.grids.entry(rotate(kv, rotation)), "B")
+
+    def output(self, o: Float[Array, "B T H Dh"], rotation: Rotation) -> Float[Array, "B T D"]:
+        """What attention found, turned back and projected in groups."""
         # The values were rotated at their own positions; turning back by the query's leaves the offset.
-        o = rotate(o, by_head.inverse).reshape(batch, length, groups, per_group, head_dim)
+        groups, _, per_group, head_dim = self.wo_a[...].shape
+        o = rotate(o, _by_head(rotation).inverse).reshape(*o.shape[:2], groups, per_group, head_dim)
         a = self.operations.grouped_linear(flat(o), flat(self.wo_a[...]), out=(("G", 0), ("O", 1)))
-        y = linear(to_grid(flat(a)), flat(self.wo_b[...]), over=(("G", groups), ("O", a.shape[-1])))
-        return pinned(y, "B T"), new_cache, taps, index_losses
+        over = (("G", groups), ("O", a.shape[-1]))
+        y = self.operations.linear(self.grids.activation(flat(a)), flat(self.wo_b[...]), over=over)
+        return self.operations.pinned(y, "B T")
 
     def _through_ring(self, ring, kv, span, in_ring, repeat):
         """The ring after the call, and what holds the window entries before and of the call.
@@ -173,3 +185,7 @@ class Attention(nnx.Module):
         past = span.start[:, None] - (self.window - 1) + jnp.arange(self.window - 1, dtype=jnp.int32)
         line = jnp.concatenate([Entries(ring, repeat).at_positions(past, kv.dtype), kv], axis=1)
         return self.operations.keep(ring, repeat, new, span.start, span.num_valid), line
+
+
+def _by_head(rotation: Rotation) -> Rotation:
+    return Rotation(rotation.cos[:, :, None], rotation.sin[:, :, None])

@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int32
 
-from dsv4_jax.config import AttentionKind, ModelConfig, layer_stacks
+from dsv4_jax.config import DSPARK_STAGES, AttentionKind, ModelConfig, layer_stacks
 from dsv4_jax.config.quantities import INT32_MAX, integer_array, integer_problem, outside
 from dsv4_jax.model.cache_counts import Counts
-from dsv4_jax.model.geometry import compressor_geometry, stream_slots, window_geometry
+from dsv4_jax.model.geometry import compressor_geometry, context_slots, stream_slots, window_geometry
 from dsv4_jax.numerics import cache_formats, cache_storage
 from dsv4_jax.numerics.cache_formats import CacheFormat, Stored
 from dsv4_jax.numerics.cache_storage import num_slots, write_slots
@@ -66,7 +66,7 @@ class MtpCache:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["length", "written", "max_length", "layers", "mtp"],
+    data_fields=["length", "written", "max_length", "layers", "mtp", "dspark"],
     meta_fields=["max_rewind"],
     drop_fields=["known"],
 )
@@ -86,6 +86,7 @@ class Cache:
     max_length: Int32[Array, "B"]
     layers: tuple[tuple[LayerCache, ...], ...]  # [stack][unit position]
     mtp: MtpCache | None  # only if the cache was made with it; every call then keeps it up to date
+    dspark: LayerCache | None  # windows of a DSpark head's stages, R = 3; likewise
     max_rewind: int
     known: tuple[tuple[Array, ...], Counts] | None = None  # the arrays that were counted, and their numbers
 
@@ -227,6 +228,7 @@ def new_cache(
     as_bits: bool = True,
     max_length: int | Int32[Array, ""] | None = None,
     stream_dtype: np.dtype | None = None,
+    dspark: bool = False,
 ) -> Cache:
     """An empty cache.
 
@@ -245,6 +247,7 @@ def new_cache(
             that many. It may be traced: it decides no shape.
         stream_dtype: of residual streams, for a cache with a slot for the MTP block; None: without. A row's
             slot holds (max_rewind + 1) N D numbers of this dtype, and a window as every layer's.
+        dspark: with a slot for the DSpark head: windows of its three stages.
 
     Raises:
         ValueError: for sizes below 1, beyond `max_position_embeddings`, or not integers; or for the slot of
@@ -252,6 +255,8 @@ def new_cache(
     """
     if stream_dtype is not None and not config.num_nextn_predict_layers:
         raise ValueError("this model has no MTP block (num_nextn_predict_layers = 0): its cache has no slot")
+    if dspark and config.dspark is None:
+        raise ValueError("this model has no DSpark draft head: its cache has no slot")
     check_sizes(config, batch, capacity, max_rewind, name="capacity")
 
     def empty(shape: tuple[int, ...], store: Callable[[jax.Array], Stored], dtype=dtype) -> Stored:
@@ -304,6 +309,10 @@ def new_cache(
         shape = (1, batch, stream_slots(max_rewind), config.hc_mult, config.hidden_size)
         return MtpCache(empty(shape, lambda x: x, stream_dtype), layer("window", 1))
 
+    def context() -> LayerCache:
+        shape = (DSPARK_STAGES, batch, context_slots(config, max_rewind), config.head_dim)
+        return LayerCache(empty(shape, store_entries), None, None)
+
     # Arrays of their own: a donated cache must not hold one buffer twice.
     return Cache(
         length=jnp.zeros((batch,), jnp.int32),
@@ -314,6 +323,7 @@ def new_cache(
             for stack in layer_stacks(config)
         ),
         mtp=None if stream_dtype is None else mtp(),
+        dspark=context() if dspark else None,
         max_rewind=max_rewind,
     )
 
@@ -326,8 +336,8 @@ def pinned_cache(cache: Cache, pinned: Callable[[jax.Array, str], jax.Array]) ->
         pinned: takes an array and the letters of its first dims (`Operations.pinned`).
     """
     rows = {name: pinned(getattr(cache, name), "B") for name in ("length", "written", "max_length")}
-    layers, mtp = jax.tree.map(lambda leaf: pinned(leaf, "R B"), (cache.layers, cache.mtp))
-    return dataclasses.replace(cache, **rows, layers=layers, mtp=mtp)
+    stacks = {name: getattr(cache, name) for name in ("layers", "mtp", "dspark")}
+    return dataclasses.replace(cache, **rows, **jax.tree.map(lambda leaf: pinned(leaf, "R B"), stacks))
 
 
 def write_ring(

@@ -2,7 +2,7 @@
 
 What grows with the context (compressed entries and indexer keys) is the same for every sequence that begins
 with the same tokens, and comes in blocks: all entries and keys of `block` tokens, of all layers. The rest is
-a *state* of fixed size: window rings, the compressors' recent rows and the MTP block's slot. A prefix whose
+a *state* of fixed size: window rings, the compressors' recent rows and slots of draft heads. A prefix whose
 length is a multiple of the block is its blocks and the state at its end (report, section 3.5).
 
 A pool keeps blocks of many prefixes by page number. Everything here is compiled once, whichever rows, pages
@@ -22,8 +22,7 @@ from jaxtyping import Array, Int32
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.model.cache import Cache
 from dsv4_jax.model.cache_stores import Store, stores, with_stores
-from dsv4_jax.numerics.cache_storage import num_slots
-from pallas_kernels.formats.columns import Columns
+from dsv4_jax.numerics.cache_storage import num_slots, slot_axes
 
 GROWING = ("entries", "keys")
 """What `cache_stores` says of stores that grow with the context."""
@@ -40,7 +39,7 @@ class State(NamedTuple):
 
     length: Int32[Array, ""]
     rings: tuple[Any, ...]
-    mtp: Any
+    heads: Any  # slots of the MTP block and of the DSpark head
 
 
 def block_length(config: ModelConfig) -> int:
@@ -61,10 +60,7 @@ def _leaves(cache: Cache, config: ModelConfig, block: int) -> list[_Leaf]:
         if store.holds not in GROWING:
             continue
         entries, size = block // config.ratio(store.kind), num_slots(store.stored)
-        leaves = jax.tree.leaves(store.stored)
-        turned = store.stored.turned if isinstance(store.stored, Columns) else (False,) * len(leaves)
-        for leaf, is_turned in zip(leaves, turned, strict=True):
-            axis = 3 if is_turned else 2
+        for leaf, axis in zip(jax.tree.leaves(store.stored), slot_axes(store.stored), strict=True):
             count, rest = divmod(leaf.shape[axis] * entries, size)
             if rest:
                 raise ValueError(f"a block of {block} tokens is no whole number of rows of {leaf.shape}")
@@ -202,7 +198,7 @@ def take_state(cache: Cache, row: Int32[Array, ""]) -> State:
 
     rings = tuple(jax.tree.map(cut, store.stored) for store in stores(cache) if _is_state(store))
     length = jax.lax.dynamic_index_in_dim(cache.length, row, 0, keepdims=False)
-    return State(length, rings, jax.tree.map(cut, cache.mtp))
+    return State(length, rings, jax.tree.map(cut, (cache.mtp, cache.dspark)))
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -217,10 +213,11 @@ def put_state(cache: Cache, row: Int32[Array, ""], state: State) -> Cache:
         jax.tree.map(put, store.stored, next(rings)) if _is_state(store) else store.stored
         for store in stores(cache)
     ]
-    put_into: Callable[[Any, Any], Any] = functools.partial(jax.tree.map, put)
+    mtp, dspark = jax.tree.map(put, (cache.mtp, cache.dspark), state.heads)
     return dataclasses.replace(
         with_stores(cache, every),
-        mtp=None if cache.mtp is None else put_into(cache.mtp, state.mtp),
+        mtp=mtp,
+        dspark=dspark,
         length=cache.length.at[row].set(state.length),
         written=cache.written.at[row].set(state.length),
     )

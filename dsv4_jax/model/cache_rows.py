@@ -25,8 +25,8 @@ from dsv4_jax.model.cache_counts import Counts
 VECTORS = ("length", "written", "max_length")
 """Fields of a cache that are arrays [B]."""
 
-STACKS = ("layers", "mtp")
-"""Fields of a cache whose arrays are [R, B, ...]; R = 1 for the MTP block's."""
+STACKS = ("layers", "mtp", "dspark")
+"""Fields of a cache whose arrays are [R, B, ...]; R = 1 for the MTP block's, 3 for the DSpark head's."""
 
 SHOWN_DIFFERENCES = 4
 

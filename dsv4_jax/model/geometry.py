@@ -71,6 +71,14 @@ def window_geometry(config: ModelConfig, max_rewind: int) -> WindowGeometry:
     return WindowGeometry(config.sliding_window, slots)
 
 
+def context_slots(config: ModelConfig, max_rewind: int) -> int:
+    """Slots of the ring of keys that a DSpark stage keeps.
+
+    A draft block sees the last W tokens, whichever of `max_rewind` + 1 tokens becomes the last one.
+    """
+    return round_up(config.sliding_window + max_rewind, ROWS)
+
+
 def stream_slots(max_rewind: int) -> int:
     """Slots of the ring of backbone streams that the MTP block keeps.
 

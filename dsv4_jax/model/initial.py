@@ -16,7 +16,9 @@ from dsv4_jax.config import ModelConfig
 from dsv4_jax.config.quantities import checked_seed
 from dsv4_jax.model.gathering import gathered
 from dsv4_jax.model.operations import Operations
+from dsv4_jax.model.rounded_weights import rounded_weights
 from dsv4_jax.model.transformer import Transformer
+from dsv4_jax.numerics.grids import grids
 from dsv4_jax.numerics.policy import Policy
 from dsv4_jax.parameter_shardings import parameter_shardings
 from dsv4_jax.parameters import INITIAL_VALUE, Parameter, Parameters, parameters
@@ -55,6 +57,8 @@ class Network(NamedTuple):
 
     def holding(self, parameters: Parameters) -> Transformer:
         """The model with these parameters, arrays or tracers."""
+        rounding = grids(self.policy, self.config.qk_rope_head_dim).weight
+        parameters = rounded_weights(parameters, self.config, rounding)
         whole = {
             key: tree if key == "stacks" else gathered(tree, (key,), self.config, self.placement)
             for key, tree in parameters.items()

@@ -70,6 +70,7 @@ class Operations:
     store: Operation  # stack, repeat, new entries, first, count: `cache_storage.write_entries`
     attend: Operation  # queries, line, entries, index keys, sink: `core_attention.attend`
     attend_cached: Operation  # queries, ring, entries, index keys, sink: `core_attention.attend_cached`
+    attend_among: Operation  # queries, keys, which are visible, sink: `core_attention.softmax_attention`
     view: Operation  # as `attend`, and what to collect: `core_attention.view`
     index_loss: Operation  # queries, line, entries, index keys, sink: `core_attention.index_loss`
     enter: Operation  # streams, fn, base, scale, norm: `hyper_connection.pre`
@@ -123,6 +124,7 @@ def whole_scores(x: jax.Array, weight: jax.Array, *, out: Any = (), by_rows: boo
 
 EMBED = Operation("embed", tables.by_rows)
 SCORE = Operation("score", whole_scores)
+ATTEND_AMONG = Operation("attend_among", core_attention.softmax_attention)
 
 
 @functools.lru_cache(maxsize=64)
@@ -153,6 +155,7 @@ def _bound(policy: Policy, hyper_connection_blocks: HyperConnectionBlocks | None
             store=Operation("store", cache_storage.write_entries, (*columns, ("impl", "reference"))),
             attend=Operation("attend", core_attention.attend, (("impl", "xla"),)),
             attend_cached=Operation("attend_cached", core_attention.attend_cached, (("impl", "xla"),)),
+            attend_among=ATTEND_AMONG,
             view=Operation("view", core_attention.view),
             index_loss=Operation("index_loss", core_attention.index_loss, (("impl", "xla"),)),
             enter=Operation("enter", hyper_connection_xla.pre_xla),
@@ -192,6 +195,7 @@ def _bound(policy: Policy, hyper_connection_blocks: HyperConnectionBlocks | None
             (("impl", "pallas"), *how),
             ("indexer", "decode_attention"),
         ),
+        attend_among=ATTEND_AMONG,
         view=Operation("view", core_attention.view),
         index_loss=Operation(
             "index_loss", core_attention.index_loss, (("impl", "pallas"), *how), ("indexer",)

@@ -4,7 +4,7 @@
 * Products with weights: `sharding.linear`, rows travel and weights stay; `sharding.embedding` likewise.
 * Operations whose rows do not meet (attention, compressors, caches, hyper-connections): `sharding.by_device`.
   With `context` larger than 1 those of XLA are the compiler's to partition, because tokens of a row do meet.
-* The loss: `sharding.cross_entropy`, tokens over all devices.
+* The loss: `sharding.cross_entropy`, tokens over all devices, or over those that do not share the head.
 * The rest is partitioned by the compiler, along the pinned activations.
 """
 
@@ -16,9 +16,10 @@ from pallas_kernels.core_attention.index_loss import SPLITS as INDEX_LOSS
 from pallas_kernels.core_attention.op import SPLITS as ATTENTION
 from pallas_kernels.entry_write.op import SPLITS as ENTRIES
 from pallas_kernels.hyper_connection.op import SPLITS as STREAMS
+from pallas_kernels.linear_cross_entropy import linear_cross_entropy
 from pallas_kernels.splits import Splits
 from sharding.activations import Placement
-from sharding.by_device import ByDevice, Table
+from sharding.by_device import ByDevice
 from sharding.cross_entropy import CrossEntropyOverMesh
 from sharding.embedding import EmbeddingOverMesh
 from sharding.expert_parallel import over_mesh
@@ -58,7 +59,8 @@ def spread(chosen: "Operations", placement: Placement) -> "Operations":
         placement: mesh and rules.
     """
     found: dict[str, Any] = {"placement": placement, "experts": _experts(chosen.experts, placement)}
-    loss = CrossEntropyOverMesh(chosen.cross_entropy, placement)
+    terms = dataclasses.replace(chosen.cross_entropy, function=linear_cross_entropy)
+    loss = CrossEntropyOverMesh(chosen.cross_entropy, terms, placement)
     found["cross_entropy"] = _through(chosen.cross_entropy, loss)
     found["embed"] = _through(chosen.embed, EmbeddingOverMesh(chosen.embed, placement))
     for name, grouped in (("linear", False), ("score", False), ("grouped_linear", True)):
@@ -68,16 +70,14 @@ def spread(chosen: "Operations", placement: Placement) -> "Operations":
     for name, (splits, rows, heads) in BY_ROWS.items():
         each = getattr(chosen, name)
         if each.kernels or placement.mesh.shape["context"] == 1:
-            found[name] = _through(each, ByDevice(each, placement, Table.of(splits), rows, heads))
+            found[name] = _through(each, ByDevice(each, placement, splits, rows, heads))
     return dataclasses.replace(chosen, **found)
 
 
 def _experts(each: "Operation", placement: Placement) -> "Operation":
     rules = placement.table.parameters
     axes = {letter: rules[letter] for letter in "EFD" if letter in rules}
-    # Waves overlap nothing without options of the compiler (`dispatch_cost.ASYNCHRONOUS`), which the compiled
-    # steps do not give yet.
-    flat = over_mesh(each, placement.mesh, waves=1, weight_axes=axes)
+    flat = over_mesh(each, placement.mesh, weight_axes=axes)
     return _through(each, ExpertRows(flat, placement))
 
 

@@ -21,6 +21,7 @@ from dsv4_jax.model import span as spans
 from dsv4_jax.model.block import Block, Surroundings
 from dsv4_jax.model.cache import Cache, LayerCache, MtpCache, pinned_cache, write_ring
 from dsv4_jax.model.declared import Declared
+from dsv4_jax.model.dspark import DSpark
 from dsv4_jax.model.entries import Entries
 from dsv4_jax.model.gathering import gathered
 from dsv4_jax.model.geometry import compressor_geometry, window_geometry
@@ -29,11 +30,11 @@ from dsv4_jax.model.layer_report import LayerReport, ModelReport
 from dsv4_jax.model.mtp import MultiTokenPrediction
 from dsv4_jax.model.norm import rms_norm
 from dsv4_jax.model.operations import Operations, operations
+from dsv4_jax.model.repeat import one_repeat
 from dsv4_jax.model.span import Span
 from dsv4_jax.model.training_mode import INFERENCE, TrainingMode
 from dsv4_jax.numerics.policy import Policy
-from dsv4_jax.parameters import parameters, row_at
-from pallas_kernels.formats.weights import is_quantized
+from dsv4_jax.parameters import parameters
 
 TAPS = {
     "streams": "residual streams after each layer, [B, T, N, D]",
@@ -45,6 +46,10 @@ TAPS = {
     "expert_mixing": "comb of the expert sublayer, f32[N, N, B, T], input stream first",
 }
 """Intermediate values a forward pass can return, one dict a layer."""
+
+
+ANY_STACK = ("stacks", 0)
+"""The table describes the layers of all stacks alike: any number will do."""
 
 
 class Forward(NamedTuple):
@@ -98,6 +103,7 @@ class Transformer(nnx.Module):
             MultiTokenPrediction(config, policy, bound, declared.under("mtp", depth))
             for depth in range(config.num_nextn_predict_layers)
         )
+        self.dspark = DSpark(config, policy, bound, declared.under("dspark")) if config.dspark else None
         self.config = config
         self.policy = policy
         self.operations = bound
@@ -120,7 +126,7 @@ class Transformer(nnx.Module):
             span: the tokens and where they stand (`span.appended`, `from_start`, `packed`).
             cache: what came before, or None for whole sequences. The returned cache holds the call's
                 valid tokens too; capacity is the caller's to check. With a slot for the MTP block, that runs
-                over the call's tokens as well.
+                over the call's tokens as well; with one for the DSpark head, its rings are kept.
             collect: names from `TAPS`.
             mode: of training; without a cache only.
             experts: the experts of every token in every layer, instead of the routers' choice; likewise.
@@ -138,6 +144,10 @@ class Transformer(nnx.Module):
         e = self.embedding(span.ids)
         shape = (*e.shape[:2], self.config.hc_mult, e.shape[2])
         streams = self.operations.pinned(jnp.broadcast_to(e[:, :, None], shape), "B T N D")
+        captured = None
+        if cache is not None and cache.dspark is not None:
+            shape = (len(self.config.dspark.target_layer_ids), *e.shape)
+            captured = jnp.zeros(shape, self.policy.compute_dtype)
         layer_caches: list[tuple[LayerCache, ...]] = []
         reports: list[tuple[LayerReport, ...]] = []
         taps: list[dict[str, jax.Array]] = []
@@ -145,13 +155,15 @@ class Transformer(nnx.Module):
             before = None if cache is None else cache.layers[index]
             if experts is not None:
                 around = around._replace(experts=_experts_of(experts, stack))
-            streams, after, report, seen = run_stack(
+            streams, after, report, seen, captured = run_stack(
                 self.stacks[index],
                 stack.repeats,
                 streams,
+                captured,
                 around,
                 before,
                 collect,
+                captures=() if captured is None else captures_of(self.config, stack),
                 remat=self.policy.remat == "unit",
                 in_place=self.operations.weights_in_place,
                 gather=functools.partial(
@@ -169,11 +181,11 @@ class Transformer(nnx.Module):
             mtp = None
             if cache.mtp is not None:
                 further, mtp = self.predict_appended(streams, span, cache)
+            dspark = cache.dspark and self.dspark.remember(captured, span, cache.dspark)
             length = span.start + span.num_valid
             written = jnp.maximum(cache.written, length)
-            cache = dataclasses.replace(
-                cache, length=length, written=written, layers=tuple(layer_caches), mtp=mtp
-            )
+            slots = {"layers": tuple(layer_caches), "mtp": mtp, "dspark": dspark}
+            cache = dataclasses.replace(cache, length=length, written=written, **slots)
             cache = pinned_cache(cache, self.operations.pinned)
         return Forward(streams, cache, ModelReport(tuple(reports)), taps, further)
 
@@ -296,14 +308,27 @@ class Transformer(nnx.Module):
         return hidden, MtpCache(ring, layer)
 
 
+def captures_of(config: ModelConfig, stack: LayerStack) -> tuple[tuple[int, int, int], ...]:
+    """(place, unit position, repeat) of the layers of a stack that the DSpark head reads."""
+    wanted = config.dspark.target_layer_ids
+    return tuple(
+        (wanted.index(layer), position, repeat)
+        for position in range(len(stack.kinds))
+        for repeat in range(stack.repeats)
+        if (layer := stack.layer_index(position, repeat)) in wanted
+    )
+
+
 def run_stack(
     stack: Stack,
     repeats: int,
     streams: Float[Array, "B T N D"],
+    captured: Float[Array, "C B T D"] | None,
     around: Surroundings,
     caches: tuple[LayerCache, ...] | None,
     collect: frozenset[str],
     *,
+    captures: tuple[tuple[int, int, int], ...],
     remat: bool,
     in_place: bool,
     gather: Callable[[dict[str, Any]], dict[str, Any]],
@@ -312,16 +337,18 @@ def run_stack(
     tuple[LayerCache, ...] | None,
     tuple[LayerReport, ...],
     list[dict[str, jax.Array]],
+    Float[Array, "C B T D"] | None,
 ]:
     """Runs a unit of layers `repeats` times. Taps come back in layer order, reports as the unit is stacked.
 
     With `in_place` a cached step reads quantised weights where they lie in their stacks, as kernels can.
+    `captured` holds means over the streams after layers, of which `captures` names those of this stack.
     `gather` brings together what a mesh has split of one repeat's weights (`gathering.gathered`).
     """
     graph, state = nnx.split(stack)
     states = nnx.to_pure_dict(state)
 
-    def unit(streams, caches, parameters, repeat):
+    def unit(streams, caches, captured, parameters, repeat):
         after, reports, taps = [], [], []
         for index, block in enumerate(nnx.merge(graph, gather(parameters)).blocks):
             cache = None if caches is None else caches[index]
@@ -329,31 +356,35 @@ def run_stack(
             if around.experts is not None:
                 here = around._replace(experts=around.experts[repeat, index])
             streams, cache, report, seen = block(streams, here, cache, repeat, collect)
+            for place, position, at in captures:
+                if position == index:
+                    mean = streams.astype(jnp.float32).mean(axis=2).astype(captured.dtype)
+                    captured = captured.at[place].set(jnp.where(repeat == at, mean, captured[place]))
             after.append(cache)
             reports.append(report)
             taps.append(seen)
-        return streams, None if caches is None else tuple(after), tuple(reports), taps
+        return streams, None if caches is None else tuple(after), captured, tuple(reports), taps
 
     if remat:
         unit = jax.checkpoint(unit)
     if repeats == 1:
         only = jax.tree.map(lambda leaf: leaf[0], states)
-        streams, caches, reports, taps = unit(streams, caches, only, jnp.int32(0))
-        return streams, caches, tuple(report.stacked_once() for report in reports), taps
+        streams, caches, captured, reports, taps = unit(streams, caches, captured, only, jnp.int32(0))
+        return streams, caches, tuple(report.stacked_once() for report in reports), taps, captured
 
     def step(carry, xs):
         sliced, repeat = xs
         *carry, reports, taps = unit(
-            *carry, sliced if caches is None else _one_repeat(states, repeat, in_place), repeat
+            *carry, sliced if caches is None else one_repeat(states, repeat, in_place, ANY_STACK), repeat
         )
         return tuple(carry), (reports, taps)
 
     # Whole sequences scan their parameters, so that a repeat's gradient has a repeat's size.
     xs = (states if caches is None else None, jnp.arange(repeats, dtype=jnp.int32))
     # The cache is carried, not scanned: a carry is updated in place, a scanned output is a second copy.
-    (streams, caches), (reports, taps) = jax.lax.scan(step, (streams, caches), xs)
+    (streams, caches, captured), (reports, taps) = jax.lax.scan(step, (streams, caches, captured), xs)
     by_layer = [jax.tree.map(lambda leaf, r=r: leaf[r], seen) for r in range(repeats) for seen in taps]
-    return streams, caches, reports, by_layer
+    return streams, caches, reports, by_layer, captured
 
 
 def _experts_of(experts: Int16[Array, "L B T Ke"], stack: LayerStack) -> Int16[Array, "R P B T Ke"]:
@@ -361,23 +392,3 @@ def _experts_of(experts: Int16[Array, "L B T Ke"], stack: LayerStack) -> Int16[A
     count = stack.repeats * len(stack.kinds)
     own = experts[stack.first_layer : stack.first_layer + count]
     return own.reshape(stack.repeats, len(stack.kinds), *experts.shape[1:])
-
-
-def _one_repeat(states: dict[str, Any], repeat: Int32[Array, ""], in_place: bool) -> dict[str, Any]:
-    """A repeat's parameters; operations index the stacks of experts, of which a cached step uses few.
-
-    With `in_place`, other quantised weights stay in their stacks too.
-    """
-    # The barrier keeps the slicing inside the loop: a backend that computes bfloat16 in float32 would
-    # otherwise convert whole stacks before it, at every call.
-    states, repeat = jax.lax.optimization_barrier((states, repeat))
-
-    def one(path: tuple[Any, ...], leaf: Any) -> Any:
-        # The table describes the layers of all stacks alike: any number will do.
-        if row_at(("stacks", 0, *(part.key for part in path))).role == "expert":
-            return leaf
-        if in_place and is_quantized(leaf):
-            return leaf.at(repeat)
-        return jax.tree.map(lambda array: array[repeat], leaf)
-
-    return jax.tree_util.tree_map_with_path(one, states, is_leaf=is_quantized)

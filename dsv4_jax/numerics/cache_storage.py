@@ -94,6 +94,12 @@ def num_slots(stored: Stored) -> int:
     return stored.size if isinstance(stored, Columns) else jax.tree.leaves(stored)[0].shape[2]
 
 
+def slot_axes(stored: Stored) -> tuple[int, ...]:
+    """The axis of the slots in every array of a ring or stack, in the order of its leaves."""
+    turned = stored.turned if isinstance(stored, Columns) else (False,) * len(jax.tree.leaves(stored))
+    return tuple(3 if each else 2 for each in turned)
+
+
 def in_rows(stored: Stored) -> Stored:
     """The same stack as operations take it, with every array [R, B, S, ...]."""
     return stored.rows if isinstance(stored, Columns) else stored

@@ -7,6 +7,8 @@ sees the values that decode will read.
     grid         rounds when                          to
     activation   act_fp8                              FP8 by 128 channels
     expert       expert_fp4                           FP4 by 32 inputs
+                 else weights="fp8"                   FP8 by 128 x 128
+    weight       weights="fp8"                        FP8 by 128 x 128
     entry        the cache is quantised               what the cache will hold
                  else kv_fp8                          FP8 by 64 channels, not the rotary ones
     index_query  idx_hadamard_fp4 or "fp8+mxfp4"      Hadamard transform, FP4 by 32 channels
@@ -61,6 +63,8 @@ class Grids:
         index_query, index_key: of a rotated indexer query or key.
         score: of every step of the index scores.
         expert: of a routed expert's weights, which become plain ones in the parameters' dtype.
+        weight: of the other matrices [*stack, O, I] that official releases store with scales, if they are
+            plain: in training.
         compressor_dtype: float32 if the compressors' matmuls compute in it (compressor_fp32); None: in the
             compute dtype.
     """
@@ -71,6 +75,7 @@ class Grids:
     index_key: Rounding = as_it_is
     score: Rounding = as_it_is
     expert: Callable[[Weight], Weight] = as_it_is
+    weight: Rounding = as_it_is
     compressor_dtype: np.dtype | None = None
 
     @property
@@ -107,19 +112,30 @@ def grids(policy: Policy, num_rotary: int) -> Grids:
         index_query, index_key = qat.hadamard, _fp8_key
     elif simulates("idx_hadamard_fp4") or cache == "fp8+mxfp4":
         index_query = index_key = qat.fake_index_vector
+    fp8_weights = policy.weights == "fp8"
+    expert: Callable[[Weight], Weight] = as_it_is
+    if simulates("expert_fp4"):  # which FP8 holds exactly
+        expert = _Bound(_fp4_expert, (policy.param_dtype,))
+    elif fp8_weights:
+        expert = _Bound(_fp8_expert, (policy.param_dtype,))
     return Grids(
         activation=qat.fake_activation if simulates("act_fp8") else as_it_is,
         entry=entry,
         index_query=index_query,
         index_key=index_key,
         score=qat.to_bfloat16 if simulates("idx_score_bf16") else as_it_is,
-        expert=_Bound(_fp4_expert, (policy.param_dtype,)) if simulates("expert_fp4") else as_it_is,
+        expert=expert,
+        weight=qat.fake_fp8_weight if fp8_weights else as_it_is,
         compressor_dtype=jnp.dtype("float32") if simulates("compressor_fp32") else None,
     )
 
 
 def _fp4_expert(weight: Weight, dtype: np.dtype) -> jax.Array:
     return qat.fake_mxfp4(plain(weight, dtype))
+
+
+def _fp8_expert(weight: Weight, dtype: np.dtype) -> jax.Array:
+    return qat.fake_fp8_weight(plain(weight, dtype))
 
 
 def _fp8_key(key: jax.Array) -> jax.Array:

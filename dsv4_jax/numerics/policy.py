@@ -38,6 +38,7 @@ class Policy:
     kernels: Literal["xla", "pallas", "pallas-interpret"] = "xla"  # see KERNELS
     switches: frozenset[str] = frozenset()  # the active parts of the simulation, see qat.SWITCHES
     cache_format: CacheFormat = "plain"  # see numerics.cache_formats
+    weights: Literal["plain", "fp8"] = "plain"  # 'fp8': products see plain matrices rounded, for training
 
     @property
     def row_dtype(self) -> np.dtype:
@@ -56,6 +57,8 @@ class Policy:
         kernels: str = "xla",
         switches: Collection[str] | None = None,
         cache: str = "plain",
+        master: str | None = None,
+        weights: str = "plain",
     ) -> "Policy":
         """The usual policy: one dtype for parameters, activations and cache.
 
@@ -66,6 +69,10 @@ class Policy:
             kernels: one of KERNELS.
             switches: parts of the simulation, of `qat.SWITCHES`; None means all of them with "qat".
             cache: "plain", "fp8+fp8" or "fp8+mxfp4" (`numerics.cache_formats`).
+            master: dtype of the matrices where it is not that of the activations: "float32" beside "bfloat16"
+                is training with float32 masters. Products round them to the activations' dtype.
+            weights: "plain", or "fp8": products see matrices on the grid of FP8 by 128 x 128, and gradients
+                pass straight to what was rounded; with the switch act_fp8 this is training with FP8 products.
 
         Raises:
             ConfigError: for unknown choices, switches without "qat", or parts that have no kernel; all
@@ -92,6 +99,10 @@ class Policy:
             problems.append(f"remat={remat!r} must be 'none' or 'unit'")
         if kernels not in KERNELS:
             problems.append(f"kernels={kernels!r} must be one of {', '.join(KERNELS)}")
+        if master is not None and master not in DTYPES:
+            problems.append(f"master={master!r} must be one of {', '.join(DTYPES)}")
+        if weights not in ("plain", "fp8"):
+            problems.append(f"weights={weights!r} must be 'plain' or 'fp8'")
         if cache not in CACHE_FORMATS:
             problems.append(f"cache={cache!r} must be one of {', '.join(CACHE_FORMATS)}")
         if cache == "fp8+fp8" and "idx_hadamard_fp4" in switches:
@@ -101,4 +112,6 @@ class Policy:
         if problems:
             raise ConfigError("cannot build this numerics policy", problems)
         chosen = jnp.dtype(name)
-        return Policy(chosen, chosen, chosen, numerics, remat, kernels, frozenset(switches), cache)  # type: ignore[arg-type]
+        held = chosen if master is None else jnp.dtype(master)
+        kinds = (numerics, remat, kernels, frozenset(switches), cache, weights)
+        return Policy(held, chosen, chosen, *kinds)  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from pallas_kernels.formats.blocks import quantize_fp8_groups, quantize_mxfp4
+from pallas_kernels.formats.blocks import quantize_fp8_blocks, quantize_fp8_groups, quantize_mxfp4
 from pallas_kernels.formats.sizes import ACTIVATION_GROUP, ENTRY_GROUP, FP4_GROUP
 
 SWITCHES = {
@@ -46,6 +46,15 @@ def fake_mxfp4(x: Float[Array, "*rows C"]) -> Float[Array, "*rows C"]:
 
 
 fake_mxfp4.defvjp(lambda x: (fake_mxfp4(x), None), lambda _, d_y: (d_y,))
+
+
+@jax.custom_vjp
+def fake_fp8_weight(x: Float[Array, "*stack O I"]) -> Float[Array, "*stack O I"]:
+    """A weight matrix on the FP8 grid of `quantize_fp8_blocks`; gradient 1, to the float32 master."""
+    return quantize_fp8_blocks(x).dequantize(x.dtype)
+
+
+fake_fp8_weight.defvjp(lambda x: (fake_fp8_weight(x), None), lambda _, d_y: (d_y,))
 
 
 def fake_activation(x: Float[Array, "*rows C"]) -> Float[Array, "*rows C"]:

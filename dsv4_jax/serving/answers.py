@@ -5,7 +5,7 @@ import dataclasses
 from tokenizers import Tokenizer
 
 from dsv4_jax.inference.text import TextStream
-from dsv4_jax.serving.device_steps import Drawn
+from dsv4_jax.serving.decode import Drawn
 from dsv4_jax.serving.requests import FinishReason, Output, Sampling, TokenLogprob
 from dsv4_jax.serving.stop_texts import StopTexts
 
@@ -53,10 +53,11 @@ class AnswerText:
         return text if found else text + self._texts.finish()
 
 
-def logprob(drawn: Drawn, slot: int, wanted: int | None) -> tuple[TokenLogprob, ...]:
-    """Of the token that a slot drew, from arrays of the host; () if it was not asked for."""
+def logprob(drawn: Drawn, slot: int, place: int, wanted: int | None) -> tuple[TokenLogprob, ...]:
+    """Of a token that a slot drew, from arrays of the host; () if it was not asked for."""
     if wanted is None:
         return ()
-    ids, logprobs = (row[slot][:wanted].tolist() for row in (drawn.likeliest, drawn.likeliest_logprobs))
+    at = (slot, place)
+    ids, logprobs = (row[at][:wanted].tolist() for row in (drawn.likeliest, drawn.likeliest_logprobs))
     pairs = tuple(zip(ids, logprobs, strict=True))
-    return (TokenLogprob(int(drawn.token[slot]), float(drawn.logprob[slot]), pairs),)
+    return (TokenLogprob(int(drawn.token[at]), float(drawn.logprob[at]), pairs),)

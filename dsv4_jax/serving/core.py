@@ -15,13 +15,15 @@ from dsv4_jax.errors import ProblemsError
 from dsv4_jax.inference.sampling import NO_TOKEN
 from dsv4_jax.language_model import LanguageModel
 from dsv4_jax.model import cache_blocks
-from dsv4_jax.serving import device_steps
+from dsv4_jax.serving.acceptance import DraftAcceptance
 from dsv4_jax.serving.answers import AnswerText, logprob
-from dsv4_jax.serving.lanes import Lanes
+from dsv4_jax.serving.decode import Drawn, decode
+from dsv4_jax.serving.lanes import Lanes, rows_for
 from dsv4_jax.serving.prefix_cache import PrefixCache
 from dsv4_jax.serving.requests import FinishReason, Output, Sampling, checked_request
 from dsv4_jax.serving.scheduler import Scheduler, Sequence
 from dsv4_jax.serving.settings import EngineSettings
+from dsv4_jax.serving.slots import empty_slots, interrupt, new_slot, place, stop_slots
 
 NOTHING = Output()
 
@@ -30,7 +32,7 @@ NOTHING = Output()
 class _Pending:
     """A step whose tokens are still on the device, and who was in which slot."""
 
-    drawn: device_steps.Drawn
+    drawn: Drawn
     served: list[Sequence | None]
 
 
@@ -51,15 +53,17 @@ class EngineCore:
     def __init__(self, lm: LanguageModel, settings: EngineSettings | None = None) -> None:
         settings = settings or EngineSettings()
         smallest = cache_blocks.block_length(lm.config)
-        if problems := settings.problems(smallest):
+        if problems := settings.problems(smallest, lm.config):
             raise ProblemsError("the engine cannot start", problems)
         self.lm, self.settings = lm, settings
         self.block = settings.chunk or -(-128 // smallest) * smallest
         self.scheduler = Scheduler(settings.num_slots, settings.num_lanes, self.block)
         self.steps = 0
         self._lanes = Lanes(lm, settings, self.block)
-        self._cache = lm.new_cache(settings.num_slots, settings.max_length)
-        empty = device_steps.empty_slots(settings.num_slots, lm.config.vocab_size)
+        self._cache = rows_for(lm, settings, settings.num_slots)
+        history = settings.max_length if settings.draft == "lookup" else 0
+        empty = empty_slots(settings.num_slots, lm.config.vocab_size, history)
+        self.acceptance = DraftAcceptance(settings.draft)
         self._slots = jax.tree.map(lambda leaf: lm.network.put(leaf, "B"), empty)
         self._sequences: dict[int, Sequence] = {}
         self._pending: _Pending | None = None
@@ -134,8 +138,8 @@ class EngineCore:
         previous, self._pending = self._pending, None
         served = [each if each and each.stage == "running" else None for each in self.scheduler.slots]
         if any(served):
-            drawn, self._cache, self._slots = device_steps.decode(
-                self.lm.network, self.lm.parameters, self._cache, self._slots
+            drawn, self._cache, self._slots = decode(
+                self.lm.network, self.settings.draft, self.lm.parameters, self._cache, self._slots
             )
             self._pending = _Pending(drawn, served)
             self.steps += 1
@@ -158,18 +162,16 @@ class EngineCore:
         sequence = self._sequences.get(number)
         if sequence is None or sequence.stage != "running":
             return False
-        cache, logits, self._slots = device_steps.interrupt(self._cache, self._slots, np.int32(sequence.slot))
+        cache, logits, self._slots = interrupt(self._cache, self._slots, np.int32(sequence.slot))
         sequence.kept = (cache, logits)
         self.scheduler.preempt(sequence)
         return True
 
     def _place(self, sequence: Sequence, cache: Any, logits: jax.Array, row: int) -> None:
         sizes = (self.settings.max_length, self.lm.config.vocab_size)
-        new = device_steps.new_slot(
-            sequence.prompt, sequence.output, sequence.sampling, sequence.stops, *sizes
-        )
+        new = new_slot(sequence.prompt, sequence.output, sequence.sampling, sequence.stops, *sizes)
         where = np.int32(row), np.int32(sequence.slot)
-        self._cache, self._slots = device_steps.place(self._cache, self._slots, cache, logits, *where, new)
+        self._cache, self._slots = place(self._cache, self._slots, cache, logits, *where, new)
 
     # ---- what came back --------------------------------------------------------------------------
 
@@ -177,27 +179,31 @@ class EngineCore:
         drawn = jax.device_get(pending.drawn)
         stopped = np.zeros(self.settings.num_slots, bool)
         for slot, sequence in enumerate(pending.served):
-            if sequence is None or sequence.stage != "running" or not drawn.running[slot]:
+            if sequence is None or sequence.stage != "running":
                 continue
-            token = int(drawn.token[slot])
-            if token == NO_TOKEN:
-                where = f"position {len(sequence.prompt) + len(sequence.output)}"
-                self._finish(sequence, "error", error=f"the logits at {where} are not finite numbers")
-                continue
-            shown = sequence.text.add(token)
-            output = dataclasses.replace(
-                shown.output,
-                logprobs=logprob(drawn, slot, sequence.sampling.logprobs),
-                cached_tokens=0 if sequence.output else sequence.cached,
-            )
-            sequence.output.append(token)
-            stopped[slot] = shown.by_text
-            if output.finish_reason is None:
+            count = int(drawn.count[slot])
+            if count:
+                self.acceptance.add(int(drawn.drafted[slot]), count - 1)
+            for place_in_row in range(count):
+                token = int(drawn.token[slot, place_in_row])
+                if token == NO_TOKEN:
+                    where = f"position {len(sequence.prompt) + len(sequence.output)}"
+                    self._finish(sequence, "error", error=f"the logits at {where} are not finite numbers")
+                    break
+                shown = sequence.text.add(token)
+                output = dataclasses.replace(
+                    shown.output,
+                    logprobs=logprob(drawn, slot, place_in_row, sequence.sampling.logprobs),
+                    cached_tokens=0 if sequence.output else sequence.cached,
+                )
+                sequence.output.append(token)
+                if output.finish_reason is not None:
+                    stopped[slot] = shown.by_text
+                    self._finish(sequence, output.finish_reason, output)
+                    break
                 self._outputs.append((sequence.id, output))
-            else:
-                self._finish(sequence, output.finish_reason, output)
         if stopped.any():
-            self._slots = device_steps.stop_slots(self._slots, stopped)
+            self._slots = stop_slots(self._slots, stopped)
 
     def _finish(
         self,
@@ -209,7 +215,7 @@ class EngineCore:
         if reason in ("aborted", "error") and sequence.slot is not None:
             stopped = np.zeros(self.settings.num_slots, bool)
             stopped[sequence.slot] = True
-            self._slots = device_steps.stop_slots(self._slots, stopped)
+            self._slots = stop_slots(self._slots, stopped)
         self.scheduler.finish(sequence)
         del self._sequences[sequence.id]
         last = dataclasses.replace(output, finish_reason=reason, error=error)
@@ -242,10 +248,11 @@ class EngineCore:
                 interrupted = interrupted or self.preempt(number)
                 self.step()
         nobody = np.zeros(self.settings.num_slots, bool)
-        self._slots = device_steps.stop_slots(self._slots, nobody)
+        self._slots = stop_slots(self._slots, nobody)
         if self.prefixes is not None:
             self.prefixes.clear()
             self.prefixes.queries = self.prefixes.hits = self.prefixes.evictions = 0
         self.steps = self.scheduler.num_preemptions = 0
+        self.acceptance = DraftAcceptance(self.settings.draft)
         jax.block_until_ready(self._slots)
         return time.monotonic() - start

@@ -77,6 +77,7 @@ class EngineStatus:
     prefix_tokens_found: int
     num_preemptions: int
     steps: int
+    drafts: tuple[tuple[int, int], ...] = ()  # (kept, tried) at each place behind a token
 
 
 Listener = Callable[[Output], None]
@@ -216,7 +217,13 @@ class Engine:
                 prefix_tokens_found=prefixes.hits if prefixes else 0,
                 num_preemptions=core.scheduler.num_preemptions,
                 steps=core.steps,
+                drafts=core.acceptance.by_place(),
             )
+
+    @property
+    def failed(self) -> bool:
+        """Whether a step failed: nothing is served any more."""
+        return self._failure is not None
 
     def close(self, drain_seconds: float = 0.0) -> None:
         """Refuses new requests, lets running ones go on for so long, aborts the rest, and ends the thread."""

@@ -8,18 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, UInt32
 
+from dsv4_jax.inference.drafters import Draft
 from dsv4_jax.language_model import LanguageModel
 
 
-def model_fingerprint(lm: LanguageModel, *, with_weights: bool) -> bytes:
+def model_fingerprint(lm: LanguageModel, draft: Draft | None, *, with_weights: bool) -> bytes:
     """A digest of the architecture, the numerics and formats, this package's version, and the weights.
 
     Args:
         lm: the model.
+        draft: whose rows are kept too.
         with_weights: read all weights once, on their devices. Without, the digest is good within one process
             that holds one set of weights.
     """
-    digest = hashlib.blake2b(repr((lm.config, lm.policy)).encode())
+    digest = hashlib.blake2b(repr((lm.config, lm.policy, draft)).encode())
     digest.update(importlib.metadata.version("dsv4_jax").encode())
     if with_weights:
         paths = jax.tree_util.tree_leaves_with_path(lm.parameters)

@@ -7,8 +7,10 @@ import jax
 import numpy as np
 
 from dsv4_jax.inference import steps
+from dsv4_jax.inference.drafters import rewind_for
 from dsv4_jax.language_model import LanguageModel
 from dsv4_jax.model import cache_blocks, cache_rows
+from dsv4_jax.model.cache import Cache
 from dsv4_jax.serving.fingerprint import model_fingerprint
 from dsv4_jax.serving.prefix_cache import Key, PrefixCache
 from dsv4_jax.serving.prefix_disk import PrefixDisk, PrefixWriter, Shapes
@@ -17,6 +19,14 @@ from dsv4_jax.serving.settings import EngineSettings
 
 LOADED_AT_ONCE = 8
 """Pages that one call copies into a row."""
+
+
+def rows_for(lm: LanguageModel, settings: EngineSettings, num_rows: int) -> Cache:
+    """An empty cache with the slot of the head that drafts."""
+    draft = settings.draft
+    rewind = rewind_for(draft, lm.config)
+    heads = {"mtp": draft == "mtp", "dspark": draft == "dspark"}
+    return lm.new_cache(num_rows, settings.max_length, rewind, **heads)
 
 
 class Lanes:
@@ -29,7 +39,7 @@ class Lanes:
 
     def __init__(self, lm: LanguageModel, settings: EngineSettings, block: int) -> None:
         self._lm, self._settings, self.block = lm, settings, block
-        self.cache = lm.new_cache(settings.num_lanes, settings.max_length)
+        self.cache = rows_for(lm, settings, settings.num_lanes)
         empty = np.zeros((settings.num_lanes, lm.config.vocab_size), np.float32)
         self.logits: jax.Array = lm.network.put(empty, "B V")
         self.prefixes: PrefixCache[cache_blocks.State] | None = None
@@ -37,7 +47,8 @@ class Lanes:
             self._pool = cache_blocks.new_pool(
                 self.cache, lm.config, settings.num_pages, block, lambda x: lm.network.put(x, "")
             )
-            fingerprint = model_fingerprint(lm, with_weights=settings.disk is not None)
+            weighed = settings.disk is not None
+            fingerprint = model_fingerprint(lm, settings.draft, with_weights=weighed)
             self.prefixes = PrefixCache(settings.num_pages, settings.num_states, block, fingerprint)
         self._writer = self._disk = None
         if self.prefixes is not None and settings.disk is not None:

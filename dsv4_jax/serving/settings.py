@@ -3,6 +3,9 @@
 import dataclasses
 from pathlib import Path
 
+from dsv4_jax.config import ModelConfig
+from dsv4_jax.inference.drafters import Draft, draft_problem
+
 
 @dataclasses.dataclass(frozen=True)
 class EngineSettings:
@@ -18,11 +21,12 @@ class EngineSettings:
     num_pages: int = 256  # blocks of prefixes that are kept; 0: no prefix cache
     num_states: int = 32
     state_interval: int = 4096  # tokens between the states kept along a long prompt
+    draft: Draft | None = None  # who guesses further tokens: "mtp", "dspark" or "lookup"
     disk: Path | None = None  # folder for prefixes that outlive their pages, and the engine; None: none do
     disk_bytes: int = 8 << 30  # of all its files
 
-    def problems(self, smallest: int) -> list[str]:
-        """Broken rules; `smallest` is the model's smallest block."""
+    def problems(self, smallest: int, config: ModelConfig) -> list[str]:
+        """Broken rules for a model, whose smallest block has `smallest` tokens."""
         found = [
             f"{name}={getattr(self, name)!r} must be at least {least}"
             for name, least in (
@@ -33,4 +37,6 @@ class EngineSettings:
         ]  # fmt: skip
         if self.chunk is not None and (self.chunk < 1 or self.chunk % smallest):
             found.append(f"chunk={self.chunk} must be a multiple of {smallest} tokens for this model")
+        if problem := draft_problem(self.draft, config):
+            found.append(problem)
         return found

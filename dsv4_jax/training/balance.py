@@ -51,7 +51,7 @@ def balanced_parameters(
 
     def update(path: tuple, leaf: jax.Array) -> jax.Array:
         keys = tuple(key.key for key in path)
-        if row_at(keys).role != "selection_bias":
+        if row_at(keys).role != "selection_bias" or keys[0] == "dspark":  # which a step does not run
             return leaf
         return updated_bias(leaf, layer(keys).loads, speed)
 

@@ -33,41 +33,6 @@ class Piece(NamedTuple):
     control: bool = False
 
 
-@dataclasses.dataclass(frozen=True)
-class ChatProfile:
-    """How messages look to a model.
-
-    Attributes:
-        name: of the profile.
-        pieces: renders messages that `message_problems` finds nothing wrong with.
-        control: names of all special tokens that pieces may hold.
-    """
-
-    name: str
-    pieces: Callable[[Sequence[dict]], list[Piece]]
-    control: tuple[str, ...] = (BOS, EOS)
-
-
-def quickstart_pieces(messages: Sequence[dict]) -> list[Piece]:
-    """Begin, then each message under a heading of its own; the assistant's end with the end token.
-
-    The headings are ordinary text, so a user can write one: this profile is for models that one trains to
-    look at, not for a service.
-    """
-    pieces = [Piece(BOS, control=True)]
-    for message in messages:
-        if message["role"] == "system":
-            pieces.append(Piece(f"{message['content']}\n\n"))
-        elif message["role"] == "user":
-            pieces.append(Piece(f"### Question\n{message['content']}\n### Answer\n"))
-        else:
-            pieces += [Piece(message["content"], counted=True), Piece(EOS, counted=True, control=True)]
-    return pieces
-
-
-QUICKSTART_CHAT = ChatProfile("quickstart", quickstart_pieces)
-
-
 def message_problems(messages: object) -> list[str]:
     """What is wrong with the messages of one chat; nothing if they are a list of at least one question with
     its answer, behind at most one system message."""
@@ -100,6 +65,43 @@ def message_problems(messages: object) -> list[str]:
     return []
 
 
+@dataclasses.dataclass(frozen=True)
+class ChatProfile:
+    """How messages look to a model.
+
+    Attributes:
+        name: of the profile.
+        pieces: renders messages that `problems` finds nothing wrong with.
+        control: names of all special tokens that pieces may hold.
+        problems: what is wrong with the messages of a chat, which may be anything that JSON can say.
+    """
+
+    name: str
+    pieces: Callable[[Sequence[dict]], Sequence[Piece]]
+    control: tuple[str, ...] = (BOS, EOS)
+    problems: Callable[[object], list[str]] = message_problems
+
+
+def quickstart_pieces(messages: Sequence[dict]) -> list[Piece]:
+    """Begin, then each message under a heading of its own; the assistant's end with the end token.
+
+    The headings are ordinary text, so a user can write one: this profile is for models that one trains to
+    look at, not for a service.
+    """
+    pieces = [Piece(BOS, control=True)]
+    for message in messages:
+        if message["role"] == "system":
+            pieces.append(Piece(f"{message['content']}\n\n"))
+        elif message["role"] == "user":
+            pieces.append(Piece(f"### Question\n{message['content']}\n### Answer\n"))
+        else:
+            pieces += [Piece(message["content"], counted=True), Piece(EOS, counted=True, control=True)]
+    return pieces
+
+
+QUICKSTART_CHAT = ChatProfile("quickstart", quickstart_pieces)
+
+
 class ChatEncoder:
     """Chats to token ids.
 
@@ -112,11 +114,17 @@ class ChatEncoder:
     """
 
     def __init__(self, encoder: TextEncoder, profile: ChatProfile) -> None:
-        missing = [name for name in profile.control if encoder.control(name) is None]
+        self._control = {name: encoder.control(name) for name in profile.control}
+        missing = [name for name, token in self._control.items() if token is None]
         if missing:
             problems = [f"the tokenizer has no token {name!r}" for name in missing]
             raise DataError(f"chats cannot be encoded by the profile {profile.name!r}", problems)
         self._encoder, self._profile = encoder, profile
+
+    @property
+    def profile(self) -> ChatProfile:
+        """Whose chats these are."""
+        return self._profile
 
     def document(self, messages: Sequence[dict]) -> Document:
         """i32[n] ids and bool[n] counts. Neighbouring texts of the same kind are tokenised as one, so that
@@ -124,8 +132,7 @@ class ChatEncoder:
         ids: list[int] = []
         counts: list[bool] = []
         for piece in _joined(self._profile.pieces(messages)):
-            control = self._encoder.control(piece.text) if piece.control else None
-            found = self._encoder.plain(piece.text) if control is None else [control]
+            found = [self._control[piece.text]] if piece.control else self._encoder.plain(piece.text)
             ids += found
             counts += [piece.counted] * len(found)
         return Document(np.asarray(ids, np.int32), np.asarray(counts, bool), whole=True)
@@ -148,7 +155,7 @@ class ChatDocuments:
         if "messages" not in record:
             names = ", ".join(map(shown, sorted(record)[:8])) or "none"
             return BadRecord(self.place(number), f"has no field 'messages' (its fields: {names})")
-        if problems := message_problems(record["messages"]):
+        if problems := self._encoder.profile.problems(record["messages"]):
             return BadRecord(self.place(number), "; ".join(problems))
         try:
             return self._encoder.document(record["messages"])

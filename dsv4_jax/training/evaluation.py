@@ -211,7 +211,7 @@ def _answer_scores(
     streams = model(spans.from_start(tokens, jnp.full((1,), length, jnp.int32))).streams
     logits = model.logits(model.hidden(streams[:, length - answer - 1 : length - 1]))[0]
     wanted = tokens[0, length - answer :]
-    found = jnp.all(jnp.argmax(logits, axis=-1).astype(jnp.int32) == wanted)
+    found = jnp.all(jax.lax.argmax(logits, 1, jnp.int32) == wanted)
     of_answer = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), wanted[:, None], axis=-1)
     return found.astype(jnp.float32), -of_answer.mean(dtype=jnp.float32)
 

@@ -30,6 +30,7 @@ from dsv4_jax.parameters import LORA, WIDE_ROLES, Parameter, Parameters, Path, p
 from dsv4_jax.training.optimizer import AdamW
 from dsv4_jax.training.step import TrainState
 from pallas_kernels.formats.weights import is_quantized, plain
+from sharding.activations import Placement
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +66,11 @@ class LoraNetwork(NamedTuple):
     def plain(self) -> Network:
         """The network without the branch."""
         return Network(self.config, self.policy, self.operations)
+
+    @property
+    def placement(self) -> Placement | None:
+        """As `Network.placement`."""
+        return self.plain.placement
 
     def put(self, x: jax.typing.ArrayLike, dims: str) -> jax.Array:
         """As `Network.put`."""

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dsv4_jax.parameters import DECAYED, WITHOUT_GRADIENT, Path, Role, row_at
+from dsv4_jax.parameters import DECAYED, Path, Role, is_trained, row_at
 from sharding.activations import Placement
 
 Params = dict  # nested dict of arrays, keyed by names and layer numbers
@@ -114,7 +114,7 @@ def split_trainable(params: Params, root: Path = ()) -> tuple[Params, Params]:
                 if part:
                     target[key] = part
         else:
-            (fixed if row_at(path).role in WITHOUT_GRADIENT else trained)[key] = value
+            (trained if is_trained(path) else fixed)[key] = value
     return trained, fixed
 
 

@@ -8,7 +8,7 @@ import math
 from typing import Literal
 
 from dsv4_jax.config import ModelConfig
-from dsv4_jax.parameters import DECAYED, WITHOUT_GRADIENT, Parameter, parameters
+from dsv4_jax.parameters import DECAYED, Parameter, is_trained, parameters
 from dsv4_jax.training.muon import MUON_ROLES, Muon, matrices_of
 from dsv4_jax.training.optimizer import AdamW, Sgd
 
@@ -46,7 +46,7 @@ def partition(config: ModelConfig, settings: Optimizer) -> list[Treated]:
 
 def _treated(parameter: Parameter, settings: Optimizer) -> Treated:
     path, shape, role = "/".join(map(str, parameter.path)), parameter.shape, parameter.role
-    if role in WITHOUT_GRADIENT:
+    if not is_trained(parameter.path):
         return Treated(path, shape, (), "rule", False)
     match settings:
         case Sgd():

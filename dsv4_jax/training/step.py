@@ -16,6 +16,7 @@ from jaxtyping import Array, Float32, Int16, Int32
 from dsv4_jax.model import span as spans
 from dsv4_jax.model.initial import Network
 from dsv4_jax.model.layer_report import ModelReport
+from dsv4_jax.model.training_mode import INFERENCE, TrainingMode
 from dsv4_jax.training.balance import balanced_parameters
 from dsv4_jax.training.batch_losses import BatchTotals
 from dsv4_jax.training.batch_losses import forward_losses as forward_losses
@@ -26,6 +27,7 @@ from dsv4_jax.training.step_settings import Optimizer as Optimizer
 from dsv4_jax.training.step_settings import Rates as Rates
 from dsv4_jax.training.step_settings import StepSettings as StepSettings
 from dsv4_jax.training.trained_parts import moments_after, moved_by, of_indexer, parted
+from sharding.compiling import compiled_step
 
 
 class TrainState(NamedTuple):
@@ -79,7 +81,7 @@ def initial_state(params: Params, optimizer: Optimizer) -> TrainState:
     return TrainState(trained, fixed, moments, placed(jnp.int32(0)))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+@compiled_step(static_argnums=(0, 1), donate_argnums=2)
 def train_step(
     network: Network,
     settings: StepSettings,
@@ -226,21 +228,23 @@ def _norm(gradients: Params) -> Float32[Array, ""]:
     return jnp.sqrt(sum((jnp.sum(jnp.square(leaf)) for leaf in leaves), jnp.float32(0)))
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=(0, 3))
 def validation_sums(
-    network: Network, params: Params, batch: Batch
+    network: Network, params: Params, batch: Batch, mode: TrainingMode = INFERENCE
 ) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
     """Sum of the negative log-likelihoods of a batch in nats, and the number of targets."""
     model = network.holding(params)
     tokens, segments = jnp.asarray(batch.tokens), jnp.asarray(batch.segment_ids)
     targets = shifted_targets(tokens, segments, 1, batch.counts)
-    hidden = model.hidden(model(spans.packed(tokens, segments)).streams)
+    hidden = model.hidden(model(spans.packed(tokens, segments), mode=mode).streams)
     count = targets.valid.sum(dtype=jnp.float32)
     return mean_cross_entropy(hidden, model.head[...], targets, model.operations.cross_entropy) * count, count
 
 
-def validation_loss(network: Network, params: Params, batches: Sequence[Batch]) -> float:
-    """Mean negative log-likelihood in nats per target over all batches."""
-    sums = [validation_sums(network, params, batch) for batch in batches]
+def validation_loss(
+    network: Network, params: Params, batches: Sequence[Batch], mode: TrainingMode = INFERENCE
+) -> float:
+    """Mean negative log-likelihood in nats per target over all batches; `mode` says how the model attends."""
+    sums = [validation_sums(network, params, batch, mode) for batch in batches]
     total, count = np.sum(np.asarray(jax.device_get(sums), np.float64), axis=0)
     return float(total / max(count, 1.0))

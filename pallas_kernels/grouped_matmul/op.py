@@ -24,6 +24,7 @@ def expert_ffn(
     swiglu_limit: float,
     repeat: Int32[Array, ""] | None = None,
     valid: Bool[Array, "T"] | None = None,
+    expected_pairs: int | None = None,
     impl: Literal["xla", "pallas", "reference"] = "xla",
     round_hidden: Callable[[jax.Array], jax.Array] | None = None,
     blocks: tuning.ExpertBlocks | tuning_tpu.ItemBlocks | None = None,
@@ -50,6 +51,9 @@ def expert_ffn(
             are read where they lie; slicing a layer out of its stack would copy it.
         valid: bool[T]; False marks padding: such tokens give 0, get no gradient and cost nothing,
             whatever numbers (NaN too) stand in `x`. None means all True.
+        expected_pairs: how many of the T * Ke pairs are likely to be in use, at least 1; None: all of them.
+            Speed only: blocks are chosen for so many. A device that is given all tokens, and has one n-th of
+            the experts, expects one n-th of the pairs.
         impl: "xla" for any backend, "pallas" for TPUs, or "reference". There is no silent fallback.
         round_hidden: for quantisation-aware numerics: the routing weight then multiplies the hidden
             activation (in float32, before it is rounded to the dtype of `x`), and this function, over the
@@ -101,6 +105,8 @@ def expert_ffn(
         jnp.ones(x.shape[:1], bool) if valid is None else valid,
     )  # fmt: skip
     wrong = _problems(operands, num_experts, swiglu_limit, impl, blocks)
+    if expected_pairs is not None and expected_pairs < 1:
+        wrong.append(f"expected_pairs={expected_pairs} must be at least 1")
     if wrong := wrong + problems("gate_up", gate_up) + problems("down", down):
         raise ValueError("expert_ffn: " + "; ".join(wrong))
     if expert_ids.size == 0:
@@ -110,9 +116,10 @@ def expert_ffn(
             *operands, num_experts=num_experts, swiglu_limit=swiglu_limit, round_hidden=round_hidden
         )
     hidden = xla.Hidden(float(swiglu_limit), round_hidden)
+    pairs = expert_ids.size if expected_pairs is None else min(expected_pairs, expert_ids.size)
     if impl == "pallas":
-        return _on_kernels(tpu.Options(num_experts, hidden, blocks, interpret), *operands)
-    return _expert_ffn(_Static(num_experts, hidden, blocks), *operands)
+        return _on_kernels(tpu.Options(num_experts, hidden, blocks, pairs, interpret), *operands)
+    return _expert_ffn(_Static(num_experts, hidden, blocks, pairs), *operands)
 
 
 BLOCKS_OF = {"xla": tuning.ExpertBlocks, "pallas": tuning_tpu.ItemBlocks, "reference": object}
@@ -123,6 +130,7 @@ class _Static(NamedTuple):
     num_experts: int
     hidden: xla.Hidden
     blocks: tuning.ExpertBlocks | None
+    pairs: int
 
 
 class _Operands(NamedTuple):
@@ -182,7 +190,7 @@ def _expert_ffn(static, *operands):
         streamable = all(stream.can_stream(stack, o.x.dtype) for stack in (o.gate_up, o.down))
         fp4 = "mxfp4" in (o.gate_up.format, o.down.format)
         blocks = tuning.choose_blocks(
-            o.expert_ids.size,
+            static.pairs,
             static.num_experts,
             streamable=streamable,
             most_streamed=tuning.MAX_PAIRS_STREAMED_FP4 if fp4 else tuning.MAX_PAIRS_STREAMED,
@@ -200,9 +208,9 @@ def _save(static, *operands):
 
 
 def _pull(static, operands, dy):
-    o, blocks = _Operands(*operands), static.blocks
+    blocks = static.blocks
     if blocks is None or blocks.streamed:
-        blocks = tuning.choose_blocks(o.expert_ids.size, static.num_experts, backward=True)
+        blocks = tuning.choose_blocks(static.pairs, static.num_experts, backward=True)
     dx, d_gate_up, d_down, d_weights = xla.expert_ffn_backward(
         dy,
         *operands,

@@ -15,11 +15,12 @@ from pallas_kernels.grouped_matmul.xla import Hidden
 
 
 class Options(NamedTuple):
-    """What is static; `blocks` None lets `tuning_tpu` pick."""
+    """What is static; `blocks` None lets `tuning_tpu` pick, for so many `pairs`."""
 
     num_experts: int
     hidden: Hidden
     blocks: tuning_tpu.ItemBlocks | None
+    pairs: int
     interpret: Any
 
 
@@ -43,7 +44,7 @@ def expert_ffn_forward(
     options: Options, x, gate_up: Stack, down: Stack, expert_ids, weights, first_expert, valid
 ) -> jax.Array:
     """f32[T, D]; the contract is in `op.expert_ffn`."""
-    rows = _rows(options, expert_ids)
+    rows = _rows(options)
     items = work_items(expert_ids, valid, num_experts=options.num_experts, rows=rows)
     place_weights = _at_places(weights, items)
     rounding = options.hidden.round_weighted
@@ -66,7 +67,7 @@ def expert_ffn_backward(
     options: Options, dy, x, gate_up: Stack, down: Stack, expert_ids, weights, first_expert, valid
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None, jax.Array]:
     """Gradients of x, gate_up, down and weights; None for quantised matrices. Hidden is recomputed."""
-    rows = _rows(options, expert_ids)
+    rows = _rows(options)
     choice = dict(num_experts=options.num_experts, rows=rows)
     # Gradients of weights want every expert among the items, to write its zeros.
     plain = "plain" in (gate_up.format, down.format)
@@ -106,10 +107,10 @@ def _before(hidden: Hidden, both, weight, dtype):
     return before.T.reshape(*weight.shape, -1)
 
 
-def _rows(options: Options, expert_ids) -> int:
+def _rows(options: Options) -> int:
     if options.blocks is not None:
         return options.blocks.rows
-    return tuning_tpu.choose_rows(expert_ids.size, options.num_experts)
+    return tuning_tpu.choose_rows(options.pairs, options.num_experts)
 
 
 def _at_places(weights, items: WorkItems):

@@ -73,7 +73,7 @@ def choose_blocks(
     """Single rows for few pairs an expert, else the power of two at or above 3/4 of that mean, bounded.
 
     Args:
-        num_pairs: P = T * Ke, padding included (how much of it there is, is not known when compiling).
+        num_pairs: P, that are expected; T * Ke if nothing is known of padding and foreign experts.
         num_experts: E.
         streamable: whether widths and dtypes suit `stream.py`.
         most_streamed: pairs an expert up to which streaming wins; depends on the format.

@@ -18,7 +18,7 @@ def linear_cross_entropy(
     ids: Int32[Array, "T"],
     *,
     precision: Literal["float32", "bfloat16"] = "float32",
-    impl: Literal["pallas", "reference"] = "pallas",
+    impl: Literal["xla", "pallas", "reference"] = "pallas",
     blocks: tuning.LinearCrossEntropyBlocks | None = None,
     interpret: Any = False,
 ) -> tuple[Float32[Array, "T"], Float32[Array, "T"]]:
@@ -38,7 +38,8 @@ def linear_cross_entropy(
         precision: "float32" multiplies float32 numbers as float32, forward and backward, which is what the
             head of V4 asks for; products of two bf16 operands are exact and stay one pass of the matrix
             unit. "bfloat16" rounds every factor to bf16 first, the gradient of the logits included.
-        impl: "reference" runs plain XLA with all logits in memory. There is no silent fallback.
+        impl: "pallas" for TPUs; "xla" for any backend, 1024 tokens at a time, at precision "float32"; or
+            "reference": plain XLA with all logits in memory. There is no silent fallback.
         blocks: tile sizes of all kernels; None lets `tuning.choose_blocks` pick for each.
         interpret: passed to `pl.pallas_call`; tests set it, callers leave it alone.
 
@@ -79,6 +80,8 @@ def linear_cross_entropy(
         return jnp.zeros(0, jnp.float32), jnp.zeros(0, jnp.float32)
     if impl == "reference":
         return reference.linear_cross_entropy_reference(hidden, head, ids, precision=precision)
+    if impl == "xla":
+        return xla.linear_cross_entropy_xla(hidden, head, ids)
     inside = (ids >= 0) & (ids < head.shape[0])
     ids = jnp.where(inside, ids, -1)  # -1 is no entry, also not of a last block that sticks out
     nll, lse = _linear_cross_entropy((precision, blocks, interpret), hidden, head, ids[None])
@@ -142,8 +145,9 @@ def _problems(hidden: jax.Array, head: jax.Array, ids: jax.Array, precision: str
     """Every rule the arguments break."""
     floats = (jnp.bfloat16, jnp.float32)
     rules = {
-        f"impl={impl!r} must be 'pallas' or 'reference'": impl in ("pallas", "reference"),
+        f"impl={impl!r} must be 'xla', 'pallas' or 'reference'": impl in ("xla", "pallas", "reference"),
         f"precision={precision!r} must be 'float32' or 'bfloat16'": precision in ("float32", "bfloat16"),
+        f"precision={precision!r} is not computed by impl='xla'": impl != "xla" or precision != "bfloat16",
         f"hidden {hidden.shape} must be [T, D]": hidden.ndim == 2,
         f"head {head.shape} must be [V, D] with D of hidden {hidden.shape}": head.ndim == 2
         and head.shape[-1:] == hidden.shape[-1:],

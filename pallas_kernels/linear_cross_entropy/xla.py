@@ -26,6 +26,26 @@ def weighted_cross_entropy_xla(
     return loss if z_weight is None else (loss, squares)
 
 
+def linear_cross_entropy_xla(
+    hidden: Float[Array, "T D"], head: Float[Array, "V D"], ids: Int32[Array, "T"], *, chunk: int = CHUNK
+) -> tuple[Float32[Array, "T"], Float32[Array, "T"]]:
+    """nll and lse of every token; the contract is in `op.linear_cross_entropy`. Logits are recomputed in the
+    backward pass."""
+    wide = head.astype(jnp.float32)  # so that the sum of its gradient over chunks is float32 too
+
+    def terms(part: tuple) -> tuple[jax.Array, jax.Array]:
+        hidden, ids = part
+        logits = _product("td,vd->tv", hidden, wide)
+        lse = jax.nn.logsumexp(logits, axis=1)
+        inside = (ids >= 0) & (ids < len(wide))
+        picked = jnp.take_along_axis(logits, jnp.where(inside, ids, 0)[:, None], axis=1)[:, 0]
+        return lse - jnp.where(inside, picked, 0), lse
+
+    parts = tuple(_chunks(min(chunk, len(hidden)), hidden, ids))
+    nll, lse = jax.lax.map(jax.checkpoint(terms), parts)
+    return nll.reshape(-1)[: len(hidden)], lse.reshape(-1)[: len(hidden)]
+
+
 def _chunks(chunk: int, *arrays: jax.Array) -> list[jax.Array]:
     """Each array [n, ...] padded with zeros and cut: [ceil(n / chunk), chunk, ...]."""
     num_chunks = -(-arrays[0].shape[0] // chunk)

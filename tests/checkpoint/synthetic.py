@@ -88,7 +88,8 @@ def make_tensors(config: ModelConfig, release: storage.Release = storage.PLAIN, 
 
 def config_dict(config: ModelConfig, release: storage.Release = storage.PLAIN) -> dict[str, object]:
     """The config.json of such a release."""
-    fields = official_config_dict(config)
+    dspark = release.draft == "dspark"
+    fields = official_config_dict(storage.with_dspark(config, release) if dspark else config)
     if release.linears == "fp8":
         fields["quantization_config"] = {
             "quant_method": "fp8",
@@ -99,12 +100,6 @@ def config_dict(config: ModelConfig, release: storage.Release = storage.PLAIN) -
         }
     if release.experts == "fp4":
         fields["expert_dtype"] = "fp4"
-    if release.draft == "dspark":
-        fields["dspark_block_size"] = 5
-        fields["dspark_markov_rank"] = release.markov_rank
-        ratios = [config.ratio(kind) for kind in config.attention_kinds]
-        fields["compress_ratios"] = ratios + [0] * storage.DSPARK_STAGES
-        fields["num_nextn_predict_layers"] = 1
     return fields
 
 

@@ -1,5 +1,6 @@
 """Loading sound checkpoints: values, dtypes, the parameter tree, memory."""
 
+import dataclasses
 import json
 import pathlib
 import subprocess
@@ -11,9 +12,11 @@ import numpy as np
 import pytest
 
 from dsv4_jax.checkpoint import names, storage
+from dsv4_jax.checkpoint.files import open_checkpoint
 from dsv4_jax.checkpoint.load import load_checkpoint
-from dsv4_jax.checkpoint.save import flattened
+from dsv4_jax.checkpoint.save import flattened, save_checkpoint
 from dsv4_jax.config.io import DSPARK_NOTE, VISION_NOTE
+from dsv4_jax.model.initial import initial_parameters
 from dsv4_jax.numerics.policy import Policy
 from dsv4_jax.parameters import parameters
 from tests.checkpoint import synthetic
@@ -165,12 +168,45 @@ def test_dspark_backbone(tmp_path, told_by):
         fields = {key: value for key, value in fields.items() if not key.startswith("dspark_")}
     synthetic.write_directory(tmp_path, fields, tensors)
     loaded = load_checkpoint(tmp_path, POLICIES[1], draft_head="ignore")
-    assert loaded.warnings == (DSPARK_NOTE,)
-    assert loaded.config.num_nextn_predict_layers == 0
+    assert loaded.warnings == (f"{DSPARK_NOTE}, which is left out",)
+    assert loaded.config.num_nextn_predict_layers == 0 and loaded.config.dspark is None
     assert "mtp" not in loaded.parameters and not any("mtp" in name for name in loaded.stored)
     flat = flattened(loaded.parameters)
     for spec in names.official_tensors(loaded.config):
         np.testing.assert_array_equal(part_of(flat, spec), expected_values(tensors, spec.name))
+
+
+def test_dspark_head(tmp_path):
+    """Every tensor of such a release, in its place, and back on disk byte for byte."""
+    config = synthetic.smallest_config()
+    release = storage.Release("fp4", "fp8", "dspark", markov_rank=16)
+    tensors = synthetic.make_tensors(config, release)
+    synthetic.write_directory(tmp_path / "a", synthetic.config_dict(config, release), tensors, shards=3)
+    loaded = load_checkpoint(tmp_path / "a", POLICIES[1], weights="native")
+    assert loaded.warnings == () and loaded.config == storage.with_dspark(config, release)
+    head = loaded.parameters["dspark"]
+    assert head["stages"]["attn"]["wkv"].shape[0] == 3
+    save_checkpoint(tmp_path / "b", loaded.config, loaded.parameters, stored=loaded.stored)
+    with open_checkpoint(tmp_path / "b") as files:
+        assert set(files.tensors) == set(tensors)
+        for name, array in tensors.items():
+            found = files.read(name)
+            assert found.dtype == array.dtype and found.shape == array.shape, name
+            assert found.tobytes() == array.tobytes(), name
+    again = load_checkpoint(tmp_path / "b", POLICIES[1])
+    assert again.config == loaded.config
+    flat = flattened(again.parameters)
+    for spec in names.official_tensors(again.config):
+        np.testing.assert_array_equal(part_of(flat, spec), expected_values(tensors, spec.name))
+
+
+def test_layouts_without_a_draft_head(tmp_path):
+    config = synthetic.smallest_config()
+    config = storage.with_dspark(config, storage.Release("plain", "plain", "dspark", markov_rank=4))
+    drawn = initial_parameters(config, Policy.of("float32"), 0)
+    (warning,) = save_checkpoint(tmp_path, config, drawn, layout="transformers")
+    assert warning == "the DSpark draft head is not saved: the transformers layout has none"
+    assert load_checkpoint(tmp_path, POLICIES[1]).config == dataclasses.replace(config, dspark=None)
 
 
 def test_text_model_of_a_vision_variant(tmp_path):

@@ -68,29 +68,63 @@ def test_gguf_is_named(tmp_path):
         load_checkpoint(tmp_path, Policy.of())
 
 
-@pytest.mark.parametrize("told_by", ["config", "main_proj", "second stage"])
-@pytest.mark.parametrize("require_mtp", [False, True])
-def test_dspark_is_refused_in_one_sentence(tmp_path, told_by, require_mtp):
-    release = storage.Release("fp4", "fp8", "dspark", markov_rank=16)
-    tensors = synthetic.make_tensors(CONFIG, release)
-    fields = synthetic.config_dict(CONFIG, release)
+DSPARK_RELEASE = storage.Release("fp4", "fp8", "dspark", markov_rank=16)
+
+
+@pytest.mark.parametrize(
+    ("told_by", "require_mtp"),
+    [
+        ("config", True),
+        ("main_proj", True),
+        ("second stage", True),
+        ("main_proj", False),
+        ("second stage", False),
+    ],
+)
+def test_dspark_is_not_taken_for_mtp_nor_loaded_without_its_keys(tmp_path, told_by, require_mtp):
+    tensors = synthetic.make_tensors(CONFIG, DSPARK_RELEASE)
+    fields = synthetic.config_dict(CONFIG, DSPARK_RELEASE)
     if told_by != "config":
         fields = {key: value for key, value in fields.items() if not key.startswith("dspark_")}
         drop(tensors, r"^mtp\.1\." if told_by == "main_proj" else r"main_proj")
     synthetic.write_directory(tmp_path, fields, tensors)
     with pytest.raises(CheckpointError) as raised:
-        load_checkpoint(
-            tmp_path,
-            Policy.of(),
-            require_mtp=require_mtp,
-            draft_head="ignore" if require_mtp else "refuse",
-        )
+        load_checkpoint(tmp_path, Policy.of(), require_mtp=require_mtp)
     (problem,) = raised.value.problems
     assert problem.startswith(DSPARK_NOTE)
     assert ("MTP block was asked for" if require_mtp else "draft_head='ignore'") in problem
-    # the model itself is sound: for `verify` the head is worth a warning
-    found = verify_checkpoint(tmp_path)
-    assert found.sound and DSPARK_NOTE in found.warnings
+    assert verify_checkpoint(tmp_path).sound is (told_by == "config")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "said"),
+    [
+        (r"^mtp\.1\.", "tensors of mtp.1.* are missing; draft_head='ignore'"),
+        (r"^mtp\.", "tensors of mtp.0.* are missing; draft_head='ignore'"),
+        (r"main_proj.scale", "mtp.0.main_proj.weight: FP8 weights without their scales"),
+        (r"markov_w2", "mtp.2.markov_head.markov_w2.weight is missing"),
+    ],
+)
+def test_a_torn_dspark_head_is_refused(tmp_path, pattern, said):
+    tensors = synthetic.make_tensors(CONFIG, DSPARK_RELEASE)
+    drop(tensors, pattern)
+    synthetic.write_directory(tmp_path, synthetic.config_dict(CONFIG, DSPARK_RELEASE), tensors)
+    with pytest.raises(CheckpointError) as raised:
+        load_checkpoint(tmp_path, Policy.of())
+    assert any(said in problem for problem in raised.value.problems)
+    assert load_checkpoint(tmp_path, Policy.of(), draft_head="ignore").config.dspark is None
+
+
+def test_tensors_that_a_dspark_head_has_not(tmp_path):
+    tensors = synthetic.make_tensors(CONFIG, DSPARK_RELEASE)
+    tensors["mtp.0.e_proj.weight"] = tensors["mtp.1.norm.weight"] = np.zeros(3, np.float32)
+    tensors["mtp.3.attn_norm.weight"] = np.zeros(3, np.float32)
+    synthetic.write_directory(tmp_path, synthetic.config_dict(CONFIG, DSPARK_RELEASE), tensors)
+    with pytest.raises(CheckpointError) as raised:
+        load_checkpoint(tmp_path, Policy.of())
+    text = "\n".join(raised.value.problems)
+    assert len(raised.value.problems) == 3 and "a DSpark draft head has 3 stages" in text
+    assert text.count("not of this block of the draft head") == 2
 
 
 def test_mtp_that_is_asked_for_and_not_there(tmp_path):

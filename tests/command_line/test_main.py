@@ -24,10 +24,14 @@ def config_file(tmp_path):
     return path
 
 
+NO_DRAFT = {"draft": None}
+
+
 class FakeModel:
     """Echoes what it was asked for; refuses like the real one, when the first piece is drawn."""
 
     config = CONFIG
+    acceptance = None
 
     def __init__(self) -> None:
         self.calls: list[dict[str, object]] = []
@@ -141,7 +145,7 @@ def test_text_is_streamed_to_stdout(capsys, model):
     assert model.loaded == [(pathlib.Path("some/dir"), "bfloat16", "reference", "plain")]
     assert model.calls == [
         "cache on",
-        {"prompt": "Once", "max_new_tokens": 128, "temperature": 1.0, "top_p": 1.0, "seed": 0},
+        {"prompt": "Once", "max_new_tokens": 128, "temperature": 1.0, "top_p": 1.0, "seed": 0} | NO_DRAFT,
     ]
 
 
@@ -154,7 +158,7 @@ def test_ids_and_every_option(capsys, model):
     assert (code, out) == (0, "7 8\n")  # the stop token is not shown
     assert model.loaded == [(pathlib.Path("some/dir"), "float32", "qat", "fp8+mxfp4")]
     assert model.calls == [
-        {"prompt": [5, 6], "max_new_tokens": 9, "temperature": 0.0, "top_p": 0.5, "seed": 3}
+        {"prompt": [5, 6], "max_new_tokens": 9, "temperature": 0.0, "top_p": 0.5, "seed": 3} | NO_DRAFT
     ]
 
 
@@ -245,11 +249,12 @@ def test_inspect_shows_all_config_problems(capsys, config_file):
     assert "3 problems" in err and "YaRN" in err and "o_groups=3" in err
 
 
-def test_inspect_notes_a_draft_head(capsys, config_file):
-    raw = json.loads(config_file.read_text()) | {"dspark_block_size": 5}
+def test_inspect_shows_a_draft_head(capsys, config_file):
+    raw = json.loads(config_file.read_text()) | {"dspark_block_size": 5, "dspark_noise_token_id": 7}
+    raw |= {"dspark_markov_rank": 4, "dspark_target_layer_ids": [0, 1]}
     config_file.write_text(json.dumps(raw))
-    code, _, err = run(capsys, "inspect", str(config_file))
-    assert code == 0 and "note: this checkpoint carries a DSpark draft head" in err
+    code, out, _ = run(capsys, "inspect", str(config_file))
+    assert code == 0 and "blocks of 5, reads layers 0, 1, Markov rank 4" in out
 
 
 def test_a_hub_address_without_revision(capsys):
@@ -338,6 +343,7 @@ def test_convert_passes_its_arguments_on(capsys, monkeypatch):
         "draft_head": "ignore",
         "overwrite": True,
         "allow_links": pathlib.Path("disk"),
+        "placement": None,
     }
 
 
@@ -365,6 +371,23 @@ def test_doctor(capsys, monkeypatch):
     monkeypatch.setattr(doctor, "PACKAGES", (*doctor.PACKAGES, "no-such-package-dsv4"))
     code, _, err = run(capsys, "doctor")
     assert code == 2 and "no-such-package-dsv4 is not installed" in err
+
+
+def test_doctor_knows_what_transports_cost(capsys):
+    """Of 256 experts, 6 a token, on 8 devices whose width two share: 4 x 2 tokens of each go to 7 others."""
+    on_mesh = ("doctor", "--mesh", "expert=8,tensor=2", "--link", "v6e")
+    code, out, _ = run(capsys, *on_mesh, "--tokens", "64", "131072", "--json")
+    few, many = json.loads(out)["transports"]
+    assert code == 0 and (few["chosen"], many["chosen"]) == ("gather", "all_to_all")
+    gather = next(cost for cost in few["costs"] if cost["transport"] == "gather")
+    assert gather["sent_bytes"] == 7 * 8 * (4096 * (2 + 4) + 8 * 6)
+    _, out, _ = run(capsys, *on_mesh[:3], "--tokens", "64")
+    assert "to experts on 8 devices, cpu links: " in out and "ragged: not on this backend" in out
+    assert out.count("(chosen)") == 1
+    for refused in (("--mesh", "expert=3"), ("--mesh", "experts=3"), ("--mesh", "expert=2", "--tokens", "0")):
+        assert cli.run(["doctor", *refused]) == 2
+    err = capsys.readouterr().err
+    assert "E = 256 cannot be split 3 ways" in err and "--tokens 0: must be" in err
 
 
 def test_quickstart_passes_its_arguments_on(capsys, monkeypatch, model):

@@ -1,12 +1,16 @@
 """The commands on a real small checkpoint, from the weights on disk to the text on stdout."""
 
 import json
+import shutil
 
 import jax
+import numpy as np
 import pytest
 import tokenizers
 
+from dsv4_jax import loading
 from dsv4_jax.checkpoint import storage
+from dsv4_jax.checkpoint.files import open_checkpoint
 from dsv4_jax.command_line import main as cli
 from dsv4_jax.config import io as config_io
 from dsv4_jax.language_model import LanguageModel
@@ -99,6 +103,20 @@ def test_every_cache_format_generates_text(capsys, monkeypatch, request, stored,
     assert isinstance(csa.indexer.entries, keys)
 
 
+def test_drafts_change_nothing_but_the_number_of_steps(capsys, checkpoint):
+    greedy = ("--ids", "7", "8", "7", "8", "--temperature", "0")
+    plain = generate(capsys, checkpoint, *greedy)
+    fixed = ("--dtype", "float32", "--no-compilation-cache", "--max-new-tokens", "5")
+    assert cli.run(["generate", checkpoint, *greedy, *fixed, "--draft", "mtp", "--json"]) == 0
+    shown = capsys.readouterr()
+    record = json.loads(shown.out)
+    assert " ".join(map(str, record["ids"])) + "\n" == plain
+    assert len(record["accepted"]) == len(record["drafted"]) and set(record["drafted"]) <= {0, 1}
+    assert "tokens a step; by position: " in shown.err and record["sampling"]["draft"] == "mtp"
+    assert cli.run(["generate", checkpoint, *greedy, *fixed, "--draft", "dspark"]) == 2
+    assert "this model has no DSpark draft head" in capsys.readouterr().err
+
+
 def test_a_cache_that_contradicts_the_numerics_is_refused(capsys, checkpoint):
     arguments = ("--numerics", "qat", "--cache", "fp8+fp8", "--no-compilation-cache")
     assert cli.run(["generate", checkpoint, "text", *arguments]) == 2
@@ -124,3 +142,50 @@ def test_inspect_verify_convert(capsys, checkpoint, tmp_path):
     assert json.loads(run(capsys, "verify", str(target), "--json"))["layout"] == "transformers"
     ids = ("--ids", "256", "7", "--temperature", "0")
     assert generate(capsys, str(target), *ids) == generate(capsys, checkpoint, *ids)
+
+
+def test_verify_on_a_mesh(capsys, quantised_checkpoint):
+    """All is read as four devices would hold it, and what they would hold is what the model of `load` has."""
+    whole = json.loads(run(capsys, "verify", quantised_checkpoint, "--json"))
+    spread = json.loads(run(capsys, "verify", quantised_checkpoint, "--mesh", "expert=2,tensor=2", "--json"))
+    held = spread.pop("bytes_a_device")
+    assert spread == whole
+    lm = loading.load(quantised_checkpoint, mesh="expert=2,tensor=2")
+    first = [shard for leaf in jax.tree.leaves(lm.parameters) for shard in leaf.addressable_shards[:1]]
+    assert held == sum(shard.data.nbytes for shard in first)
+    assert f"{held:,} bytes" in run(capsys, "verify", quantised_checkpoint, "--mesh", "expert=2,tensor=2")
+
+
+def test_verify_on_a_mesh_looks_at_every_value(capsys, tmp_path, checkpoint):
+    """A NaN in one expert of one device."""
+    directory = shutil.copytree(checkpoint, tmp_path / "bad")
+    (weights,) = directory.glob("*.safetensors")
+    with open_checkpoint(directory) as files:
+        name = next(name for name in files.tensors if "experts.3.w2" in name)
+        info = files.tensors[name]
+    with open(weights, "r+b") as file:
+        file.seek(info.start + info.num_bytes // 2)
+        file.write(np.float32(np.nan).tobytes())
+    code = cli.run(["verify", str(directory), "--mesh", "expert=4,tensor=2"])
+    assert code == 2 and f"{name}: 1 of" in capsys.readouterr().err
+    assert cli.run(["verify", checkpoint, "--mesh", "expert=3"]) == 2
+    assert "E = 8 cannot be split 3 ways" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [(), ("--to", "bfloat16"), ("--layout", "transformers")])
+def test_convert_on_a_mesh_writes_the_same_files(capsys, tmp_path, quantised_checkpoint, options):
+    run(capsys, "convert", quantised_checkpoint, str(tmp_path / "one"), *options)
+    run(capsys, "convert", quantised_checkpoint, str(tmp_path / "spread"), *options, "--mesh", "expert=4")
+    one, spread = (
+        {file.name: file.read_bytes() for file in (tmp_path / each).iterdir()} for each in ("one", "spread")
+    )
+    assert one == spread and len(one) >= 3
+
+
+def test_convert_on_a_mesh_refuses_before_it_reads(capsys, tmp_path, checkpoint):
+    (tmp_path / "taken").touch()
+    code = cli.run(["convert", checkpoint, str(tmp_path), "--mesh", "expert=4"])
+    assert code == 2 and "cannot convert to" in capsys.readouterr().err
+    where = str(tmp_path / "none")
+    code = cli.run(["convert", checkpoint, where, "--to", "fp8", "--layout", "hybrid", "--mesh", "expert=4"])
+    assert code == 2 and "cannot hold fp8 weights" in capsys.readouterr().err

@@ -206,16 +206,49 @@ def test_draft_entries_beyond_the_layers():
     assert "must be 0; found [4]" in problems_of(wrong)[0]
 
 
-def test_dspark_head_is_noted_and_never_taken_for_mtp():
-    raw = OFFICIAL | {"dspark_block_size": 5, "num_nextn_predict_layers": 3}
+DSPARK = {
+    "dspark_block_size": 5,
+    "dspark_noise_token_id": 500,
+    "dspark_target_layer_ids": [4, 5, 6],
+    "dspark_markov_rank": 8,
+}
+
+
+@pytest.mark.parametrize("stated", [1, 3])
+def test_dspark_head_is_read_and_never_taken_for_mtp(stated):
+    raw = OFFICIAL | DSPARK | {"num_nextn_predict_layers": stated}
     raw["compress_ratios"] = raw["compress_ratios"] + [0, 0]
     read = config_io.parse_config(raw)
     assert read.has_dspark and read.config.num_nextn_predict_layers == 0
-    assert read.notes == (
-        "this checkpoint carries a DSpark draft head (3 stages under mtp.*), which is not"
-        " supported; speculative decoding is off",
-    )
+    assert read.config.dspark == config.DSpark(5, 500, (4, 5, 6), 8)
     assert not config_io.parse_config(OFFICIAL).has_dspark
+    written = config_io.official_config_dict(read.config)
+    assert written == raw | {"num_nextn_predict_layers": 1}
+    assert config_io.parse_config(written).config == read.config
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"dspark_block_size": None}, "dspark_block_size is missing"),
+        ({"dspark_target_layer_ids": None}, "dspark_target_layer_ids is missing"),
+        ({"dspark_block_size": 0}, "dspark_block_size=0 must be an integer in 1"),
+        ({"dspark_markov_rank": "8"}, "dspark_markov_rank='8' must be an integer"),
+        ({"dspark_noise_token_id": 512}, "dspark_noise_token_id=512 must be less than vocab_size=512"),
+        ({"dspark_target_layer_ids": [5, 7]}, "dspark_target_layer_ids [7] must lie in 0 .. 6"),
+        ({"dspark_target_layer_ids": [5, 5]}, "must be different layers"),
+        ({"dspark_target_layer_ids": []}, "at least one"),
+    ],
+)
+def test_keys_of_a_dspark_head_are_checked(change, problem):
+    (found,) = problems_of(OFFICIAL | DSPARK | change)
+    assert problem in found
+
+
+def test_a_model_has_one_draft_head():
+    head = config.DSpark(5, 500, (4, 5, 6), 8)
+    with pytest.raises(errors.ConfigError, match="an MTP block or a DSpark draft head"):
+        config.tiny(dspark=head)
 
 
 # wrong content

@@ -29,10 +29,14 @@ CONFIG = tiny(
 )
 
 JITTED = {
-    (steps, "empty_cache"): {"static_argnums": tuple(range(9)), "static_argnames": "stream_dtype"},
+    (steps, "empty_cache"): {
+        "static_argnums": tuple(range(9)),
+        "static_argnames": ("stream_dtype", "dspark"),
+    },
     (steps, "extend"): {"static_argnums": 0, "donate_argnums": 2},
     (steps, "extend_further"): {"static_argnums": 0, "donate_argnums": 2},
     (steps, "draft"): {"static_argnums": 0},
+    (steps, "verify"): {"static_argnums": 0, "donate_argnums": 2},
     (steps, "prefill"): {"static_argnums": 0, "donate_argnums": (2, 5)},
     (steps, "decode"): {"static_argnums": 0, "donate_argnums": (2, 3)},
     (cache_rows, "_take"): {},
@@ -64,6 +68,8 @@ def used(lm: LanguageModel, max_length: int) -> Cache:
     how = request_keys(0, 2), np.zeros(2, np.float32), np.ones(2, np.float32)
     stopped = np.full(2, steps.RUNNING, np.int32)
     *_, cache = steps.decode(*model, cache, scores, *how, stopped, padded_stops([1]))
+    drafts = np.full((2, 2), -1, np.int32)  # never accepted
+    *_, cache = steps.verify(*model, cache, one, drafts, np.full(2, 2, np.int32), *how)
     return reset(put(cache, [1, 0], take(cache, [0, 1])), [1])
 
 
@@ -71,9 +77,9 @@ def test_lengths_between_two_powers_of_two_share_all_programs(traced_once):
     lm = LanguageModel.random(CONFIG, Policy.of("float32"), 1)
     for max_length in (33, 40, 64):
         cache = used(lm, max_length)
-        assert cache.max_length.tolist() == [max_length] * 2 and cache.length.tolist() == [4, 0]
+        assert cache.max_length.tolist() == [max_length] * 2 and cache.length.tolist() == [5, 0]
         with pytest.raises(ValueError, match=f"row 0 would hold {max_length + 1} .*max_length={max_length}"):
-            lm.extend(cache, np.zeros((2, max_length - 3), np.int32))
+            lm.extend(cache, np.zeros((2, max_length - 4), np.int32))
     with pytest.raises(AssertionError, match="traced"):
         lm.new_cache(2, 65, max_rewind=3, mtp=True)
 

@@ -144,10 +144,22 @@ def test_dspark_file_adds_the_draft_head():
     raw = config_io.official_config_dict(config.tiny())
     plain = costs.inspect_file(config_io.parse_config(raw))
     assert len(plain.checkpoint_bytes) == 2 and plain.mtp_total > 0
-    dspark = costs.inspect_file(
-        config_io.parse_config(raw | {"dspark_markov_rank": 4, "dspark_block_size": 5})
-    )
+    tiny = config.tiny(num_nextn_predict_layers=0, dspark=config.DSpark(5, 0, (4, 5, 6), 4))
+    dspark = costs.inspect_file(config_io.parse_config(config_io.official_config_dict(tiny)))
     assert len(dspark.checkpoint_bytes) == 3 and dspark.mtp_total == 0
+    # By hand: three window layers, each without MTP's own parts, and the head's own.
+    d, v, stack = tiny.hidden_size, tiny.vocab_size, 4 * tiny.hidden_size
+    own = 3 * d * d + d + d + (4 * stack + 4 + 1) + 2 * v * 4 + d + 4
+    block = plain.mtp_total - (2 * d * d + 3 * d + 4 * stack + 4 + 1)
+    assert dspark.dspark_total == 3 * block + own
+    assert dspark.total_with_mtp == dspark.parameters.total + dspark.dspark_total
+    inactive = 3 * (plain.mtp_total - plain.mtp_active) + v * 4
+    assert dspark.dspark_active == dspark.dspark_total - inactive
+    console = Console(file=io.StringIO(), width=120)
+    report.print_tables(dspark, console)
+    shown = console.file.getvalue()
+    assert f"{dspark.dspark_total:,}" in shown and "reads layers 4, 5, 6" in shown
+    assert report.as_plain(dspark)["parameters"]["dspark_total"] == dspark.dspark_total
 
 
 def test_report_shows_every_number():

@@ -69,6 +69,50 @@ def test_the_command_prints_and_refuses(capsys):
         spread(v4_flash(), "expert=2", "fast")
 
 
+def traffic_of(mesh, rules, rows, **more):
+    found = spread(v4_flash(), mesh, rules, batch=rows, **more)
+    assert len({(each.name, each.axes, each.layers) for each in found.traffic}) == len(found.traffic)
+    return {(each.name, each.axes[-1]): each for each in found.traffic}, found
+
+
+def test_what_split_weights_move():
+    """Flash on sixteen devices with 64 rows: D = 4096, Q = 1024, 64 heads of 512, 8 groups of O = 1024."""
+    found, _ = traffic_of("expert=8,tensor=2", "decode", 64)
+    assert {each.chosen for each in found.values()} == {"rows"}
+    share, rows = 15 / 16, 64
+    heads = found["attn/wq_b", "tensor"]
+    elements, scales = 64 * 512 * 1024, 64 * 512 * 1024 / 128**2
+    assert (heads.layers, heads.parts) == (43, 16) and heads.weight_bytes == share * (elements + scales)
+    assert heads.rows_bytes == share * rows * 2 * (1024 + 64 * 512 / 16)
+    assert found["attn/wo_a", "tensor"].rows_bytes == share * rows * 2 * 8 * 512
+    assert found["attn/wo_b", "tensor"].rows_bytes == share * rows * 4 * 4096
+    assert found["ffn/shared/gate_up", "tensor"].rows_bytes == share * rows * 2 * 4096
+    assert found["head", "tensor"].rows_bytes == share * rows * (2 * 4096 + 4 * 129280 / 16)
+    assert found["embed", "tensor"].rows_bytes == share * rows * 2 * 4096
+    # 4 tokens of every device go to the other 15, and the sums of 16 devices come back in float32.
+    experts = [found[f"ffn/experts/{name}", "tensor"] for name in ("gate_up", "down")]
+    assert sum(each.rows_bytes for each in experts) == 15 * 4 * (4096 * (2 + 4) + 8 * 6)
+    assert experts[0].layers == 43
+
+
+def test_weights_that_are_gathered_and_rows_that_are_whole():
+    """Under the rules for training fsdp gathers, and tensor adds up float32 sums on every device."""
+    found, all_of_it = traffic_of("fsdp=8,tensor=4", "train", 32, context=1024)
+    assert all_of_it.tokens == 32 * 1024
+    assert found["attn/wq_b", "tensor"].rows_bytes == 0  # heads stay where they are
+    assert found["attn/wo_b", "tensor"].rows_bytes == 3 / 4 * 32 * 1024 / 8 * 4 * 4096 * 2
+    gathered = found["attn/wkv", "fsdp"]
+    assert gathered.chosen == gathered.cheaper == "weights" and gathered.parts == 8
+    # The loss brings the whole head to every device; logits of a split head would stay where they are.
+    head = found["head", "tensor"]
+    assert head.chosen == "weights" and head.rows_bytes == 0 and "head is gathered" in head.remark(1)
+    # A device has a quarter of the width, of which it gathers all rows of D.
+    assert found["ffn/shared/down", "fsdp"].weight_bytes == pytest.approx(7 / 8 * 4096 * 2048 / 4, rel=1e-3)
+    few, _ = traffic_of("fsdp=8,tensor=4", "train", 32)
+    assert few["attn/wkv", "fsdp"].cheaper == "rows"
+    assert "attn/wkv is gathered" in few["attn/wkv", "fsdp"].remark(32)
+
+
 if __name__ == "__main__":
     GOLDEN.mkdir(exist_ok=True)
     for name in CASES:

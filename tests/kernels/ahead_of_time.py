@@ -51,9 +51,12 @@ def compile_on(
         jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
         for shape, sharding in zip(shapes, shardings, strict=True)
     ]
-    lowered = jax.jit(function).lower(*placed)
-    # A program for a chip that is not here cannot be read back from the cache of compiled programs; and it is
-    # compiled as it would be for its chip, not as quickly as other tests' programs.
+    return compiled(jax.jit(function).lower(*placed))
+
+
+def compiled(lowered: jax.stages.Lowered) -> Any:
+    """The program, compiled as it would be for its chip, not as quickly as other tests' programs. One for a
+    chip that is not here cannot be read back from the cache of compiled programs."""
     settings = {"jax_enable_compilation_cache": False, "jax_disable_most_optimizations": False}
     before = {name: jax.config.values[name] for name in settings}
     _update(settings)

@@ -169,7 +169,7 @@ OPERATIONS = {
     _index_scores: (("reference", "pallas"), "BTS", "HD", ["BTS"]),
     _index_select: (("reference", "pallas"), "BTS", "HD", ["BTS"]),
     _index_list: (("any",), "BTS", "", [("B", "T", 4)]),
-    _linear_cross_entropy: (("reference", "pallas"), "T", "DV", ["T", "T"]),
+    _linear_cross_entropy: (("reference", "pallas", "xla"), "T", "DV", ["T", "T"]),
     _weighted_cross_entropy: (("reference", "pallas", "xla"), "T", "", [()]),
     _write_entries: (("reference", "pallas"), "B", "SPD", [(1, "B", "D", "S")]),
     _topk_mask: (("any",), "BTS", "", ["BTS"]),

@@ -300,3 +300,24 @@ def test_too_many_pairs_for_the_sort_keys():
     weights = jax.ShapeDtypeStruct((big, 6), jnp.float32)
     with pytest.raises(ValueError, match="sort keys"):
         jax.eval_shape(run, x, *shapes, ids, weights)
+
+
+@pytest.mark.parametrize("impl", ["xla", "pallas"])
+def test_expected_pairs_change_blocks_and_no_sum(impl):
+    """Far too few are expected, and all are right: also of the gradients."""
+    operands = Case(64, 4, 8, hidden=128, width=128).operands()
+    how = {"impl": impl, "interpret": True} if impl == "pallas" else {"impl": impl}
+
+    def results(**more):
+        loss = lambda x, *rest: expert_ffn(x, *rest, swiglu_limit=LIMIT, **how, **more).sum()  # noqa: E731
+        run = lambda *a: (expert_ffn(*a, swiglu_limit=LIMIT, **how, **more), jax.grad(loss)(*a))  # noqa: E731
+        return jax.jit(run)(*operands), str(jax.make_jaxpr(run)(*operands))
+
+    wanted, text = results()
+    got, other = results(expected_pairs=2)
+    assert text != other
+    assert results(expected_pairs=64 * 4)[1] == results(expected_pairs=10**6)[1] == text
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        assert_close(a, b, FLOAT32)
+    with pytest.raises(ValueError, match="expected_pairs=0 must be at least 1"):
+        results(expected_pairs=0)

@@ -12,6 +12,7 @@ from jax import export
 
 from pallas_kernels.chips import CHIPS
 from pallas_kernels.linear_cross_entropy import linear_cross_entropy
+from pallas_kernels.linear_cross_entropy import xla as cross_entropy_xla
 from pallas_kernels.linear_cross_entropy.tuning import VMEM_BUDGET, LinearCrossEntropyBlocks, choose_blocks
 from tests.kernels.ahead_of_time import compile_for
 from tests.kernels.checks import STRICT, assert_close
@@ -195,8 +196,8 @@ def test_large_logits_do_not_overflow():
 
 
 def test_problems_are_named_together():
-    with pytest.raises(ValueError, match=r"impl='xla'.*precision='tf32'.*ids \(3,\).*ids float32") as error:
-        linear_cross_entropy(jnp.ones((4, 8)), jnp.ones((9, 8)), jnp.ones(3), impl="xla", precision="tf32")
+    with pytest.raises(ValueError, match=r"impl='cuda'.*precision='tf32'.*ids \(3,\).*ids float32") as error:
+        linear_cross_entropy(jnp.ones((4, 8)), jnp.ones((9, 8)), jnp.ones(3), impl="cuda", precision="tf32")
     assert "head" not in str(error.value)
     with pytest.raises(ValueError, match="V=0 must be at least 1"):
         linear_cross_entropy(jnp.ones((4, 8)), jnp.ones((0, 8)), jnp.ones(4, jnp.int32))
@@ -277,3 +278,32 @@ def test_compiles_when_every_block_is_ragged():
 )
 def test_compiles_for_every_chip(chip, model, dtypes, precision):
     compiles(chip, 4000, VOCAB, HIDDEN[model], *dtypes, precision=precision)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 64])
+def test_plain_xla_matches_the_reference_a_chunk_at_a_time(chunk):
+    """Ids outside the rows of this part of a vocabulary pick a logit of 0."""
+    case = Case(9, 11, 5, "bfloat16", "bfloat16")
+    hidden, head, ids, cotangents = case.operands()
+    ids = ids.at[::3].set(-2).at[1].set(11)
+
+    def loss(operands, compute):
+        found = compute(*operands, ids)
+        return sum(jnp.vdot(a, b) for a, b in zip(found, cotangents, strict=True)), found
+
+    def plain(hidden, head, ids):
+        return linear_cross_entropy(hidden, head, ids, impl="reference")
+
+    chunked = functools.partial(cross_entropy_xla.linear_cross_entropy_xla, chunk=chunk)
+    got, want = (
+        jax.jit(jax.grad(functools.partial(loss, compute=compute), has_aux=True))((hidden, head))
+        for compute in (chunked, plain)
+    )
+    assert_close(got[1], want[1], VALUE)
+    assert got[0][1].dtype == jnp.bfloat16
+    assert_close(got[0], want[0], case.gradient_bound)
+
+
+def test_plain_xla_has_one_precision():
+    with pytest.raises(ValueError, match="precision='bfloat16' is not computed by impl='xla'"):
+        linear_cross_entropy(*Case(2, 3, 4).operands()[:3], precision="bfloat16", impl="xla")

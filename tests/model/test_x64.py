@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from dsv4_jax.config import DSpark
 from dsv4_jax.inference import steps
 from dsv4_jax.language_model import LanguageModel
 from dsv4_jax.model import span as spans
@@ -72,6 +73,18 @@ def programs(network: Network):
         )
         return steps.decode(network, parameters, cache, logits[:, -1], *draw)
 
+    def drafted(parameters):
+        rows = policy.row_dtype, policy.cache_format, policy.kernels == "xla"
+        cache = new_cache(config, 1, 64, policy.cache_dtype, 8, *rows, dspark=True)
+        _, cache = steps.extend(network, parameters, cache, IDS, counts)
+        draw = jax.random.key(0)[None], np.full(1, 0.7, np.float32), np.full(1, 0.9, np.float32)
+        drafts, logits, _ = steps.draft_block(network, parameters, cache, np.ones(1, np.int32), *draw)
+        token = steps.draw(network, logits[:, 0], draw[0], cache.length, *draw[1:])
+        return steps.verify(network, parameters, cache, token, drafts, np.full(1, 4, np.int32), *draw)
+
+    if config.dspark is not None:
+        return (drafted,)
+
     def trained(parameters):
         batch = Batch(IDS, np.ones_like(IDS))
         state, rates = initial_state(parameters, AdamW()), Rates(np.float32(1e-3))
@@ -102,6 +115,15 @@ def test_no_value_of_a_program_is_64_bits_wide(dtype, numerics, cache, kernels, 
     with jax.enable_x64(True):
         for program in wanted:
             assert wide_values(jax.make_jaxpr(program)(network.shapes()).jaxpr) == [], program.__name__
+
+
+def test_no_value_of_drafting_is_64_bits_wide():
+    head = DSpark(5, SMALL.vocab_size - 1, (0, 2), 3)
+    config = dataclasses.replace(SMALL, num_nextn_predict_layers=0, dspark=head)
+    network = Network(config, Policy.of("bfloat16", cache="fp8+mxfp4"))
+    (program,) = programs(network)
+    with jax.enable_x64(True):
+        assert wide_values(jax.make_jaxpr(program)(network.shapes()).jaxpr) == []
 
 
 def test_scores_in_pieces_hold_no_64_bit_value(monkeypatch):

@@ -76,6 +76,17 @@ def test_truth_table(cache, switches):
     assert found.rounds_scores == (expected[4] == "bfloat16")
 
 
+def test_weights_of_training():
+    """FP8 by 128 x 128; of experts only where they are not FP4, which FP8 holds exactly."""
+    assert grids(Policy.of("float32", "qat"), NUM_ROTARY).weight is as_it_is
+    fp8, wanted = grids(Policy.of("float32", weights="fp8"), NUM_ROTARY), qat.fake_fp8_weight(X)
+    for function in (fp8.weight, fp8.expert):
+        np.testing.assert_array_equal(function(X), wanted)
+    both = grids(Policy.of("float32", "qat", weights="fp8"), NUM_ROTARY)
+    np.testing.assert_array_equal(both.expert(X), qat.fake_mxfp4(X))
+    assert both.weight is qat.fake_fp8_weight
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_gradients_pass_straight_through(name):
     """Of index vectors it is that of the transform: with its matrix of +-1, which is symmetric."""

@@ -113,9 +113,10 @@ def test_experts_with_rounding_equal_the_reference_forward_and_backward():
 
 def test_policy_names_every_problem():
     with pytest.raises(ConfigError) as raised:
-        Policy.of("float16", "int8", kernels="cuda", switches={"act_fp8", "act_fp4"})
+        more = {"master": "float64", "weights": "int4"}
+        Policy.of("float16", "int8", kernels="cuda", switches={"act_fp8", "act_fp4"}, **more)
     text = str(raised.value)
-    for word in ("float16", "int8", "cuda", "need numerics='qat'", "act_fp4"):
+    for word in ("float16", "int8", "cuda", "need numerics='qat'", "act_fp4", "float64", "int4"):
         assert word in text
     with pytest.raises(ConfigError, match="cannot compute idx_score_bf16"):
         Policy.of("float32", "qat", kernels="pallas")

@@ -147,11 +147,13 @@ def test_other_weights_find_nothing(lm, tmp_path):
 
 
 def test_the_fingerprint_sees_every_place(lm):
-    wanted = model_fingerprint(lm, with_weights=True)
-    assert wanted == model_fingerprint(lm, with_weights=True)
+    wanted = model_fingerprint(lm, None, with_weights=True)
+    assert wanted == model_fingerprint(lm, None, with_weights=True)
     swapped = jax.tree.map(lambda leaf: leaf, lm.parameters)
     swapped["embed"] = lm.parameters["embed"][::-1]
     for parameters in (swapped,):
-        assert model_fingerprint(LanguageModel(CONFIG, lm.policy, parameters), with_weights=True) != wanted
+        assert (
+            model_fingerprint(LanguageModel(CONFIG, lm.policy, parameters), None, with_weights=True) != wanted
+        )
     quantised = LanguageModel(CONFIG, Policy.of("float32", cache="fp8+fp8"), lm.parameters)
-    assert model_fingerprint(quantised, with_weights=True) != wanted
+    assert model_fingerprint(quantised, None, with_weights=True) != wanted

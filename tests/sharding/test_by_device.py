@@ -1,9 +1,12 @@
 """Operations of which every device has some rows: the results of one device, bit for bit."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dsv4_jax.model.entries import Entries
@@ -12,11 +15,14 @@ from dsv4_jax.numerics import cache_storage
 from dsv4_jax.numerics.cache_formats import store_entries, store_keys
 from dsv4_jax.numerics.policy import Policy
 from pallas_kernels.core_attention.op import SPLITS
+from pallas_kernels.hybrid_attention import hybrid_attention
+from pallas_kernels.hybrid_attention.op import SPLITS as HYBRID
 from pallas_kernels.hyper_connection.tuning import HyperConnectionBlocks
 from sharding.activations import Placement
-from sharding.by_device import Table
+from sharding.by_device import ByDevice
 from sharding.mesh import mesh_of
 from sharding.rules import DECODE, TRAIN
+from tests.kernels.ahead_of_time import compile_on, devices
 
 RNG = np.random.default_rng(0)
 PLACEMENT = Placement(mesh_of("data=2,expert=2"), DECODE)
@@ -143,4 +149,69 @@ def test_nothing_moves_between_devices():
 
 
 def test_a_table_is_a_key():
-    assert hash(Table.of(SPLITS["attend"])) == hash(Table.of(SPLITS["attend"]))
+    same = SPLITS["attend"]._replace(arguments=dict(SPLITS["attend"].arguments))
+    assert hash(same) == hash(SPLITS["attend"]) and same == SPLITS["attend"]
+    assert len({SPLITS["attend"], SPLITS["attend_cached"], same}) == 2
+
+
+def test_what_is_refused():
+    with pytest.raises(ValueError, match="K, T must be whole on every device; B H may be split"):
+        ByDevice(hybrid_attention, PLACEMENT, HYBRID["hybrid_attention"], "T", "K")
+    over = ByDevice(hybrid_attention, PLACEMENT, HYBRID["hybrid_attention"], "B", "H")
+    with pytest.raises(ValueError, match="no operand has a dim H"):
+        over(line=normal(4, 9, 128))
+
+
+# Rows over data, heads over tensor: the keys are whole on every device of a row.
+WINDOW = 16
+
+
+def window_attention(placement=None, **how):
+    """A function of q, line, position and sink, on a mesh or on one device."""
+    run = functools.partial(hybrid_attention, window=WINDOW, **how)
+    over = run if placement is None else ByDevice(run, placement, HYBRID["hybrid_attention"], "B", "H")
+    return lambda *operands: over(*operands)[0]
+
+
+def test_gradients_of_what_is_whole_on_several_devices():
+    batch, length, heads, width = 2, 24, 4, 128
+    q, line, sink = (
+        normal(batch, length, heads, width),
+        normal(batch, WINDOW - 1 + length, width),
+        normal(heads),
+    )
+    position = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+    pull = normal(*q.shape)
+    placement = Placement(mesh_of("data=2,tensor=2"), TRAIN)
+
+    def results(run):
+        loss = lambda q, line, sink: (run(q, line, position, sink) * pull).sum()  # noqa: E731
+        return jax.jit(lambda *operands: (run(q, line, position, sink), jax.grad(loss, (0, 1, 2))(*operands)))
+
+    got = results(window_attention(placement, interpret=True))(q, line, sink)
+    want = results(window_attention(impl="reference"))(q, line, sink)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max(), rtol=0)
+
+
+def test_each_chip_of_a_slice_runs_the_kernel_on_its_part():
+    mesh = mesh_of("data=2,tensor=2", devices("v6e"))
+    of = jax.ShapeDtypeStruct
+    shapes = (
+        of((4, 64, 16, 128), jnp.bfloat16),
+        of((4, WINDOW - 1 + 64, 128), jnp.bfloat16),
+        of((4, 64), jnp.int32),
+        of((16,), jnp.float32),
+    )
+    specs = (P("data", None, "tensor"), P("data"), P("data"), P("tensor"))
+    placed = [NamedSharding(mesh, spec) for spec in specs]
+    split = window_attention(Placement(mesh, TRAIN))
+    forward = compile_on(split, shapes, placed).as_text()
+    assert "tpu_custom_call" in forward
+    assert "bf16[2,64,8,128]" in forward  # half of the rows, half of the heads
+    assert not any(word in forward for word in ("all-gather", "all-reduce", "all-to-all"))
+    loss = lambda *operands: split(*operands).astype(jnp.float32).sum()  # noqa: E731
+    backward = compile_on(jax.grad(loss, argnums=(0, 1, 3)), shapes, placed).as_text()
+    assert "all-reduce" in backward and "all-gather" not in backward
+    with pytest.raises(NotImplementedError, match="shard_map"):  # the compiler does not split kernels itself
+        compile_on(window_attention(), shapes, placed)

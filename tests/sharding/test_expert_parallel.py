@@ -340,6 +340,20 @@ def test_what_cannot_be_cut_is_whole():
     assert cut(64, 256, rounded=True).width and not cut(64, 128, rounded=True).width
 
 
+@pytest.mark.parametrize("transport", ["gather", "all_to_all"])
+def test_a_device_expects_its_share_of_the_pairs(transport):
+    """Blocks are chosen for them: not for all that its operation has places for."""
+    expected = []
+
+    def experts(x, *operands, expected_pairs, **more):
+        expected.append(expected_pairs)
+        return expert_ffn(x, *operands, **more)
+
+    split = over_mesh(experts, mesh_of(data=2, expert=4), transport=transport, weight_axes=WEIGHTS)
+    jax.eval_shape(lambda *a: split(*a, swiglu_limit=LIMIT), *operands(tokens=64))
+    assert expected[0] == 64 * KE // 8
+
+
 def test_errors_name_every_problem():
     with pytest.raises(ValueError, match=r"axes \('x',\).*transport='b'.*waves=0.*chunk=0.*only E, F and D"):
         over_mesh(

@@ -5,7 +5,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 import dsv4_jax
@@ -17,8 +16,10 @@ from dsv4_jax.model import span as spans
 from dsv4_jax.model.initial import Network, initial_parameters
 from dsv4_jax.numerics.policy import Policy
 from dsv4_jax.parameters import LORA, row_at
+from dsv4_jax.training.data import Batch
 from dsv4_jax.training.lora import Lora, chosen, lora_parameters, lora_state, merged, with_lora
 from dsv4_jax.training.optimizer import AdamW
+from dsv4_jax.training.step import Rates, StepSettings, train_step
 from pallas_kernels.formats.weights import is_quantized, plain
 from tests.checkpoint import synthetic
 from tests.models import compressed_kinds
@@ -107,37 +108,32 @@ def test_at_the_start_nothing_is_changed(native):
 
 
 def test_training_moves_the_small_matrices_alone_over_a_quantised_base(native):
+    """By the public step, which donates its state: the base goes in and comes out, bit for bit."""
     _, model = native
     network = with_lora(model.network, LORA_OF_MANY)
-    optimizer = AdamW(weight_decay=0.01)
-    state = lora_state(network, model.parameters, 0, optimizer)
-    transform = optimizer.transform()
-    span = spans.from_start(jnp.asarray(TOKENS), jnp.full(2, TOKENS.shape[1], jnp.int32))
-
-    @jax.jit
-    def step(trained, moments):
-        def loss(trained):
-            scores = steps.logits(network, {**state.fixed, **trained}, span)
-            each = optax.softmax_cross_entropy_with_integer_labels(scores[:, :-1], TOKENS[:, 1:])
-            return each.mean(dtype=jnp.float32)
-
-        value, gradients = jax.value_and_grad(loss)(trained)
-        updates, moments = transform.update(gradients, moments, trained)
-        return jax.tree.map(lambda p, u: p - 0.01 * u, trained, updates), moments, gradients, value
-
-    trained, moments, losses = state.trained, state.moments, []
-    for _ in range(6):
-        trained, moments, gradients, value = step(trained, moments)
-        losses.append(float(value))
+    optimizer = AdamW(weight_decay=0.0)
+    before = jax.tree.map(np.array, model.parameters)
+    state = lora_state(network, jax.tree.map(jnp.array, model.parameters), 0, optimizer)
+    start = jax.tree.map(np.array, state.trained)
+    batch = Batch(TOKENS, np.ones_like(TOKENS))
+    rates = Rates(np.float32(0.02), bias_speed=np.float32(0))
+    losses = []
+    for number in range(6):
+        state, report = train_step(network, StepSettings(optimizer), state, batch, rates)
+        losses.append(float(report.main))
+        if number == 0:
+            first = jax.tree.map(np.array, state.trained)
     assert losses[-1] < losses[0] - 0.1
-    flat = jax.tree_util.tree_leaves_with_path(gradients)
-    matrices = {tuple(key.key for key in keys)[1:-1] for keys, _ in flat}
+    for one, other in zip(jax.tree.leaves(state.fixed), jax.tree.leaves(before), strict=True):
+        np.testing.assert_array_equal(one, other)
+    matrices = set()
+    for keys, moved in jax.tree_util.tree_leaves_with_path(first):
+        path = tuple(key.key for key in keys)
+        matrices.add(path[1:-1])
+        # While `b` is zero, `a` has no gradient; an indexer has none by the losses of text.
+        moves = path[-1] == "b" and "indexer" not in path
+        assert np.any(moved != leaf(start, path)) == moves, path
     assert matrices == set(chosen(model.config, LORA_OF_MANY))
-    for keys, gradient in flat:
-        names = [str(key.key) for key in keys]
-        # The indexer chooses, and this loss does not ask the MTP block.
-        reached = "mtp" not in names and "indexer" not in names
-        assert np.any(np.asarray(gradient)) == reached, names
 
 
 @pytest.mark.parametrize("release", [None, storage.PREVIEW])
@@ -206,3 +202,22 @@ def test_every_problem_of_the_settings_is_named():
             with_lora(Network(config, POLICY), dataclasses.replace(wrong, targets=empty))
     everything = chosen(config, Lora(1, 1.0, ("*",)))
     assert {p.role for p in everything.values()} == {"matrix", "expert", "embedding", "head"}
+
+
+def test_a_model_on_a_mesh_keeps_its_place():
+    alone = LanguageModel.random(CONFIG, POLICY)
+    spread = LanguageModel.random(CONFIG, POLICY, mesh="fsdp=2,tensor=2", rules="train")
+    lora = Lora(2, 4.0, ("*/experts/*", "*/attn/wq_b", "head"))
+    results = []
+    for model in (alone, spread):
+        network = with_lora(model.network, lora)
+        state = lora_state(network, model.parameters, 0, AdamW())
+        factors = random_factors(network)
+        if model is spread:
+            everywhere = state.trained[LORA]["head"]["a"].sharding
+            assert everywhere.is_fully_replicated and len(everywhere.device_set) == 4
+            factors = jax.device_put(factors, everywhere)
+        results.append(merged(network, {**state.fixed, LORA: factors}))
+    for one, other, before in zip(*map(jax.tree.leaves, [*results, spread.parameters]), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6)
+        assert other.sharding.is_equivalent_to(before.sharding, other.ndim)

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from dsv4_jax.language_model import LanguageModel
+from dsv4_jax.model.training_mode import TrainingMode
 from dsv4_jax.numerics.policy import Policy
 from dsv4_jax.training.data import Batch
 from dsv4_jax.training.optimizer import AdamW, merge_params, split_trainable
@@ -39,7 +40,8 @@ def losses_and_gradients(lm, batch):
     @jax.jit
     def run(trained, fixed, batch):
         def loss(trained):
-            parts, report = forward_losses(lm.network.holding(merge_params(trained, fixed)), batch)
+            model = lm.network.holding(merge_params(trained, fixed))
+            parts, report = forward_losses(model, batch, TrainingMode(index_loss=True))
             return parts.total(), (parts, report)
 
         return jax.value_and_grad(loss, has_aux=True)(trained)
@@ -74,7 +76,11 @@ def wanted():
 )
 def test_losses_gradients_and_loads(wanted, mesh):
     spread = LanguageModel.random(CONFIG, Policy.of("float32"), mesh=mesh, rules="train")
-    (loss, (parts, report)), gradients = losses_and_gradients(spread, packed())
+    compare(losses_and_gradients(spread, packed()), wanted)
+
+
+def compare(found, wanted):
+    (loss, (parts, report)), gradients = found
     (other_loss, (other_parts, other_report)), others = wanted
     np.testing.assert_allclose(loss, other_loss, rtol=1e-6)
     np.testing.assert_allclose(parts, other_parts, rtol=1e-5)

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from dsv4_jax.config import tiny
+from dsv4_jax.config import DSpark, tiny
 from dsv4_jax.model.initial import Network
 from dsv4_jax.numerics.policy import Policy
 from dsv4_jax.training.optimizer import (
@@ -52,6 +52,15 @@ def test_router_bias_and_hash_tables_are_left_out_and_nothing_is_lost(shapes):
     assert paths(merge_params(fixed, trained)) == paths(shapes)
     with pytest.raises(ValueError, match="bias"):
         merge_params(fixed, fixed)
+
+
+def test_a_dspark_head_is_left_alone():
+    config = tiny(num_nextn_predict_layers=0, dspark=DSpark(5, 0, (4, 5, 6), 4))
+    params = Network(config, Policy.of("float32")).shapes()
+    trained, fixed = split_trainable(params)
+    assert "dspark" not in trained and jax.tree.structure(fixed["dspark"]) == jax.tree.structure(
+        params["dspark"]
+    )
 
 
 @pytest.mark.parametrize("shape", ["linear", "cosine"])

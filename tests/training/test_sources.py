@@ -143,6 +143,11 @@ def test_parquet_columns(tmp_path, tokenizer):
         all_documents(ParquetFiles(files, "n"), tokenizer)
     with pytest.raises(DataError, match="more than max_bytes=10;"):
         all_documents(ParquetFiles(files, max_bytes=10), tokenizer)
+    latin = pyarrow.array([b"caf\xe9"]).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"text": latin}), tmp_path / "latin.parquet")
+    with pytest.raises(DataError, match="latin.parquet, row 1: is not UTF-8 .byte 3"):
+        all_documents(ParquetFiles((f"{tmp_path}/latin.parquet",)), tokenizer)
+    (tmp_path / "latin.parquet").unlink()
     (tmp_path / "c.parquet").write_bytes(b"PAR1 and nothing else")
     with pytest.raises(DataError, match="c.parquet: is no Parquet file"):
         all_documents(ParquetFiles(files), tokenizer)

@@ -69,7 +69,7 @@ def arguments_of(parameters: Iterable[Parameter], schema: Mapping[str, Any]) -> 
         last[parameter.name] = parameter
     if (whole := _unwrapped(last, schema)) is not None:
         return whole, repeated
-    pairs = (f"{json_text(name)}: {_value(parameter)}" for name, parameter in last.items())
+    pairs = (f"{json_text(name)}: {argument_json(parameter)}" for name, parameter in last.items())
     return "{" + ", ".join(pairs) + "}", repeated
 
 
@@ -90,7 +90,8 @@ def name_problem(name: str) -> str | None:
     return f"a name of an argument may not hold {' '.join(map(repr, found))}" if found else None
 
 
-def _value(parameter: Parameter) -> str:
+def argument_json(parameter: Parameter) -> str:
+    """The JSON text of a value: of a string, and of what should be JSON and is not, a JSON string."""
     if parameter.is_string is not True and (literal := _valid_json(parameter.value)) is not None:
         return literal
     return json_text(parameter.value)

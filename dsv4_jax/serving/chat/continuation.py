@@ -9,6 +9,7 @@ import numpy as np
 from dsv4_jax.arguments import capacity
 from dsv4_jax.inference import generate, steps
 from dsv4_jax.inference.sampling import NO_TOKEN, checked_sampling, request_keys
+from dsv4_jax.model.geometry import allocated_length
 
 if TYPE_CHECKING:
     from dsv4_jax.language_model import LanguageModel
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
 class Continuation:
     """Continues prompts, one after the other, and computes only what the cache does not hold.
 
-    The cache is used again where a prompt begins with everything that it holds: the last prompt and the tokens
-    that were drawn. Otherwise, as after reasoning that the next prompt leaves out, it is filled anew.
+    The cache is used again where a prompt begins with everything that it holds: the last prompt and the
+    tokens that were drawn. Otherwise, as after reasoning that the next prompt leaves out, it is filled anew.
 
     Attributes:
         num_reused: tokens of the last prompt that were in the cache.
@@ -57,7 +58,7 @@ class Continuation:
             or list(prompt[: len(held)]) != held
             or len(prompt) == len(held)
         ):
-            self._room = min(2 * needed, model.config.max_position_embeddings)
+            self._room = allocated_length(model.config, needed)  # all that its arrays hold
             cache, held = model.new_cache(1, self._room), []
         self.num_reused = len(held)
         put = model.network.put

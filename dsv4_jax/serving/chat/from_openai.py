@@ -6,7 +6,6 @@ Problems are collected with the path of each, so that a client sees all of them 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dsv4_jax.errors import ProblemsError
 from dsv4_jax.serving.chat import control
 from dsv4_jax.serving.chat.messages import (
     ROLES,
@@ -21,13 +20,17 @@ from dsv4_jax.serving.chat.messages import (
     placed,
 )
 from dsv4_jax.serving.chat.profile import Profile
-from dsv4_jax.serving.chat.wire import MAX_CALLS, MAX_MESSAGES, MAX_SCHEMA_CHARS, MAX_TOOLS, Problems, kind
+from dsv4_jax.serving.chat.wire import (
+    MAX_CALLS,
+    MAX_MESSAGES,
+    MAX_SCHEMA_CHARS,
+    MAX_TOOLS,
+    Problems,
+    RequestError,
+    kind,
+)
 
 _THINKING_KEYS = ("thinking", "enable_thinking")
-
-
-class RequestError(ProblemsError):
-    """A request that is refused, with every problem as `path: what is wrong`."""
 
 
 def conversation_from_openai(
@@ -58,6 +61,12 @@ def conversation_from_openai(
         raise RequestError("the request cannot be used", problems)
     if choice == "none":
         tools = ()
+    if thinking and tools:  # reasoning of earlier turns is then part of the prompt
+        warnings += [
+            f"messages[{index}].reasoning_content: missing beside tool calls; rendered as empty"
+            for index, message in enumerate(messages)
+            if message.role == "assistant" and message.tool_calls and message.reasoning is None
+        ]
     return Conversation(
         messages=tuple(placed(messages, tools, schema)),
         thinking=thinking,
@@ -81,20 +90,6 @@ def messages_from_openai(
     return messages
 
 
-def message_to_openai(message: Message) -> dict[str, Any]:
-    """An assistant's, user's or system message of texts in OpenAI's form, as `/save` writes it."""
-    content = "\n\n".join(part.text for part in message.parts if isinstance(part, Text))
-    result: dict[str, Any] = {"role": message.role, "content": content}
-    if message.reasoning is not None:
-        result["reasoning_content"] = message.reasoning
-    if message.tool_calls:
-        result["tool_calls"] = [
-            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-            for call in message.tool_calls
-        ]
-    return result
-
-
 def read_messages(
     values: object, problems: Problems, warnings: list[str], *, developer_turns: bool
 ) -> list[Message]:
@@ -106,7 +101,7 @@ def read_messages(
     for index, value in enumerate(array):
         path = f"messages[{index}]"
         raw = problems.object(path, value)
-        role = problems.one_of(f"{path}.role", raw.get("role"), ROLES) if raw else None
+        role = problems.one_of(f"{path}.role", raw.get("role"), ROLES) if raw is not None else None
         if role is None:
             continue
         if role == "developer" and not developer_turns:
@@ -143,7 +138,7 @@ def read_tools(path: str, values: object, problems: Problems) -> list[Tool]:
     for index, value in enumerate(problems.array(path, values, MAX_TOOLS)):
         where = f"{path}[{index}]"
         raw = problems.object(where, value)
-        if not raw:
+        if raw is None:
             continue
         problems.one_of(f"{where}.type", raw.get("type", "function"), ("function",))
         tool = problems.tool(f"{where}.function", raw.get("function"))
@@ -204,8 +199,8 @@ def _assistant(path: str, raw: Mapping[str, Any], task: str | None, problems: Pr
 
 def _call(path: str, value: object, problems: Problems) -> ToolCall:
     raw = problems.object(path, value)
-    function = problems.object(f"{path}.function", raw.get("function")) if raw else {}
-    if not function:
+    function = None if raw is None else problems.object(f"{path}.function", raw.get("function"))
+    if raw is None or function is None:
         return ToolCall(None, "?", "")
     name = problems.name(f"{path}.function.name", function.get("name"))
     id = raw.get("id")
@@ -233,7 +228,7 @@ def text_parts(path: str, value: object, problems: Problems) -> tuple[Text, ...]
     for index, each in enumerate(value):
         where = f"{path}[{index}]"
         raw = problems.object(where, each)
-        if raw and problems.one_of(f"{where}.type", raw.get("type"), ("text",)):
+        if raw is not None and problems.one_of(f"{where}.type", raw.get("type"), ("text",)):
             parts.append(Text(problems.text(f"{where}.text", raw.get("text"))))
     return tuple(parts)
 
@@ -246,7 +241,7 @@ def result_parts(path: str, value: object, problems: Problems) -> tuple[Text | U
     for index, each in enumerate(value):
         where = f"{path}[{index}]"
         raw = problems.object(where, each)
-        if not raw:
+        if raw is None:
             continue
         kind_of_part = problems.text(f"{where}.type", raw.get("type"))
         if kind_of_part == "text":
@@ -265,10 +260,12 @@ def _tool_choice(value: object, tools: Sequence[Tool], problems: Problems) -> An
             problems.say("tool_choice", "required needs tools")
         return choice
     raw = problems.object("tool_choice", value)
-    if not raw:
+    if raw is None:
         return None
     problems.one_of("tool_choice.type", raw.get("type"), ("function",))
     function = problems.object("tool_choice.function", raw.get("function"))
+    if function is None:
+        return None
     name = function.get("name")
     if name not in [tool.name for tool in tools]:
         problems.say("tool_choice.function.name", "is no name of a tool of this request")
@@ -279,14 +276,16 @@ def _response_format(value: object, problems: Problems) -> tuple[Any, Any]:
     if value is None:
         return "text", None
     raw = problems.object("response_format", value)
-    if not raw:
+    if raw is None:
         return "text", None
     form = problems.one_of("response_format.type", raw.get("type"), ("text", "json_object", "json_schema"))
     if form != "json_schema":
         return form or "text", None
     where = "response_format.json_schema"
     inner = problems.object(where, raw.get("json_schema"))
-    schema = problems.json(f"{where}.schema", problems.object(f"{where}.schema", inner.get("schema")))
+    schema = None if inner is None else problems.object(f"{where}.schema", inner.get("schema"))
+    if schema is not None:
+        schema = problems.json(f"{where}.schema", schema)
     if schema is not None and len(json_text(schema)) > MAX_SCHEMA_CHARS:
         problems.say(f"{where}.schema", f"is larger than {MAX_SCHEMA_CHARS} characters")
     return form, schema
@@ -297,15 +296,16 @@ def _thinking(body: Mapping[str, Any], profile: Profile, problems: Problems) -> 
     asked = body.get("reasoning_effort")
     if asked is not None:
         try:
-            thinking, effort = profile.effort(asked if isinstance(asked, str) else repr(asked))
+            thinking, effort = profile.effort(asked)
         except ValueError as error:
             problems.say("reasoning_effort", str(error))
     if (value := body.get("thinking")) is not None:
         raw = problems.object("thinking", value)
-        switch = problems.one_of("thinking.type", raw.get("type"), ("enabled", "disabled")) if raw else None
-        thinking = thinking and switch != "disabled"
+        if raw is not None:
+            switch = problems.one_of("thinking.type", raw.get("type"), ("enabled", "disabled"))
+            thinking = thinking and switch != "disabled"
     if (value := body.get("chat_template_kwargs")) is not None:
-        for key, flag in problems.object("chat_template_kwargs", value).items():
+        for key, flag in (problems.object("chat_template_kwargs", value) or {}).items():
             if key not in _THINKING_KEYS:
                 problems.say("chat_template_kwargs", f"only {' and '.join(_THINKING_KEYS)} are accepted")
                 continue

@@ -9,7 +9,7 @@ answer, in which the arguments of a call are always JSON and content never holds
 import collections
 import enum
 import secrets
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 
 from dsv4_jax.serving.chat import control
 from dsv4_jax.serving.chat.answer import (
@@ -18,11 +18,9 @@ from dsv4_jax.serving.chat.answer import (
     Finish,
     FinishReason,
     ReasoningDelta,
-    ToolArguments,
-    ToolStart,
 )
-from dsv4_jax.serving.chat.call_values import Parameter, arguments_of
 from dsv4_jax.serving.chat.messages import Tool
+from dsv4_jax.serving.chat.open_call import OpenCall
 from dsv4_jax.serving.chat.stops import StopStrings
 from dsv4_jax.serving.chat.tags import Kind, Tag, TagReader
 
@@ -62,11 +60,14 @@ class AnswerParser:
         tools: that may be called.
         stops: strings that end the turn, outside of reasoning and calls.
         by_ids: whether `TOKEN_OF` marks come with the text (see `tags.TagReader`).
+        stream_arguments: give string values out while they are written, instead of a call at its end. A call
+            that is cut is then there, with incomplete JSON, and the turn finishes with "length".
         max_calls: calls of a turn that are given out; more are dropped.
         new_id: makes the ids of calls.
 
     Attributes:
         recoveries: kind of deviation -> how often it was mended.
+        stop: the stop string that ended the turn, if one did.
     """
 
     def __init__(
@@ -76,10 +77,12 @@ class AnswerParser:
         tools: Sequence[Tool] = (),
         stops: Sequence[str] = (),
         by_ids: bool = False,
+        stream_arguments: bool = False,
         max_calls: int = MAX_CALLS,
         new_id: Callable[[], str] = call_id,
     ) -> None:
         self.recoveries: collections.Counter[str] = collections.Counter()
+        self.stop: str | None = None
         self._tools = {tool.name: tool for tool in tools}
         self._stops = StopStrings(stops)
         self._max_calls, self._new_id = max_calls, new_id
@@ -92,10 +95,9 @@ class AnswerParser:
         self._tail = ""  # of the content
         self._num_calls = 0
         self._swallowed = False  # a block without calls stood after the newlines that are held back
-        self._name = ""
-        self._parameters: list[Parameter] = []
-        self._parameter: tuple[str | None, bool | None] = (None, None)
-        self._value: list[str] = []
+        self._stream_arguments = stream_arguments
+        self._call: OpenCall | None = None
+        self._gave_calls = False
         # A block that may turn out to be prose: where it began, its text, its text without tags.
         self._doubt: State | None = None
         self._held: list[str] = []
@@ -136,8 +138,7 @@ class AnswerParser:
     def _break(self) -> None:
         """After a fault: what was read and not given out becomes content, and so does all that follows."""
         self.recoveries["parser_error"] += 1
-        values = [parameter.value for parameter in self._parameters] + self._value
-        lost = "".join(self._held_words if self._doubt else values if self._state in _IN_CALL else [])
+        lost = "".join(self._held_words) if self._doubt else self._call.texts() if self._call else ""
         self._doubt, self._state = None, State.BROKEN
         self._say_content("\n" * self._newlines + lost + self._now + self._reader.rest())
         self._newlines = 0
@@ -167,7 +168,7 @@ class AnswerParser:
             self._prose(text)
         elif state is State.VALUE:
             self._hold(text, text)
-            self._value.append(text)
+            self._give(self._call.more(text))
         elif self._doubt is not None:
             self._hold(text, text)
             if text.strip(" \t\r\n>" if state is State.BEFORE_CALLS else None):
@@ -207,10 +208,10 @@ class AnswerParser:
         window = (self._tail + text).replace(control.DSML, control.DSML[:-1] + " ")
         text = window[len(self._tail) :]
         self._tail = window[1 - len(control.DSML) :]
-        shown, stopped = self._stops.add(text)
+        shown, self.stop = self._stops.add(text)
         if shown:
             self._events.append(ContentDelta(shown))
-        if stopped:
+        if self.stop is not None:
             self._newlines = 0
             self._end("stop")
 
@@ -298,38 +299,41 @@ class AnswerParser:
         if tag.kind in closing or (tag.kind is Kind.PARAMETER and tag.name is not None):
             if tag.kind is Kind.END_PARAMETER:
                 self._hold(tag.raw)
-                self._end_value("".join(self._value))
+                self._end_value(cut=False)
             else:
                 self.recoveries["unclosed_parameter"] += 1
-                self._end_value("".join(self._value).removesuffix("\n"))
-                self._in_arguments(tag)
+                self._end_value(cut=True)
+                if self._state is not State.END:
+                    self._in_arguments(tag)
         else:
             self._hold(tag.raw)
-            self._value.append(tag.raw)
+            self._give(self._call.more(tag.raw))
 
     # ---- calls -------------------------------------------------------------------------------------
 
     def _begin_call(self, tag: Tag) -> None:
-        self._name, self._parameters = tag.name or "", []
+        tool = self._tools.get(tag.name)
+        if tool is not None and self._num_calls >= self._max_calls:
+            self.recoveries["calls_beyond_limit"] += 1
+            tool = None
+        elif tool is None:
+            self.recoveries["undeclared_call"] += 1
+        streams = self._stream_arguments and self._doubt is None
+        self._call = OpenCall(tag.name or "", tool, self._num_calls, self._new_id, streams)
         self._state = State.ARGUMENTS
 
     def _begin_value(self, tag: Tag) -> None:
-        self._parameter, self._value = (tag.name, tag.is_string), []
         self._state = State.VALUE
+        self._give(self._call.begin(tag.name, tag.is_string))
 
-    def _end_value(self, value: str) -> None:
-        name, is_string = self._parameter
-        if name is None:
-            self.recoveries["parameter_without_name"] += 1
-        else:
-            self._parameters.append(Parameter(name, value, is_string))
-        self._value = []
+    def _end_value(self, cut: bool) -> None:
         self._state = State.ARGUMENTS
+        self._give(self._call.end_value(cut))
 
     def _end_call(self, tag: Tag) -> None:
         """A call is over, by its own end or by what can only come after it."""
         if self._doubt is not None:
-            if self._doubt is State.CONTENT and self._missing():
+            if self._doubt is State.CONTENT and self._call.missing:
                 self._was_prose(tag)
                 return
             kind = "calls_in_reasoning" if self._doubt is State.REASONING else "calls_without_block"
@@ -339,36 +343,31 @@ class AnswerParser:
         if tag.kind is not Kind.END_INVOKE:
             self.recoveries["unclosed_call"] += 1
         if self._state is not State.END:
+            self._state = State.BETWEEN_CALLS
             self._give_call()
-        if self._state is State.END:  # a stop string among the newlines before the call
-            return
-        self._state = State.BETWEEN_CALLS
-        if tag.kind is not Kind.END_INVOKE:
+        if tag.kind is not Kind.END_INVOKE and self._state is not State.END:
             self._around_calls(tag)
 
-    def _missing(self) -> bool:
-        required = self._tools[self._name].parameters.get("required")
-        given = {parameter.name for parameter in self._parameters}
-        return isinstance(required, Collection) and any(name not in given for name in required)
-
     def _give_call(self) -> None:
-        tool = self._tools.get(self._name)
-        if tool is None:
-            self.recoveries["undeclared_call"] += 1
-            return
-        if self._num_calls == self._max_calls:
-            self.recoveries["calls_beyond_limit"] += 1
-            return
-        arguments, repeated = arguments_of(self._parameters, tool.parameters)
-        if repeated:
-            self.recoveries["repeated_parameter"] += repeated
-        if not self._num_calls:
+        """The rest of the call, all of it unless it was given out while it was written."""
+        call = self._call
+        self._give(call.end())
+        for kind, count in (("repeated_parameter", call.repeated), ("parameter_without_name", call.nameless)):
+            if count:
+                self.recoveries[kind] += count
+        self._num_calls += call.tool is not None and self._state is not State.END
+        self._call = None
+
+    def _give(self, events: list[Event]) -> None:
+        """Events of a call; before the first of them the text before the calls ends."""
+        if events and not self._gave_calls:
+            self._gave_calls = True
+            state = self._state
             self._drop_joiner(State.CONTENT)
-            if self._state is State.END:
+            if self._state is State.END:  # a stop string among the newlines before the call
                 return
-        self._events.append(ToolStart(self._num_calls, self._new_id(), self._name))
-        self._events.append(ToolArguments(self._num_calls, arguments))
-        self._num_calls += 1
+            self._state = state
+        self._events += events
 
     def _drop_joiner(self, channel: State) -> None:
         """Of the newlines that are held back, those before the calls go; the others belong to the text."""
@@ -406,7 +405,7 @@ class AnswerParser:
         text = "".join(self._held if self._doubt is State.REASONING else self._held_words)
         if self._doubt is State.CONTENT:
             self.recoveries["stray_markup"] += 1
-        self._doubt, self._held, self._held_words, self._value = None, [], [], []
+        self._doubt, self._held, self._held_words, self._call = None, [], [], None
         self._prose(text)
         if tag is not None and self._state is not State.END:
             self._on_tag(tag)
@@ -422,6 +421,8 @@ class AnswerParser:
             self._was_prose()
         elif cut and (self._doubt is not None or self._state in _IN_CALL):
             self.recoveries["cut_call"] += 1
+        if cut and reason == "stop" and self._call is not None and self._call.started:
+            reason = "length"
         if self._swallowed:
             self._newlines = max(0, self._newlines - JOINER)
         if self._state in _PROSE:

@@ -78,7 +78,7 @@ class Profile:
     aliases: Mapping[str, str]
     default_effort: str = "high"
 
-    def effort(self, asked: str | None) -> tuple[bool, str]:
+    def effort(self, asked: object) -> tuple[bool, str]:
         """(whether to think, effort) for what a client asked for; None asks for nothing.
 
         Raises:
@@ -88,10 +88,11 @@ class Profile:
             return True, self.default_effort
         if asked == NO_THINKING:
             return False, self.default_effort
-        if asked not in self.aliases:
-            known = ", ".join([NO_THINKING, *self.aliases])
-            raise ValueError(f"{shown(asked)} must be one of {known}")
-        return True, self.aliases[asked]
+        if isinstance(asked, str) and asked in self.aliases:
+            return True, self.aliases[asked]
+        known = ", ".join([NO_THINKING, *self.aliases])
+        said = f"{shown(asked)} must be" if isinstance(asked, str) else "must be"
+        raise ValueError(f"{said} one of {known}")
 
 
 _D = control.DSML

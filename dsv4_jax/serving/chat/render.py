@@ -125,24 +125,24 @@ def _problems(messages: Sequence[Message], profile: Profile, effort: str) -> lis
 def _merged(messages: Iterable[Message]) -> list[Message]:
     """Results of tools and texts of users that follow each other are one turn; results are in the order of
     the calls that they answer."""
-    merged: list[Message] = []
+    turns: list[tuple[Message, list, dict[str, int]]] = []  # first message, all parts, places of the calls
     order: dict[str, int] = {}
     for message in messages:
+        before = turns[-1][0] if turns and turns[-1][0].role == "user" else None
         if message.role not in ("user", "tool"):
             if message.role == "assistant" and message.tool_calls:
                 order = {call.id: place for place, call in enumerate(message.tool_calls) if call.id}
-            merged.append(message)
-            continue
-        before = merged[-1] if merged and merged[-1].role == "user" else None
-        if before is None or (message.role == "user" and before.task is not None):
-            merged.append(dataclasses.replace(message, role="user"))
-            before = merged.pop()
-            parts = before.parts
+            turns.append((message, list(message.parts), order))
+        elif before is None or (message.role == "user" and before.task is not None):
+            turns.append((dataclasses.replace(message, role="user"), list(message.parts), order))
         else:
-            merged.pop()
-            parts = before.parts + message.parts
-        merged.append(dataclasses.replace(before, parts=_in_order_of_calls(parts, order)))
-    return merged
+            turns[-1][1].extend(message.parts)
+    return [
+        dataclasses.replace(first, parts=_in_order_of_calls(tuple(parts), places))
+        if first.role == "user"
+        else first
+        for first, parts, places in turns
+    ]
 
 
 def _in_order_of_calls(parts: tuple, order: dict[str, int]) -> tuple:

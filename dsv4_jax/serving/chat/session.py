@@ -7,6 +7,7 @@ from dsv4_jax.errors import ProblemsError
 from dsv4_jax.serving.chat import render
 from dsv4_jax.serving.chat.answer import Event, FinishReason, answer_of
 from dsv4_jax.serving.chat.continuation import Continuation
+from dsv4_jax.serving.chat.headings import prompt_pieces
 from dsv4_jax.serving.chat.manner import Manner
 from dsv4_jax.serving.chat.messages import Message, text_message
 from dsv4_jax.serving.chat.parser import AnswerParser
@@ -51,6 +52,7 @@ class ChatSession:
         )
         self._first = [] if system is None else [text_message("system", system)]
         self._continuation = Continuation(model)
+        self._most_tokens = model.config.max_position_embeddings
         self._num_answers = 0
         self.messages: list[Message] = list(self._first)
 
@@ -75,8 +77,12 @@ class ChatSession:
         manner = self.manner
         asked = [*self.messages, text_message("user", words)]
         how = {"thinking": manner.thinking, "effort": manner.effort}
-        pieces = render.render(asked, self.profile, **how)
+        pieces = prompt_pieces(self.tokenizer, asked, self.profile, **how)
         ids = prompt_ids(self.tokenizer, pieces)
+        left = self._most_tokens - len(ids)
+        if left < 1:
+            problem = f"the conversation makes {len(ids)} tokens; the model holds at most {self._most_tokens}"
+            raise ProblemsError("cannot answer", [problem])
         parser = AnswerParser(reasoning=render.starts_reasoning(pieces), by_ids=self.tokenizer.knows_thinking)
         reader = AnswerTokens(self.tokenizer, parser)
         said: list[Event] = []
@@ -84,7 +90,7 @@ class ChatSession:
         seed = (manner.seed + self._num_answers) % MAX_SEED
         sampling = {"temperature": manner.temperature, "top_p": manner.top_p, "seed": seed}
         try:
-            for token in self._continuation.stream(ids, manner.max_new_tokens, **sampling):
+            for token in self._continuation.stream(ids, min(left, manner.max_new_tokens), **sampling):
                 events = reader.add([token])
                 said += events
                 yield from events

@@ -15,18 +15,19 @@ class StopStrings:
         self._longest = max(map(len, self._stops), default=0)
         self._held = ""
 
-    def add(self, text: str) -> tuple[str, bool]:
-        """(text that can be shown, whether a stop string has ended it)."""
+    def add(self, text: str) -> tuple[str, str | None]:
+        """(text that can be shown, the stop string that has ended it or None)."""
         if not self._stops:
-            return text, False
+            return text, None
         window = self._held + text
-        found = [(at + len(stop), at) for stop in self._stops if (at := window.find(stop)) >= 0]
+        found = [(at + len(stop), at, stop) for stop in self._stops if (at := window.find(stop)) >= 0]
         if found:
             self._held = ""
-            return window[: min(found)[1]], True
+            _, at, stop = min(found)
+            return window[:at], stop
         kept = len(window) - self._length_of_beginning(window)
         self._held = window[kept:]
-        return window[:kept], False
+        return window[:kept], None
 
     def flush(self) -> str:
         """What was held back, because no stop string can come of it any more."""

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dsv4_jax.errors import ProblemsError
 from dsv4_jax.reading.strict_json import shown
 from dsv4_jax.serving.chat import call_values
 from dsv4_jax.serving.chat.messages import Tool
@@ -14,7 +15,12 @@ MAX_TOOLS = 128
 MAX_CALLS = 128
 MAX_SCHEMA_CHARS = 256 * 1024
 MAX_NAME_CHARS = 64
+MAX_INTEGER_BITS = 14_000  # Python writes and reads integers of up to 4300 digits
 _NAME_CHARS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_.-")
+
+
+class RequestError(ProblemsError):
+    """A request that is refused, with every problem as `path: what is wrong`."""
 
 
 class Problems(list):
@@ -36,11 +42,11 @@ class Problems(list):
             return default
         return value
 
-    def object(self, path: str, value: object) -> Mapping[str, Any]:
+    def object(self, path: str, value: object) -> Mapping[str, Any] | None:
         if isinstance(value, Mapping):
             return value
         self.say(path, f"must be an object, not {kind(value)}")
-        return {}
+        return None
 
     def array(self, path: str, value: object, most: int | None = None) -> Sequence[Any]:
         if not isinstance(value, (list, tuple)):
@@ -62,7 +68,11 @@ class Problems(list):
     def one_of(self, path: str, value: object, allowed: Sequence[str]) -> str | None:
         if isinstance(value, str) and value in allowed:
             return value
-        self.say(path, f"{shown(value)} must be one of {', '.join(allowed)}")
+        words = ", ".join(allowed)
+        if isinstance(value, str):
+            self.say(path, f"{shown(value)} must be one of {words}")
+        else:
+            self.say(path, f"must be one of {words}, not {kind(value)}")
         return None
 
     def json(self, path: str, value: object) -> Any:
@@ -102,7 +112,9 @@ class Problems(list):
     def tool(self, path: str, function: object, schema_key: str = "parameters") -> Tool:
         """A tool whose description is `function`; `schema_key` is how its schema is called in paths."""
         before = len(self)
-        found = dict(self.object(path, function))
+        found = self.object(path, function)
+        if found is None:
+            return Tool({"name": "?"})
         self.name(f"{path}.name", found.get("name"))
         if found.get("description") is not None:
             self.text(f"{path}.description", found["description"])
@@ -111,7 +123,7 @@ class Problems(list):
             self.say(f"{path}.{schema_key}", f"must be an object, not {kind(parameters)}")
         if len(self) == before:
             self.json(path, found)
-        return Tool(found if len(self) == before else {"name": "?"})
+        return Tool(dict(found) if len(self) == before else {"name": "?"})
 
 
 def json_problem(value: object) -> str | None:
@@ -134,6 +146,8 @@ def json_problem(value: object) -> str | None:
             elif isinstance(each, float):
                 if not math.isfinite(each):
                     return "holds a number that is not finite"
+            elif isinstance(each, int) and each.bit_length() > MAX_INTEGER_BITS:
+                return "holds an integer of more digits than are accepted"
             elif each is not None and not isinstance(each, (bool, int)):
                 return f"holds {kind(each)}, which is no JSON"
         level = below

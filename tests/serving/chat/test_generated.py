@@ -11,10 +11,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dsv4_jax.serving.chat import answer, control, from_openai, messages, parser, render
+from dsv4_jax.serving.chat import answer, control, from_openai, messages, parser, render, tokens
 from dsv4_jax.serving.chat.messages import Message, Text, Tool, ToolCall
 from dsv4_jax.serving.chat.profile import OWN
+from tests.serving.chat import official
 from tests.serving.chat.composed import composed
+from tests.serving.chat.official import needs_tokenizer
 from tests.serving.chat.turns import CORPUS, Read, block, invoke, parameter
 
 SHRINKING = settings(max_examples=100, deadline=None, database=None, suppress_health_check=list(HealthCheck))
@@ -159,9 +161,9 @@ def is_read_back(draw):
     pieces = render.render([*history, turn], OWN, thinking=thinking)
     written = render.text_of(pieces).removeprefix(before)
     assert written.endswith(control.EOS)
-    read = Read(
-        [written[at : at + size] for at in range(0, len(written), size)], reasoning=thinking, tools=DECLARED
-    )
+    pieces = [written[at : at + size] for at in range(0, len(written), size)]
+    how = {"reasoning": thinking, "tools": DECLARED, "stream_arguments": draw.random() < 0.5}
+    read = Read(pieces, **how)
     assert read.answer.message() == turn and read.recoveries == {}
     assert read.answer.finish_reason == ("tool_calls" if calls else "stop")
 
@@ -177,6 +179,33 @@ def test_answers_are_read_back(number):
 @given(RANDOM)
 def test_answers_are_read_back_small(draw):
     is_read_back(draw)
+
+
+def is_gone_on_with(draw, tokenizer):
+    thinking = draw.random() < 0.6
+    calls = tuple(ToolCall(str(i), *call) for i, call in enumerate(calls_of(draw)))
+    content = words(draw).rstrip("\n" if calls else "")
+    turn = Message("assistant", (Text(content),) if content else (), words(draw) if thinking else None, calls)
+    history = messages.placed([messages.text_message("user", words(draw) + ".")], DECLARED)
+    before = render.render(history, OWN, thinking=thinking)
+    written = render.render([*history, turn], OWN, thinking=thinking)
+    assert written[: len(before)] == before
+    generated = tokens.prompt_ids(tokenizer, written[len(before) :])
+    reader = parser.AnswerParser(reasoning=thinking, tools=DECLARED, by_ids=True)
+    answered = answer.answer_of(tokens.AnswerTokens(tokenizer, reader).add(generated)).message()
+    later = render.render(
+        [*history, answered, messages.text_message("user", words(draw))], OWN, thinking=thinking
+    )
+    expected = tokens.prompt_ids(tokenizer, before) + generated
+    assert tokens.prompt_ids(tokenizer, later)[: len(expected)] == expected
+
+
+@needs_tokenizer
+def test_prompts_go_on_with_the_tokens_that_were_generated():
+    """What a kept cache holds is the beginning of the next prompt."""
+    draw = random.Random(0)
+    for _ in range(300):
+        is_gone_on_with(draw, official.real_tokenizer())
 
 
 WELL_FORMED = "x\n\n" + block(
@@ -202,16 +231,24 @@ def survives(draw):
     text = mutated(draw)
     reasoning, reason = draw.random() < 0.5, draw.choice(["stop", "length", "abort"])
     stops = draw.choice([(), (), ("x", "\n\n"), ("Paris", "aris<")])
-    how = {"reasoning": reasoning, "reason": reason, "stops": stops}
+    streams = draw.random() < 0.5
+    how = {"reasoning": reasoning, "reason": reason, "stops": stops, "stream_arguments": streams}
     whole = Read([text], **how)
     places = [0, *sorted(draw.randrange(len(text) + 1) for _ in range(draw.randrange(6))), len(text)]
     pieces = [text[a:b] for a, b in zip(places, places[1:], strict=False)]
     assert Read(pieces, **how).all() == whole.all()
     assert Read(list(text), **how).all() == whole.all()
     assert control.DSML not in (whole.answer.content or "") and "parser_error" not in whole.recoveries
-    for call in whole.answer.tool_calls:
+    calls = whole.answer.tool_calls
+    if streams and whole.answer.finish_reason in ("length", "abort"):
+        calls = calls[:-1]  # the last one may be cut, and the reason says so
+    for call in calls:
         assert isinstance(json.loads(call.arguments), dict)
         assert call.name in ("f", "get_weather")
+    if streams and "repeated_parameter" not in whole.recoveries:
+        unstreamed = Read([text], **how | {"stream_arguments": False})
+        assert calls[: len(unstreamed.answer.tool_calls)] == unstreamed.answer.tool_calls[: len(calls)]
+        assert unstreamed.answer.content == whole.answer.content or len(calls) < len(whole.answer.tool_calls)
 
 
 @pytest.mark.parametrize("number", [1_500, MANY])

@@ -4,7 +4,7 @@ import hashlib
 
 import pytest
 
-from dsv4_jax.serving.chat import answer, from_openai, messages, parser, render, tokens
+from dsv4_jax.serving.chat import answer, from_openai, messages, parser, render, tokens, wire
 from dsv4_jax.serving.chat.messages import Text, ToolCall
 from dsv4_jax.serving.chat.profile import KNOWN
 from tests.serving.chat import official
@@ -24,7 +24,7 @@ def pieces_of(number: int, choice: str = "preview"):
     given, _ = official.golden(number)
     tools = []
     if isinstance(given, dict):
-        problems = from_openai.Problems()
+        problems = wire.Problems()
         tools = from_openai.read_tools("tools", given["tools"], problems)
         assert not problems
         given = given["messages"]
@@ -80,7 +80,7 @@ def parsed(text: str, tools=()) -> answer.Answer:
 
 def test_the_turns_of_the_first_example_are_read_back():
     given, text = official.golden(1)
-    tools = from_openai.read_tools("tools", given["tools"], from_openai.Problems())
+    tools = from_openai.read_tools("tools", given["tools"], wire.Problems())
     turns = [each.split("<｜User｜>")[0] for each in text.split("<｜Assistant｜><think>")[1:]]
     call = ToolCall("call_001", "get_weather", '{"location": "Beijing", "unit": "celsius"}')
     assert parsed(turns[0], tools) == answer.Answer(

@@ -88,7 +88,8 @@ def test_row_06_a_call_without_a_block_is_a_call_only_if_it_could_be_meant():
     missing = invoke("get_weather", parameter("days", "3", "false"))
     for text, tools in ((PARIS, ()), (invoke("nope", parameter("a", "b")), TOOLS), (missing, TOOLS)):
         got = read("x " + text, tools=tools)
-        assert got.calls == [] and "DSML" not in got.answer.content and got.answer.content.startswith("x ")
+        assert got.calls == [] and "DSML" not in got.answer.content
+        assert got.answer.content.split() in (["x", "Paris"], ["x", "b"], ["x", "3"])
     unclosed = read("x " + PARIS.removesuffix(END_INVOKE))
     assert unclosed.calls == [] and unclosed.answer.content.split() == ["x", "Paris"]
 
@@ -129,6 +130,17 @@ def test_row_10_empty_blocks_and_stray_ends_are_swallowed():
     assert got.answer.content == "a\n\n\nb" and got.answer.finish_reason == "stop"
     assert read(f"a{CLOSE}b{END_INVOKE}c{END_PARAMETER}d").answer.content == "abcd"
     assert read(f"a\n\n{OPEN}{CLOSE}").answer.content == "a"
+
+
+def test_removing_a_marker_leaves_no_other_behind():
+    for text in (
+        "<｜｜DSML｜DSML｜tool_calls>",
+        "｜DS｜DSML｜ML｜",
+        "｜DS｜DS｜DSML｜ML｜ML｜",
+        "｜DSML" * 3 + "｜" * 9,
+    ):
+        assert "｜DSML｜" not in read(f"a {text} b").answer.content
+    assert read("a ｜DS｜DSML｜ML｜ b").answer.content == "a ｜DSML  b"
 
 
 def test_row_11_text_after_the_calls_is_dropped_and_counted():
@@ -173,6 +185,51 @@ def test_row_14_nothing_of_a_call_comes_before_it_is_complete():
     assert [reader.feed(each) for each in text[: end - 1]] == [[]] * (end - 1)
     start, arguments = reader.feed(text[end - 1])
     assert (start.name, arguments.text) == ("f", '{"a": [1, 2]}')
+
+
+def streamed(text, **more):
+    return read(text, stream_arguments=True, **more)
+
+
+def test_row_14_strings_may_come_while_they_are_written_and_nothing_else():
+    text = block(invoke("f", parameter("a", 'x "\n', "true"), parameter("b", "[1, 2]", "false")))
+    reader = parser.AnswerParser(reasoning=False, tools=TOOLS, stream_arguments=True)
+    events = [(at, event) for at, each in enumerate(text) for event in reader.feed(each)]
+    came = {at: event.text for at, event in events if isinstance(event, answer.ToolArguments)}
+    start = text.index('x "')
+    assert came[start - 1] == '{"a": "'
+    assert [came.get(start + i, "") for i in range(4)] == ["x", " ", '\\"', ""]
+    pair = text.index(END_PARAMETER, text.index("[1, 2]")) + len(END_PARAMETER) - 1
+    assert came[pair] == ', "b": [1, 2]'
+    assert not any(text.index("[1, 2]") - 2 < at < pair for at in came)
+    assert streamed(text).calls == read(text).calls == [("f", '{"a": "x \\"\\n", "b": [1, 2]}')]
+
+
+@pytest.mark.parametrize("name", CORPUS)
+def test_streamed_arguments_are_those_of_the_whole_call(name):
+    text, reasoning = CORPUS[name]
+    whole, pieces = Read([text], reasoning=reasoning), streamed(text, reasoning=reasoning)
+    assert pieces.all() == whole.all()
+
+
+def test_streamed_calls_wait_where_they_must():
+    wrapped = block(invoke("get_weather", parameter("arguments", '{"location": "Paris"}')))
+    assert streamed(wrapped).calls == PARIS_CALL
+    both = block(invoke("get_weather", parameter("input", "x"), parameter("location", "Paris")))
+    assert streamed(both).calls == [("get_weather", '{"input": "x", "location": "Paris"}')]
+    orphan = streamed("x " + invoke("get_weather", parameter("days", "a")))
+    assert orphan.calls == []
+    twice = streamed(block(invoke("f", parameter("a", "1"), parameter("a", "2"))))
+    assert twice.calls == [("f", '{"a": "1"}')] and twice.recoveries == {"repeated_parameter": 1}
+    assert streamed(block(invoke("nope", parameter("a", "1")))).calls == []
+    assert streamed(block(invoke("f"))).calls == [("f", "{}")]
+
+
+@pytest.mark.parametrize("reason", ["stop", "length", "abort"])
+def test_a_streamed_call_that_is_cut_is_told_by_the_reason(reason):
+    cut = Read([block(invoke("f", parameter("a", "some words")))[:-60]], reason=reason, stream_arguments=True)
+    assert cut.calls == [("f", '{"a": "some words')] or cut.calls[0][1].startswith('{"a": "some')
+    assert cut.answer.finish_reason == ("abort" if reason == "abort" else "length")
 
 
 def test_row_15_a_long_argument_takes_linear_time():
@@ -272,7 +329,8 @@ def test_row_23_whatever_arrives_the_text_is_unicode():
 def test_row_24_stop_strings_end_content_and_nothing_else():
     text = "STOP</think>a STO b STOP c"
     got = read(text, reasoning=True, stops=["STOP"])
-    assert got.answer == answer.Answer("STOP", "a STO b ", (), "stop") and got.parser.ended
+    assert got.answer == answer.Answer("STOP", "a STO b ", (), "stop")
+    assert got.parser.ended and got.parser.stop == "STOP"
     assert read("ST</think>OP", reasoning=True, stops=["STOP"]).answer.content == "OP"
     inside = block(invoke("f", parameter("a", "STOP")))
     assert read("x STO\n\n" + inside, stops=["STOP"]).calls == [("f", '{"a": "STOP"}')]

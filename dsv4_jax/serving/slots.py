@@ -1,4 +1,4 @@
-"""The engine's compiled steps: draw and append a token a slot, and move a finished prompt into a slot.
+"""What the engine's slots draw with, and how requests come to slots and leave them.
 
 All shapes are fixed when the engine starts: nothing is compiled after that, whatever the requests ask for.
 Slots that serve nobody draw and append nothing.
@@ -12,14 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float32, Int32, Key, UInt32
 
-from dsv4_jax.inference.logit_rules import LogitRules, applied
-from dsv4_jax.inference.sampling import NO_TOKEN, keys_at, sample
+from dsv4_jax.inference.logit_rules import LogitRules
 from dsv4_jax.model import cache_rows
-from dsv4_jax.model import span as spans
 from dsv4_jax.model.cache import Cache
-from dsv4_jax.model.initial import Network
-from dsv4_jax.parameters import Parameters
-from dsv4_jax.serving.requests import MOST_BIASES, MOST_LOGPROBS, MOST_STOP_TOKENS, Sampling
+from dsv4_jax.serving.requests import MOST_BIASES, MOST_STOP_TOKENS, Sampling
 
 NO_STOP = -1
 """Fills up lists of stop tokens; no token has this id."""
@@ -36,6 +32,7 @@ class Slots(NamedTuple):
     stops: Int32[Array, "S stops"]  # filled up with NO_STOP
     stop_from: Int32[Array, "S"]  # position of the first token that may be a stop token
     last: Int32[Array, "S"]  # position of the last token to draw
+    history: Int32[Array, "S length"]  # all tokens by position, for drafts of lookup; length 0: not kept
     running: Bool[Array, "S"]
 
 
@@ -59,19 +56,8 @@ class NewSlot(NamedTuple):
     last: Int32[Array, ""]
 
 
-class Drawn(NamedTuple):
-    """What a step drew, S rows; of rows that were not running nothing means anything."""
-
-    token: Int32[Array, "S"]  # NO_TOKEN: the logits were no numbers
-    running: Bool[Array, "S"]  # drew a token in this step
-    stopped: Bool[Array, "S"]  # by a stop token
-    logprob: Float32[Array, "S"]
-    likeliest: Int32[Array, "S k"]
-    likeliest_logprobs: Float32[Array, "S k"]
-
-
-def empty_slots(num_slots: int, vocab_size: int) -> Slots:
-    """Slots that serve nobody."""
+def empty_slots(num_slots: int, vocab_size: int, history: int) -> Slots:
+    """Slots that serve nobody; `history`: tokens of each that are kept for drafts, or 0."""
     rows = functools.partial(jnp.zeros, (num_slots,))
     words = jnp.zeros((num_slots, 2), jnp.uint32)
     return Slots(
@@ -83,6 +69,7 @@ def empty_slots(num_slots: int, vocab_size: int) -> Slots:
         stops=jnp.full((num_slots, MOST_STOP_TOKENS), NO_STOP, jnp.int32),
         stop_from=rows(jnp.int32),
         last=rows(jnp.int32),
+        history=jnp.zeros((num_slots, history), jnp.int32),
         running=rows(bool),
     )
 
@@ -126,6 +113,12 @@ def place(
     bias = jnp.zeros((vocab_size,), jnp.float32).at[new.bias_ids].add(new.bias, mode="drop")
     seen = jnp.zeros((vocab_size,), bool).at[new.prompt].set(True, mode="drop")
     counts = jnp.zeros((vocab_size,), jnp.int32).at[new.output].add(1, mode="drop")
+    size = slots.history.shape[1]
+    place = jnp.arange(len(new.prompt), dtype=jnp.int32)
+    prompt_length = jnp.sum(new.prompt < vocab_size, dtype=jnp.int32)
+    # Ids that fill up are beyond the vocabulary: no draft is made of them before they are overwritten.
+    history = jnp.full((size,), vocab_size, jnp.int32).at[place].set(new.prompt, mode="drop")
+    history = history.at[prompt_length + place].set(new.output, mode="drop")
     values = Slots(
         logits[row],
         # As `sampling.request_keys` does for the first request of a seed.
@@ -136,52 +129,10 @@ def place(
         new.stops,
         new.stop_from,
         new.last,
+        history,
         jnp.bool_(True),
     )
     return cache, jax.tree.map(lambda every, one: every.at[slot].set(one), slots, values)
-
-
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=(2, 3))
-def decode(
-    network: Network, parameters: Parameters, cache: Cache, slots: Slots
-) -> tuple[Drawn, Cache, Slots]:
-    """One token for every running slot: drawn from its logits, appended, and the next logits."""
-    model = network.holding(parameters)
-    position, running = cache.length, slots.running
-    logits = slots.logits
-    stop_ids = jnp.where(slots.stops == NO_STOP, logits.shape[1], slots.stops)
-    too_early = position < slots.stop_from
-    rows = jnp.arange(len(position), dtype=jnp.int32)[:, None]
-
-    def without_stops(logits: jax.Array) -> jax.Array:
-        banned = logits.at[rows, stop_ids].set(-jnp.inf, mode="drop")
-        return jnp.where(too_early[:, None], banned, logits)
-
-    allowed = jax.lax.cond(jnp.any(too_early & running), without_stops, lambda x: x, logits)
-    allowed = applied(allowed, slots.rules, slots.temperature)
-    keys = keys_at(slots.requests, position)
-    token = sample(allowed, keys, jnp.where(running, slots.temperature, 0.0), slots.top_p)
-    ids = jnp.where(running, jnp.maximum(token, 0), 0)
-    of_all = jax.nn.log_softmax(logits, axis=-1)
-    likeliest_logprobs, likeliest = jax.lax.top_k(of_all, min(MOST_LOGPROBS, logits.shape[1]))
-    stopped = jnp.any(slots.stops == token[:, None], axis=1)
-    drawn = Drawn(
-        token,
-        running,
-        running & stopped,
-        jnp.take_along_axis(of_all, ids[:, None], axis=1)[:, 0],
-        likeliest.astype(jnp.int32),
-        likeliest_logprobs,
-    )
-    after = model(spans.appended(ids[:, None], position, running.astype(jnp.int32)), cache)
-    following = model.logits(model.hidden(after.streams))[:, 0]
-    ended = stopped | (position >= slots.last) | (token == NO_TOKEN)
-    slots = slots._replace(
-        logits=jnp.where(running[:, None], following, logits),
-        rules=slots.rules.counting(ids, running),
-        running=running & ~ended,
-    )
-    return drawn, after.cache, slots
 
 
 def new_slot(

@@ -1,0 +1,89 @@
+"""Numbers for Prometheus, under vLLM's names with our prefix. Labels never come from clients."""
+
+from collections.abc import Callable, Iterable, Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from dsv4_jax.serving.engine import EngineStatus
+
+PREFIX = "dsv4:"
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+TOKENS = tuple(float(4**power) for power in range(11))
+
+
+class Metrics:
+    """The numbers of one server.
+
+    Args:
+        model: the served name, a label of every number. status: of the engine, None while there is none.
+    """
+
+    def __init__(self, model: str, status: Callable[[], EngineStatus | None]) -> None:
+        self.registry = CollectorRegistry()
+        self._model, self._status = model, status
+        self.registry.register(self)
+        self.first_token = self._histogram("time_to_first_token_seconds", "From arrival", SECONDS)
+        self.between_tokens = self._histogram("inter_token_latency_seconds", "Between outputs", SECONDS)
+        self.whole = self._histogram("e2e_request_latency_seconds", "From arrival to the end", SECONDS)
+        self.prompt_sizes = self._histogram("request_prompt_tokens", "Tokens of prompts", TOKENS)
+        self.answer_sizes = self._histogram("request_generation_tokens", "Tokens of answers", TOKENS)
+        self.successes = self._counter("request_success", "Answers", "finished_reason")
+        self.rejected = self._counter("rejected_requests", "Refused requests", "reason")
+        self.recoveries = self._counter("parser_recoveries", "Mended answers", "kind")
+        self.disconnects = self._counter("disconnect_aborts", "Clients that left")
+        self.slow_readers = self._counter("slow_reader_aborts", "Streams that nobody read")
+        self.corrupted = self._counter("corrupted_requests", "Answers whose logits were no numbers")
+
+    def text(self) -> bytes:
+        """Everything in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+    def describe(self) -> Iterable[Metric]:
+        """What `collect` gives; part of prometheus_client's interface of collectors."""
+        return ()
+
+    def collect(self) -> Iterator[Metric]:
+        """The engine's own numbers of this moment."""
+        status = self._status()
+        if status is None:
+            return
+        gauges = {
+            "num_requests_running": ("Requests in slots", status.num_running),
+            "num_requests_waiting": ("Requests without a slot", status.num_waiting),
+        }
+        counters = {
+            "prefix_cache_queries": ("Prompt tokens looked up", status.prefix_tokens_asked),
+            "prefix_cache_hits": ("Prompt tokens found", status.prefix_tokens_found),
+            "prompt_tokens": ("Prompt tokens", status.prompt_tokens),
+            "generation_tokens": ("Drawn tokens", status.generated_tokens),
+            "num_preemptions": ("Interrupted requests", status.num_preemptions),
+            "engine_steps": ("Steps of the engine", status.steps),
+        }
+        for family, numbers in ((GaugeMetricFamily, gauges), (CounterMetricFamily, counters)):
+            for name, (text, value) in numbers.items():
+                metric = family(PREFIX + name, text, labels=["model"])
+                metric.add_metric([self._model], value)
+                yield metric
+
+    def _counter(self, name: str, text: str, label: str | None = None) -> Counter:
+        labels = ("model", label) if label else ("model",)
+        return _bound(Counter(PREFIX + name, text, labels, registry=self.registry), self._model, label)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        made = Histogram(PREFIX + name, text, ("model",), buckets=buckets, registry=self.registry)
+        return made.labels(self._model)
+
+
+class _Labelled:
+    """A counter with one more label than the model's name."""
+
+    def __init__(self, counter: Counter, model: str) -> None:
+        self._counter, self._model = counter, model
+
+    def labels(self, value: str) -> Counter:
+        return self._counter.labels(self._model, value)
+
+
+def _bound(counter: Counter, model: str, label: str | None) -> "Counter | _Labelled":
+    return _Labelled(counter, model) if label else counter.labels(model)

@@ -1,0 +1,407 @@
+"""A training run: steps through all stages, saved states, and what is done when something goes wrong.
+
+The host is always one step ahead: a step's numbers are fetched when the next step is on its way, and waited
+for only before a state is saved, at a validation and at the end.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import math
+import os
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+
+from dsv4_jax.errors import ProblemsError
+from dsv4_jax.model.initial import Network
+from dsv4_jax.parameters import Parameters
+from dsv4_jax.training.data import Batch
+from dsv4_jax.training.health import Finding, Observer, kept_if_finite
+from dsv4_jax.training.keeping import STATES_FOLDER, identity, refuse_another_run, save_for_good
+from dsv4_jax.training.loop import Ending, InterruptRequest
+from dsv4_jax.training.metrics import Goodput
+from dsv4_jax.training.run_config import Place, RunConfig
+from dsv4_jax.training.saved_states import Restored, SavedStates
+from dsv4_jax.training.stage_streams import Streams, stage_seed
+from dsv4_jax.training.step import Rates, StepReport, StepSettings, TrainState, train_step, validation_loss
+from dsv4_jax.training.watchdog import Watchdog
+from sharding.agreement import collected
+from sharding.host_values import fetched
+
+PROFILE_FOLDER = "profile"
+STACKS_FILE = "stacks.txt"
+
+Step = Callable[[Network, StepSettings, TrainState, Batch, Rates], tuple[TrainState, StepReport]]
+
+
+class Teller(Protocol):
+    """Who is told what happens; several processes have one that speaks."""
+
+    def step(self, record: dict[str, Any], loads: np.ndarray | None) -> None:
+        """The numbers of one step, and f32[layers, E] tokens by expert, if known."""
+
+    def event(self, kind: str, step: int, words: str) -> None:
+        """Something that does not happen at every step; `step` steps are done."""
+
+    def validated(self, step: int, loss: float, sample: str | None) -> None:
+        """A validation; `loss` in nats per target."""
+
+    def restarted(self, step: int) -> int:
+        """The run goes on after `step` steps. Returns how many were told already that will come again."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunResult:
+    """What came out of a session.
+
+    Attributes:
+        state: the last one, on its devices.
+        ending: "finished", or who asked it to stop.
+        step: steps done.
+        validation_loss: the last one that was measured, in nats per target.
+    """
+
+    state: TrainState
+    ending: Ending
+    step: int
+    validation_loss: float | None
+
+
+class _Running(NamedTuple):
+    step: int  # steps done with it
+    place: Place
+    rates: Rates
+    tokens: int
+    report: StepReport  # on the device
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+def guarded_step(
+    network: Network, settings: StepSettings, state: TrainState, batch: Batch, rates: Rates
+) -> tuple[TrainState, StepReport]:
+    """`train_step`, which leaves everything but the count of steps as it was where its loss or gradient is
+    not finite. Donates the state."""
+    after, report = train_step(network, settings, state, batch, rates)
+    return kept_if_finite(state, after, report), report
+
+
+def run(
+    config: RunConfig,
+    network: Network,
+    state: TrainState,
+    tokenizer: Any,
+    teller: Teller,
+    goodput: Goodput,
+    *,
+    resume: bool = False,
+    sample: Callable[[Parameters], str | None] | None = None,
+    look: Callable[[int, Parameters], None] | None = None,
+    step_after_spike: Step | None = None,
+) -> RunResult:
+    """Trains until all stages are done or somebody asks to stop, and leaves a saved state.
+
+    Args:
+        config: of the run.
+        network: the model.
+        state: before the first step, consumed; of a run that goes on its shapes and places alone are used.
+        tokenizer: for the sources.
+        teller: who is told.
+        goodput: where time goes.
+        resume: go on with the newest saved state, if there is one.
+        sample: what the model writes, shown at validations.
+        look: called with the step and the parameters at validations and at the end, for pictures.
+        step_after_spike: takes the place of the step for `health.anticipation_steps` steps after a rollback
+            for a spike (anticipatory routing; report, section 4.2.3).
+
+    Raises:
+        ProblemsError: a folder that cannot be written, saved states that cannot be read or belong to another
+            run, a run that its policy halts, and a last state that went to another place, which is named.
+    """
+    session = _Session(config, network, state, tokenizer, teller, goodput, (sample, look), step_after_spike)
+    # os.write: a signal may arrive in the middle of any print
+    announce = functools.partial(
+        os.write, 2, b"\nsaving the state and stopping (Ctrl-C again: stop at once)\n"
+    )
+    with Watchdog(config.health.hang_seconds, config.out / STACKS_FILE) as watchdog:
+        with InterruptRequest(announce) as interrupt, contextlib.closing(session.saved):
+            return session.run(watchdog, interrupt, resume)
+
+
+class _Session:
+    """The parts of a run that change while it goes."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        network: Network,
+        state: TrainState,
+        tokenizer: Any,
+        teller: Teller,
+        goodput: Goodput,
+        looks: tuple[Callable[[Parameters], str | None] | None, Callable[[int, Parameters], None] | None],
+        step_after_spike: Step | None,
+    ) -> None:
+        self.config, self.network, self.teller, self.goodput = config, network, teller, goodput
+        self.state = state
+        self.like = jax.tree.map(_described, state)
+        (self.sample, self.look), self.step_after_spike = looks, step_after_spike
+        self.streams = Streams(config, tokenizer)
+        self.observer = Observer(config.health)
+        self.step = int(fetched(state.step))
+        self.anticipates_until = 0
+        self.saved_step: int | None = None
+        self.validation_loss: float | None = None
+        self.programs: set[tuple] = set()
+        self.last_told = time.monotonic()  # without what was spent on anything but steps and data
+        self.validation_batches: list[Batch] | None = None
+        self.tokenizer = tokenizer
+        self.saved = SavedStates(config.out / STATES_FOLDER, config.checkpoints.keep)
+
+    # ---- the loop ------------------------------------------------------------------------------------
+
+    def run(self, watchdog: Watchdog, interrupt: InterruptRequest, resume: bool) -> RunResult:
+        """See `run`."""
+        self.watchdog = watchdog
+        if resume:
+            with self.goodput.spent_on("restore"):
+                self._restart()
+        if self.step == 0 and self.config.health.rolls_back:
+            self._save()
+        ending: Ending = "finished"
+        running: _Running | None = None
+        try:
+            while self.step < self.config.num_steps:
+                previous, running = running, self._start_step()
+                finding = self._settle(previous)
+                stops = self._asked_to_stop(interrupt)
+                if stops or self._is_due() or finding.action in ("halt", "roll back"):
+                    finding = worse(finding, self._settle(running))
+                    running = None
+                if finding.action == "halt":
+                    self._halt(finding)
+                if finding.action == "roll back":
+                    self._roll_back(finding)
+                    continue
+                self._do_what_is_due(stops=bool(stops))
+                if stops and self.step < self.config.num_steps:
+                    ending = stops
+                    break
+        finally:
+            self._end_profile()
+        self._save_for_good()
+        return RunResult(self.state, ending, self.step, self.validation_loss)
+
+    def _start_step(self) -> _Running:
+        place, rates = self.config.place(self.step), self.config.rates(self.step)
+        self.watchdog.beat(f"step {self.step + 1} was started")
+        self._profile()
+        with self.goodput.spent_on("data"):
+            batch = self.streams.batch(place)
+            on_devices = Batch(*(None if each is None else self.network.put(each, "B T") for each in batch))
+        settings = self.config.settings(place)
+        chosen: Step = guarded_step
+        if self.step < self.anticipates_until and self.step_after_spike is not None:
+            chosen = self.step_after_spike
+        program = (settings, batch.tokens.shape, chosen)
+        if program in self.programs:
+            self.state, report = chosen(self.network, settings, self.state, on_devices, rates)
+        else:
+            with self.goodput.spent_on("compiling"):
+                self.state, report = chosen(self.network, settings, self.state, on_devices, rates)
+            self.programs.add(program)
+        self.step += 1
+        self.goodput.steps += 1
+        return _Running(self.step, place, rates, batch.tokens.size, report)
+
+    def _settle(self, done: _Running | None) -> Finding:
+        """Waits for a step's numbers, tells them, and judges them."""
+        if done is None:
+            return Finding()
+        report = fetched(done.report)
+        loads = report.loads
+        numbers = {name: float(value) for name, value in report.scalars.items()}
+        now = time.monotonic() - self.goodput.besides
+        rates = {f"rate_{name}": float(rate) for name, rate in done.rates._asdict().items()}
+        record = {"step": done.step, "stage": done.place.stage, "tokens": done.tokens, **numbers, **rates}
+        record["seconds"] = now - self.last_told
+        self.last_told = now
+        self.teller.step(record, loads)
+        norm = math.hypot(numbers["grad_norm"], numbers["indexer_grad_norm"])
+        finding = self.observer.judge(done.step, numbers["loss"], norm)
+        if finding.words:
+            self.teller.event(finding.kind, done.step, f"{finding.words}; {finding.action}")
+        return finding
+
+    def _asked_to_stop(self, interrupt: InterruptRequest) -> Ending | None:
+        """Of one process, or, every few steps, of any of several: all must stop after the same step."""
+        asked = interrupt.ending if interrupt.requested else None
+        if jax.process_count() == 1:
+            return asked
+        if self.step % self.config.logging.every and not self._is_due():
+            return None
+        said = [each[0] for each in collected([asked or ""]) if each[0]]
+        return said[0] if said else None
+
+    # ---- what comes at intervals -----------------------------------------------------------------------
+
+    def _is_due(self) -> bool:
+        last = self.step == self.config.num_steps
+        profile = self.config.logging.profile_steps
+        ends_profile = profile is not None and self.step == profile[1] + 1
+        return last or ends_profile or self._saves() or self._validates()
+
+    def _saves(self) -> bool:
+        return self.step % self.config.checkpoints.every == 0
+
+    def _validates(self) -> bool:
+        validation = self.config.validation
+        last = self.step == self.config.num_steps
+        return validation is not None and (self.step % validation.every == 0 or last)
+
+    def _do_what_is_due(self, *, stops: bool) -> None:
+        if self._saves() and not stops:
+            self._save()
+        if self._validates() and not stops:
+            self._validate()
+        last = self.step == self.config.num_steps
+        if self.look is not None and not stops and (self._validates() or last):
+            with self.goodput.spent_on("looking"):
+                self.look(self.step, self.state.params)
+
+    def _validate(self) -> None:
+        assert self.config.validation is not None
+        self.watchdog.beat("validating")
+        with self.goodput.spent_on("validating"):
+            if self.validation_batches is None:
+                self.validation_batches = self._held_out()
+            params, mode = self.state.params, self.config.mode(self.step - 1)
+            self.validation_loss = validation_loss(self.network, params, self.validation_batches, mode)
+            text = None if self.sample is None else self.sample(params)
+        self.teller.validated(self.step, self.validation_loss, text)
+
+    def _held_out(self) -> list[Batch]:
+        validation, first = self.config.validation, self.config.stages[0]
+        seed = stage_seed(self.config.seed, 0)
+        stream = validation.source.open(self.tokenizer, first.unit, first.seq_len, seed)
+        return [next(stream) for _ in range(validation.num_batches)]
+
+    def _profile(self) -> None:
+        steps = self.config.logging.profile_steps
+        if steps is not None and self.step == steps[0]:
+            jax.profiler.start_trace(str(self.config.out / PROFILE_FOLDER))
+            self.profiles = True
+        elif steps is not None and self.step == steps[1] + 1:
+            self._end_profile()
+
+    profiles = False
+
+    def _end_profile(self) -> None:
+        if self.profiles:
+            self.profiles = False
+            jax.profiler.stop_trace()
+            self.teller.event("profile", self.step, f"recorded in {self.config.out / PROFILE_FOLDER}")
+
+    # ---- saved states -----------------------------------------------------------------------------------
+
+    def _about(self) -> dict[str, Any]:
+        return {
+            "run": identity(self.config),
+            "mesh": self.config.mesh,
+            "processes": jax.process_count(),
+            "stage": self.config.place(self.step - 1).stage if self.step else 0,
+            "data": self.streams.state(),
+            "observer": self.observer.state(),
+            "anticipates_until": self.anticipates_until,
+        }
+
+    def _save(self) -> None:
+        """Starts a save; a failure is told, and tried again at the next interval."""
+        self.watchdog.beat("saving")
+        with self.goodput.spent_on("saving"):
+            try:
+                self.saved.save(self.state, self._about())
+                self.saved_step = self.step
+            except ProblemsError as failure:
+                self.saved_step = None
+                words = f"NOT SAVED, training goes on and tries again: {'; '.join(failure.problems)}"
+                self.teller.event("not saved", self.step, words)
+        self.goodput.write()
+
+    def _save_for_good(self) -> None:
+        self.watchdog.beat("saving the last state")
+        with self.goodput.spent_on("saving"):
+            started = self.saved_step == self.step
+            save_for_good(self.saved, self.state, self._about(), self.config.out, started=started)
+        self.goodput.write()
+
+    def _restart(self) -> None:
+        if not self.saved.steps():
+            self.teller.event("resume", 0, "there is no saved state: starting at step 0")
+            self.goodput.repeated_steps = self.teller.restarted(0)
+            return
+        restored = self._restored()
+        self.observer.restore(restored.about["observer"])
+        self.streams.restore(restored.about["data"])
+        self.goodput.repeated_steps = self.teller.restarted(self.step)
+        self.teller.event("resume", self.step, f"going on after step {self.step} of {self.config.num_steps}")
+
+    def _restored(self) -> Restored:
+        """Reads the newest good state; the one in memory makes room for it."""
+        self.watchdog.beat("reading a saved state")
+        self.saved.wait()
+        jax.tree.map(lambda leaf: leaf.delete(), self.state)
+        restored = self.saved.restore(self.like, functools.partial(refuse_another_run, self.config))
+        if restored is None:
+            raise ProblemsError("cannot go back", [f"{self.saved.folder}: there is no saved state"])
+        for problem in restored.problems:
+            words = f"UNREADABLE, moved aside, the one before is used: {problem}"
+            self.teller.event("unreadable", restored.about["step"], words)
+        self.state = restored.state
+        self.step = self.saved_step = restored.about["step"]
+        self.anticipates_until = restored.about["anticipates_until"]
+        return restored
+
+    # ---- when something goes wrong ----------------------------------------------------------------------
+
+    def _halt(self, finding: Finding) -> None:
+        """Ends the run. After numbers that were not finite the parameters are still good, and are saved."""
+        problems = [finding.words]
+        if finding.kind == "not finite":
+            try:
+                self._save_for_good()
+                problems.append(f"the parameters before it are saved as step {self.step}")
+            except ProblemsError as failure:
+                problems += [failure.what, *failure.problems]
+        else:
+            self.saved.wait()
+            problems.append(f"saved states: {self.saved.steps()}")
+        raise ProblemsError("the training was halted by its policy", problems)
+
+    def _roll_back(self, finding: Finding) -> None:
+        """Back to the last saved state; the data goes on, so that what led here is not seen again."""
+        data, place = self.streams.state(), self.step
+        with self.goodput.spent_on("restore"):
+            restored = self._restored()
+        self.observer.restore(restored.about["observer"], counting=False)
+        if data["stage"] is not None and restored.about["stage"] == self.config.place(place - 1).stage:
+            self.streams.restore(data)
+        else:
+            self.streams.restore(restored.about["data"])
+        if finding.kind == "spike" and self.config.health.anticipation_steps:
+            self.anticipates_until = self.step + self.config.health.anticipation_steps
+        self.goodput.repeated_steps += place - self.step
+        self.teller.event("rolled back", self.step, f"went back from step {place} to step {self.step}")
+
+
+def worse(first: Finding, second: Finding) -> Finding:
+    """The finding with the stronger action; the first if they are equal."""
+    order = ["go on", "skip", "roll back", "halt"]
+    return max(first, second, key=lambda finding: order.index(finding.action))
+
+
+def _described(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
