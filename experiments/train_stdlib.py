@@ -1,7 +1,7 @@
 """A training run to copy: the quickstart's model on the sources of Python's standard library.
 
     dsv4 train experiments/train_stdlib.py --dry-run
-    dsv4 train experiments/train_stdlib.py --plot            # half an hour on two CPU cores
+    dsv4 train experiments/train_stdlib.py --plot
     dsv4 train experiments/train_stdlib.py --resume          # after an end of any kind
 
 A run is a function without parameters, called `run`, that returns a `RunConfig`; the file is an ordinary

@@ -4,9 +4,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from dsv4_jax.command_line.options import AllowLinks, Checkpoint, CompilationCache, Json, Mesh
-from dsv4_jax.command_line.preparing import prepare
 from dsv4_jax.command_line.standard_streams import note
+from dsv4_jax.command_line.start import AllowLinks, Checkpoint, CompilationCache, Json, Mesh, prepare
 
 
 def evaluate(

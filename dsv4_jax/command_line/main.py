@@ -7,7 +7,8 @@ import tyro
 
 from dsv4_jax.command_line import standard_streams
 from dsv4_jax.command_line.checkpoint_commands import convert, doctor, inspect, verify
-from dsv4_jax.command_line.model_commands import bench, chat, evaluate, generate
+from dsv4_jax.command_line.evaluate import evaluate
+from dsv4_jax.command_line.model_commands import bench, chat, generate
 from dsv4_jax.command_line.serve import serve
 from dsv4_jax.command_line.standard_streams import note
 from dsv4_jax.command_line.training_commands import quickstart, train

@@ -15,7 +15,7 @@ PROMPT = "def "
 
 
 def stdlib() -> RunConfig:
-    """The quickstart's model on Python's own sources: half an hour on two CPU cores."""
+    """The quickstart's model on Python's own sources, longer than the quickstart."""
     return RunConfig(
         model=QUICKSTART.config,
         policy=QUICKSTART.policy,

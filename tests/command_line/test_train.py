@@ -44,7 +44,7 @@ def test_a_run_leaves_a_model_that_anybody_can_load(whole):
 
 
 def kills(whole, cache, folder, count, seed):
-    """Kills a run so many times, ends it by SIGTERM once, lets it finish, and compares it with the whole one."""
+    """Kills a run so many times, ends it by SIGTERM once, and compares what it becomes with the whole one."""
     path, wanted, *_ = whole
     path = shutil.copy(path, folder / path.name)
     out, chance, told = folder / "out", random.Random(seed), []

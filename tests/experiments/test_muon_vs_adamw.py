@@ -78,7 +78,7 @@ def test_a_short_study_writes_everything(tmp_path):
         validation_batches=1,
         out=tmp_path / "study.json",
     )
-    recipe = dataclasses.replace(muon_vs_adamw.QUICKSTART, corpus_bytes=200_000)
+    recipe = dataclasses.replace(muon_vs_adamw.QUICKSTART, corpus_bytes=1_000_000)
     muon_vs_adamw.main(options, recipe)
     record = json.loads(options.out.read_text())
     assert [one["steps"] for one in record["runs"]] == [3, 1, 3]

@@ -7,8 +7,11 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from sharding.mesh import mesh_of
-from sharding.per_device import per_device
 from sharding.whole_matrices import on_whole_matrices
+
+
+def per_device(function, mesh, spec):
+    return jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
 
 
 def telling(matrices):
@@ -38,7 +41,7 @@ def test_results_are_those_of_one_device(count, mesh, spec):
         for entry in (*spec, *[None] * (4 - len(spec)))[1:]
     )
     sizes = [[mesh.shape[axis] for axis in dim] for dim in axes]
-    split = per_device(lambda part: on_whole_matrices(telling, part, axes, sizes), mesh, (spec,), spec)
+    split = per_device(lambda part: on_whole_matrices(telling, part, axes, sizes), mesh, spec)
     np.testing.assert_allclose(jax.jit(split)(x), telling(x), rtol=1e-6, atol=1e-4)
 
 
@@ -51,6 +54,4 @@ def test_stacks_that_are_split_stay_so():
         assert part.shape == (3, 3, 2)
         return on_whole_matrices(telling, part, axes, [[], [4]])
 
-    np.testing.assert_allclose(
-        jax.jit(per_device(own, mesh, (spec,), spec))(x), telling(x), rtol=1e-6, atol=1e-4
-    )
+    np.testing.assert_allclose(jax.jit(per_device(own, mesh, spec))(x), telling(x), rtol=1e-6, atol=1e-4)
