@@ -62,8 +62,8 @@ class CrossEntropyOverMesh:
         terms: on one device: nll and lse of each token, of any rows of the head
             (`linear_cross_entropy.linear_cross_entropy`).
         placement: mesh and rules.
-        head: whether a split head stays where it is; "by bytes": whichever receives less. Gathered unless asked
-            for: in a whole training step over context=2,expert=2,tensor=2 a head that stays gave wrong gradients.
+        head: whether a split head stays where it is; "by bytes": whichever receives less. Gathered unless
+            asked for: in a training step over context=2,expert=2,tensor=2 one that stays gave wrong gradients.
     """
 
     loss: Callable[..., jax.Array]
