@@ -63,7 +63,7 @@ class CrossEntropyOverMesh:
             (`linear_cross_entropy.linear_cross_entropy`).
         placement: mesh and rules.
         head: whether a split head stays where it is; "by bytes": whichever receives less. Gathered unless
-            asked for: in a training step over context=2,expert=2,tensor=2 one that stays gave wrong gradients.
+            asked for: a training step over context=2,expert=2,tensor=2 had wrong gradients with "split".
     """
 
     loss: Callable[..., jax.Array]
