@@ -5,9 +5,9 @@ import dataclasses
 from tokenizers import Tokenizer
 
 from dsv4_jax.inference.text import TextStream
+from dsv4_jax.serving.chat.stops import StopStrings
 from dsv4_jax.serving.decode import Drawn
 from dsv4_jax.serving.requests import FinishReason, Output, Sampling, TokenLogprob
-from dsv4_jax.serving.stop_texts import StopTexts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +27,7 @@ class AnswerText:
 
     def __init__(self, tokenizer: Tokenizer | None, sampling: Sampling, stops: frozenset[int]) -> None:
         self._stream = None if tokenizer is None else TextStream(tokenizer)
-        self._texts = StopTexts(sampling.stop)
+        self._texts = StopStrings(sampling.stop)
         self._stops, self._most = stops, sampling.max_tokens
         self._count = 0
 
@@ -35,9 +35,10 @@ class AnswerText:
         """Takes the next token, which may be the last."""
         self._count += 1
         is_stop = token in self._stops
-        text, by_text = "", False
+        text, found = "", None
         if self._stream is not None and not is_stop:
-            text, by_text = self._texts.add(self._stream.add(token))
+            text, found = self._texts.add(self._stream.add(token))
+        by_text = found is not None
         reason: FinishReason | None = "stop" if is_stop or by_text else None
         if reason is None and self._count >= self._most:
             reason = "length"
@@ -50,7 +51,7 @@ class AnswerText:
         if self._stream is None:
             return ""
         text, found = self._texts.add(self._stream.finish())
-        return text if found else text + self._texts.finish()
+        return text + self._texts.flush() if found is None else text
 
 
 def logprob(drawn: Drawn, slot: int, place: int, wanted: int | None) -> tuple[TokenLogprob, ...]:

@@ -25,6 +25,7 @@ from dsv4_jax.model.initial import Network
 from dsv4_jax.parameters import Parameters
 from dsv4_jax.serving.requests import MOST_LOGPROBS
 from dsv4_jax.serving.slots import NO_STOP, Slots
+from sharding.compiling import compiled_step
 
 
 class Drawn(NamedTuple):
@@ -32,7 +33,7 @@ class Drawn(NamedTuple):
 
     token: Int32[Array, "S W"]  # NO_TOKEN: the logits were no numbers
     count: Int32[Array, "S"]  # 0: the slot was not running
-    drafted: Int32[Array, "S"]  # guesses that were tried
+    drafted: Int32[Array, "S"]  # guesses that were tried; of an answer that ended, those up to its end
     logprob: Float32[Array, "S W"]
     likeliest: Int32[Array, "S W k"]
     likeliest_logprobs: Float32[Array, "S W k"]
@@ -43,7 +44,7 @@ def num_drafts(draft: Draft | None, config: ModelConfig) -> int:
     return 0 if draft is None else most_drafts(draft, config)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3, 4))
+@compiled_step(static_argnums=(0, 1), donate_argnums=(3, 4))
 def decode(
     network: Network, draft: Draft | None, parameters: Parameters, cache: Cache, slots: Slots
 ) -> tuple[Drawn, Cache, Slots]:
@@ -88,7 +89,7 @@ def decode(
     found = Drawn(
         tokens,
         count,
-        meant,
+        jnp.where(ended, jnp.minimum(accepted, first_end), meant),
         jnp.take_along_axis(of_all, at, axis=2)[..., 0],
         likeliest.astype(jnp.int32),
         likeliest_logprobs,

@@ -113,6 +113,7 @@ class Engine:
         self._changed = threading.Condition()
         self._commands: collections.deque[Callable[[], None]] = collections.deque()
         self._listeners: dict[int, Listener] = {}
+        self._adding: set[concurrent.futures.Future[int]] = set()  # asked for, not yet seen by the core
         self._closing = False
         self._failure: BaseException | None = None
         self._num_open = 0  # accepted and not finished
@@ -158,7 +159,11 @@ class Engine:
                 pass
 
         added = self._submit(self.ids_of(prompt), sampling, salt, priority, deliver)
-        number = await asyncio.wrap_future(added)
+        try:
+            number = await asyncio.wrap_future(added)
+        except asyncio.CancelledError:
+            added.add_done_callback(self._abort_if_added)
+            raise
         try:
             while True:
                 output = await queue.get()
@@ -256,14 +261,21 @@ class Engine:
         added: concurrent.futures.Future[int] = concurrent.futures.Future()
 
         def add() -> None:
+            with self._changed:
+                self._adding.discard(added)
+                if not added.set_running_or_notify_cancel():  # its caller has gone already
+                    self._num_open -= 1
+                    return
             try:
                 number = self._core.add(ids, sampling, salt=salt, priority=priority)
             except BaseException as refused:
-                self._num_open -= 1
+                with self._changed:
+                    self._num_open -= 1
                 added.set_exception(refused)
                 return
-            self._prompt_tokens += len(ids)
-            self._listeners[number] = deliver
+            with self._changed:
+                self._prompt_tokens += len(ids)
+                self._listeners[number] = deliver
             added.set_result(number)
 
         with self._changed:
@@ -271,6 +283,7 @@ class Engine:
             if self._num_open >= self._most_waiting + self.settings.num_slots:
                 raise EngineBusy(f"{self._num_open} requests are served or wait already")
             self._num_open += 1
+            self._adding.add(added)
             self._commands.append(add)
             self._changed.notify_all()
         return added
@@ -279,6 +292,10 @@ class Engine:
         with self._changed:
             self._commands.append(lambda: self._core.abort(number))
             self._changed.notify_all()
+
+    def _abort_if_added(self, added: concurrent.futures.Future[int]) -> None:
+        if not added.cancelled() and added.exception() is None:
+            self._abort(added.result())
 
     def _check_open(self) -> None:
         if self._failure is not None:
@@ -297,12 +314,12 @@ class Engine:
                         self._changed.wait(IDLE_SECONDS)
                     commands = list(self._commands)
                     self._commands.clear()
-                    ended = False
-                    for command in commands:
-                        try:
-                            command()
-                        except _Ended:
-                            ended = True
+                ended = False
+                for command in commands:
+                    try:
+                        command()
+                    except _Ended:
+                        ended = True
                 outputs = self._core.step() if self._core.has_work else []
                 self._deliver(outputs)
                 if ended:
@@ -333,11 +350,15 @@ class Engine:
         with self._changed:
             why = "the engine was closed" if self._failure is None else f"a step failed: {self._failure}"
             listeners, self._listeners = list(self._listeners.values()), {}
+            adding, self._adding = self._adding, set()
             self._closing = True
             self._num_open = 0
             self._changed.notify_all()
         for listener in listeners:
             listener(Output(finish_reason="error", error=why))
+        for added in adding:
+            if added.set_running_or_notify_cancel():
+                added.set_exception(EngineStopped(why))
 
 
 class _Ended(Exception):

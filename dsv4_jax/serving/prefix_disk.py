@@ -117,6 +117,8 @@ class PrefixDisk:
     def _make_room(self, num_bytes: int) -> None:
         files = []
         for path in self._folder.iterdir():
+            if path.suffix not in SUFFIXES.values():
+                continue  # what is not ours stays
             with contextlib.suppress(OSError):  # another process removed it
                 status = path.stat()
                 files.append((status.st_mtime_ns, status.st_size, path))

@@ -80,6 +80,21 @@ def test_answers_do_not_depend_on_drafts(draft):
         assert 0 < kept < tried
 
 
+def test_guesses_behind_the_end_of_an_answer_do_not_count():
+    """The stop token is the third guess and right: what lookup guesses behind it was never tried."""
+    lm = LanguageModel.random(config(), Policy.of("float32"))
+    prompt = (5, 8, 8, 8, 9, 6, 5)
+    for bias in np.arange(60.0, 100.0, 0.5):  # the penalty makes 9 the likeliest after three times 8
+        rules = {"logit_bias": {8: 100.0, 9: float(bias)}, "frequency_penalty": 2.0, "temperature": 0}
+        sampling = Sampling(max_tokens=12, stop_token_ids=(9,), **rules)
+        core = EngineCore(lm, dataclasses.replace(SIZES, draft="lookup"))
+        (answer,), _ = served(core, [(prompt, sampling)])
+        if answer[0] == [8, 8, 8, 9]:
+            break
+    assert answer == ([8, 8, 8, 9], "stop")
+    assert core.acceptance.by_place() == ((1, 1), (1, 1), (1, 1))
+
+
 def test_lookup_on_the_device_is_lookup_on_the_host():
     rng = np.random.default_rng(1)
     size, most = 24, 7

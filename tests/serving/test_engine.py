@@ -159,3 +159,55 @@ def test_a_step_that_fails_tells_everybody(lm, monkeypatch, caplog):
         engine.complete([1], SHORT)
     assert "the device is gone" in caplog.text
     engine.close()
+
+
+def test_a_caller_who_goes_before_the_engine_has_looked_harms_nobody(lm):
+    with Engine(lm, SIZES, warm_up=False) as engine:
+        gate = threading.Event()
+        engine._commands.append(gate.wait)
+
+        async def gone():
+            task = asyncio.create_task(anext(engine.generate([1], LONG)))
+            while not engine._adding:
+                await asyncio.sleep(0.01)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+        asyncio.run(gone())
+        gate.set()
+        until(lambda: engine._num_open == 0)
+        assert engine.complete([1], SHORT).finish_reason == "length"
+        until(lambda: idle(engine))
+
+
+def test_nobody_waits_for_an_engine_that_failed_before_it_looked(lm, monkeypatch):
+    engine = Engine(lm, SIZES, warm_up=False)
+    gate = threading.Event()
+
+    def broken():
+        gate.wait()
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(engine._core, "step", broken)
+    first = threading.Thread(target=engine.complete, args=([1], SHORT))
+    first.start()
+    until(lambda: engine._core.has_work)
+    refused = []
+
+    def late():
+        try:
+            engine.complete([2], SHORT)
+        except EngineStopped as why:
+            refused.append(str(why))
+
+    second = threading.Thread(target=late)
+    # The engine's thread holds no lock while it is in a step, so this request is only written down.
+    second.start()
+    until(lambda: engine._adding)
+    gate.set()
+    for thread in (first, second):
+        thread.join(10)
+        assert not thread.is_alive()
+    assert len(refused) == 1 and "the device is gone" in refused[0]
+    engine.close()

@@ -77,6 +77,15 @@ def test_the_folder_is_bounded_and_the_oldest_goes(tmp_path):
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 3 * size
 
 
+def test_files_of_others_stay(tmp_path):
+    (tmp_path / "thesis.txt").write_bytes(b"x" * 10_000)
+    os.utime(tmp_path / "thesis.txt", (1, 1))
+    kept = disk(tmp_path, most_bytes=120)
+    assert kept.write("block", KEYS[0], ARRAYS) and kept.write("block", KEYS[1], ARRAYS)
+    assert (tmp_path / "thesis.txt").exists()
+    assert [kept.has("block", key) for key in KEYS[:2]] == [False, True]
+
+
 def test_a_disk_that_is_full_is_no_reason_to_stop(tmp_path, monkeypatch, caplog):
     kept = disk(tmp_path)
 
