@@ -230,8 +230,8 @@ class EngineCore:
     def warm_up(self) -> float:
         """Compiles everything that any request can need, and returns the seconds it took.
 
-        A request goes through every program twice, so that the second finds the first one's prefix; then the
-        prefix cache is emptied again.
+        A request goes through every program twice, so that the second finds the first one's prefix; with a
+        disk once more, to read it from there; then the prefix cache is emptied again.
 
         Raises:
             RuntimeError: if requests are being served.
@@ -241,7 +241,9 @@ class EngineCore:
         start = time.monotonic()
         prompt = (0,) * min(self.block + 2, self.settings.max_length - 2)
         sampling = Sampling(max_tokens=2, temperature=0.5, ignore_eos=True)
-        for _ in range(2):
+        for turn in range(2 if self.settings.disk is None else 3):
+            if turn == 2:
+                self._lanes.forget()
             number = self.add(prompt, sampling)
             interrupted = False
             while self.has_work:
@@ -249,8 +251,8 @@ class EngineCore:
                 self.step()
         nobody = np.zeros(self.settings.num_slots, bool)
         self._slots = stop_slots(self._slots, nobody)
+        self._lanes.forget()
         if self.prefixes is not None:
-            self.prefixes.clear()
             self.prefixes.queries = self.prefixes.hits = self.prefixes.evictions = 0
         self.steps = self.scheduler.num_preemptions = 0
         self.acceptance = DraftAcceptance(self.settings.draft)

@@ -156,6 +156,13 @@ class Lanes:
             self.prefixes.attach(keys[number - 1], jax.tree.map(put, state))
             return
 
+    def forget(self) -> None:
+        """Empties the prefix cache, when all that should be on disk is there."""
+        if self._writer is not None:
+            self._writer.flush()
+        if self.prefixes is not None:
+            self.prefixes.clear()
+
     def close(self) -> None:
         """Waits until everything that should be on disk is there."""
         if self._writer is not None:

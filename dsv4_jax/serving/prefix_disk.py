@@ -154,8 +154,12 @@ class PrefixWriter:
         self._asked.add((kind, key))
         self._executor.submit(self._write, kind, key, jax.tree.leaves(tree))
 
+    def flush(self) -> None:
+        """Waits for everything that was asked for so far."""
+        self._executor.submit(lambda: None).result()
+
     def close(self) -> None:
-        """Waits for everything that was asked for."""
+        """Waits for everything that was asked for, and takes no more."""
         self._executor.shutdown()
 
     def _write(self, kind: str, key: bytes, leaves: Sequence[jax.Array]) -> None:
