@@ -66,6 +66,31 @@ def pytest_collection_finish():
     gc.set_threshold(20_000, 10, 10)
 
 
+MOST_MAPPINGS = 30_000
+"""Memory mappings of a test process before compiled programs are dropped. Each program of XLA:CPU takes some,
+and Linux gives a process 65,530: the compiler then fails with a segmentation fault."""
+
+
+def num_mappings():
+    """Of this process; 0 where the system does not tell."""
+    try:
+        with open("/proc/self/maps", "rb") as mappings:
+            return sum(1 for _ in mappings)
+    except OSError:
+        return 0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_compiled_programs():
+    """Between files, where nothing counts on a program that was compiled before."""
+    yield
+    if num_mappings() > MOST_MAPPINGS:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def shared_compilation_cache(tmp_path_factory):
     import jax
