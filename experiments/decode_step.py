@@ -33,18 +33,20 @@ from experiments.study_record import stamp, table, write
 from pallas_kernels.formats.weights import is_quantized
 from sharding.activations import Placement
 from sharding.mesh import mesh_of
-from sharding.rules import DECODE
+from sharding.rules import DECODE, RuleTable
 
 CLOCK_HZ = {"v6e": 1.75e9, "tpu7x": 2.2e9, "v5e": 1.5e9, "v5p": 1.75e9}
 """Inferred from published peak rates: no vendor publishes them."""
 
 
-def shapes(config: ModelConfig, topology: str, spelling: str, batch: int, context: int) -> tuple[Any, ...]:
+def shapes(
+    config: ModelConfig, topology: str, spelling: str, batch: int, context: int, table: RuleTable = DECODE
+) -> tuple[Any, ...]:
     """The network on a mesh of described chips, and shapes of its weights, cache and tokens, placed there."""
     from jax.experimental import topologies
 
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    placement = Placement(mesh_of(spelling, devices), DECODE)
+    placement = Placement(mesh_of(spelling, devices), table)
     policy = Policy.of("bfloat16", kernels="pallas", cache="fp8+mxfp4")
     chosen = operations(policy, placement=placement)
     network = Network(config, policy, chosen)

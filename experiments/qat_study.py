@@ -41,12 +41,14 @@ from dsv4_jax.numerics.policy import Policy
 from dsv4_jax.parameters import DECAYED, Parameters
 from dsv4_jax.training.corpus import gather_corpus
 from dsv4_jax.training.data import Batch, TrainingRows, validation_batches
-from dsv4_jax.training.optimizer import Schedule, role_of
+from dsv4_jax.training.optimizer import AdamW, Schedule, role_of
 from dsv4_jax.training.recipe import QUICKSTART, Recipe
 from dsv4_jax.training.step import Rates, StepSettings, TrainState, initial_state, train_step, validation_loss
 from experiments import study_record
 
 PLAIN = Network(QUICKSTART.config, QUICKSTART.policy)
+OPTIMIZER, PEAK = AdamW(), 4e-3
+"""The quickstart's when the study's results were made."""
 
 
 class EveryMatrixFp4(NamedTuple):
@@ -113,7 +115,7 @@ def train(
     first = int(state.step)
     for step in range(schedule.num_steps):
         rates = Rates(np.float32(schedule.learning_rate(step)))
-        settings = StepSettings(QUICKSTART.optimizer)
+        settings = StepSettings(OPTIMIZER)
         state, _ = train_step(network, settings, state, rows.batch(first + step), rates)
         watch(step + 1, state.params)
     return state
@@ -123,8 +125,8 @@ def study(options: Options, seed: int, data: Data, keep) -> None:
     """One seed: the base, the continuation without rounding, and one with rounding for every setting."""
     rows = TrainingRows(data.training, QUICKSTART.batch_size, QUICKSTART.seq_len, seed)
     parameters = initial_parameters(PLAIN.config, PLAIN.policy, seed)
-    schedule = Schedule(QUICKSTART.peak_learning_rate, options.base_steps, QUICKSTART.warmup_fraction)
-    base = train(PLAIN, initial_state(parameters, QUICKSTART.optimizer), schedule, rows)
+    schedule = Schedule(PEAK, options.base_steps, QUICKSTART.warmup_fraction)
+    base = train(PLAIN, initial_state(parameters, OPTIMIZER), schedule, rows)
     schedule = Schedule(options.more_learning_rate, options.more_steps)
 
     def losses(params: Parameters, settings) -> dict[str, float]:

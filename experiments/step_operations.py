@@ -9,7 +9,9 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+
+import numpy as np
 
 
 class ProgramError(ValueError):
@@ -28,6 +30,7 @@ class Instruction:
         calls: the computations that run when it runs.
         condition: of a loop, the computation that ends it; empty for the others.
         scope: the path of names under which the source made it.
+        groups: of a collective, the devices that take part together, as the text spells them.
     """
 
     name: str
@@ -37,6 +40,7 @@ class Instruction:
     calls: tuple[str, ...]
     condition: str
     scope: str
+    groups: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,8 +104,10 @@ def _instruction(name: str, shape: str, opcode: str, rest: str) -> Instruction:
         calls = (re.search(r"to_apply=%?([\w.-]+)", rest)[1],)
     estimate = re.search(r'"estimated_cycles":"?(\d+)', rest)
     scope = re.search(r'op_name="([^"]*)"', rest)
+    groups = re.search(r"(?:replica_groups|source_target_pairs)=(\{.*?\}\}|\{\}|\[\S*?(?=, |$))", rest)
     cycles = int(estimate[1]) if estimate and not calls else 0
-    return Instruction(name, shape, opcode, cycles, calls, condition, scope[1] if scope else "")
+    of_scope, of_groups = (found[1] if found else "" for found in (scope, groups))
+    return Instruction(name, shape, opcode, cycles, calls, condition, of_scope, of_groups)
 
 
 COLLECTIVES = (
@@ -122,6 +128,41 @@ def result_bytes(shape: str) -> int:
         for dtype, dims in re.findall(r"([a-z]\w*)\[([\d,]*)\]", shape)
     ]
     return max(sizes, default=0)
+
+
+def device_groups(spelled: str, num_devices: int) -> np.ndarray:
+    """The devices that take part together, i64[groups, members], of an instruction's `groups`.
+
+    Args:
+        spelled: lists of numbers in braces, "[4,2]<=[8]" and "[4,2]<=[2,4]T(1,0)", or "" or "{}": all.
+        num_devices: of the program.
+
+    Raises:
+        ProgramError: for another spelling.
+    """
+    if spelled in ("", "{}"):
+        return np.arange(num_devices)[None]
+    if spelled.startswith("{"):
+        lists = re.findall(r"\{([\d,]+)\}", spelled)
+        return np.array([[int(each) for each in one.split(",")] for one in lists])
+    found = re.fullmatch(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", spelled)
+    if not found:
+        raise ProgramError(f"{spelled!r} spells no groups of devices")
+    shape, dims, order = ([int(n) for n in part.split(",")] if part else None for part in found.groups())
+    numbers = np.arange(math.prod(dims)).reshape(dims)
+    return (numbers if order is None else numbers.transpose(order)).reshape(shape)
+
+
+def axes_of(cost: Cost, mesh: Mapping[str, int]) -> str:
+    """The axes of a mesh along which a collective moves, as "expert+tensor"; "none" for groups of one device.
+
+    Args:
+        cost: a collective, of a program whose devices are counted in the mesh's order.
+        mesh: axis -> size, all axes in order.
+    """
+    groups = device_groups(cost.instruction.groups, math.prod(mesh.values()))
+    places = np.unravel_index(groups, tuple(mesh.values()))
+    return "+".join(axis for axis, at in zip(mesh, places, strict=True) if np.ptp(at, axis=1).any()) or "none"
 
 
 def costs(text: str) -> list[Cost]:

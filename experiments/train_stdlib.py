@@ -28,6 +28,7 @@ def run() -> RunConfig:
             Stage(num_steps=900, seq_len=512, batch_size=2, indexer="sparse"),
         ),
         learning_rate=LearningRate(QUICKSTART.peak_learning_rate, warmup_steps=100, decay_steps=1000),
+        optimizer=QUICKSTART.optimizer,
         out=pathlib.Path("stdlib_run"),
         checkpoints=Checkpoints(every=200, keep=3),
         logging=Logging(every=10),

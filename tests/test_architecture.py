@@ -40,6 +40,7 @@ ROOMS = {
     "dsv4_jax.loading": "language_model",
     "dsv4_jax.serving": "serving",
     "dsv4_jax.inspection": "inspection",
+    "dsv4_jax.planning": "planning",
     "dsv4_jax.command_line": "command_line",
     "dsv4_jax.__main__": "command_line",
 }
@@ -57,6 +58,7 @@ ROOM_ARROWS = {
     "language_model": {*_BELOW_MODEL, "model", "inference", "checkpoint"},
     "serving": {*_BELOW_MODEL, "model", "inference", "checkpoint", "language_model", "reading", "training"},
     "inspection": {*_BELOW_MODEL, "model", "checkpoint"},
+    "planning": {*_BELOW_MODEL, "model", "checkpoint", "inspection", "training", "serving"},
     "command_line": {*ROOMS.values()},
     "top": {"training", "language_model", *_BELOW_MODEL},  # the public names
 }

@@ -16,7 +16,7 @@ README = (ROOT / "README.md").read_text()
 def test_the_commands_are_the_ones_ci_runs():
     blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
     marked = re.findall(r"<!-- ci:(\w+) -->\n```bash\n(.*?)```", README, re.DOTALL)
-    assert [name for name, _ in marked] == ["quickstart", "tests", "mesh"]
+    assert [name for name, _ in marked] == ["quickstart", "tests", "mesh", "serve", "curl"]
     assert [text for _, text in marked] == blocks
     for text in blocks[:2]:
         assert text.startswith("python3 -m venv .venv && .venv/bin/pip install -e ")

@@ -13,6 +13,9 @@ from dsv4_jax.config import io as config_io
 from dsv4_jax.inspection.costs import count_mtp, count_parameters
 from dsv4_jax.inspection.training_cost import flops_per_token, training_bytes
 from dsv4_jax.model.initial import Network
+from dsv4_jax.parameters import LORA, Parameter, parameters
+from dsv4_jax.training.health import Health
+from dsv4_jax.training.lora import Lora, chosen, lora_shapes
 from dsv4_jax.training.optimizer import split_trainable
 from dsv4_jax.training.optimizer_groups import Treated, partition
 from dsv4_jax.training.run_config import RunConfig
@@ -27,7 +30,10 @@ def print_run(config: RunConfig, console: Console) -> None:
     """
     model = model_of(config)
     print_model(config, model, console)
-    console.print(_groups(config, model))
+    if config.lora is None:
+        console.print(_groups(config, model))
+    else:
+        _print_lora(config.lora, model, console)
     console.print(_bytes(config, model))
     console.print(_stages(config))
     for number, stage in enumerate(config.stages):
@@ -53,8 +59,8 @@ def print_run(config: RunConfig, console: Console) -> None:
     kept, health = config.checkpoints, config.health
     console.print(f"saved states: every {kept.every} steps, {kept.keep} are kept, in {config.out}")
     console.print(
-        f"numbers that are none: {health.on_nan}; spikes: {health.on_spike}; a hang ends the run after"
-        f" {health.hang_seconds} seconds"
+        f"numbers that are none: {health.on_nan}; spikes: {health.on_spike}{_after_spike(health)};"
+        f" a hang ends the run after {health.hang_seconds} seconds"
     )
 
 
@@ -92,10 +98,41 @@ def _groups(config: RunConfig, model: ModelConfig) -> Table:
     return table
 
 
+def _print_lora(lora: Lora, model: ModelConfig, console: Console) -> None:
+    """What LoRA trains, a line for each kind of matrix that it changes, and what stays as it is."""
+    found: dict[str, list[Parameter]] = {}
+    for path, parameter in chosen(model, lora).items():
+        name = "/".join(key for key in path if isinstance(key, str) and key not in ("stacks", "blocks"))
+        found.setdefault(name, []).append(parameter)
+    table = Table("beside", "matrices", "trained", title=f"LoRA of rank {lora.rank}, times {lora.scale:g}")
+    trained = 0
+    for name, rows in found.items():
+        counts = [math.prod(row.leading) for row in rows]
+        small = sum(n * lora.rank * sum(row.stored) for n, row in zip(counts, rows, strict=True))
+        table.add_row(name, f"{sum(counts):,}", f"{small:,}")
+        trained += small
+    console.print(table)
+    frozen = sum(parameter.size for parameter in parameters(model).values())
+    share = 100 * trained / frozen
+    console.print(
+        f"trained: {trained:,} numbers, {share:.2f} % of the model's; frozen: the model itself, {frozen:,}"
+        " numbers, its routers' biases included; what is exported has them merged"
+    )
+
+
+def _after_spike(health: Health) -> str:
+    """What follows a spike, if anything does."""
+    if health.on_spike != "roll back" or not health.anticipation_steps:
+        return ""
+    return f", then {health.anticipation_steps} steps of anticipatory routing, lag {health.anticipation_lag}"
+
+
 def moments_share(config: RunConfig, model: ModelConfig) -> float:
     """Bytes of the optimizer's moments over bytes of the parameters, from shapes."""
     shapes = Network(model, config.policy).shapes()
     trained, _ = split_trainable(shapes)
+    if config.lora is not None:
+        trained = {LORA: lora_shapes(model, config.lora)}
     moments = jax.eval_shape(config.optimizer.transform().init, trained)
     return _size(moments) / _size(shapes)
 
@@ -109,6 +146,11 @@ def _bytes(config: RunConfig, model: ModelConfig) -> Table:
     rows = stage.batch_size // stage.accumulate
     share = moments_share(config, model)
     found = training_bytes(model, config.policy, share, config.mesh or "data=1", rows, stage.seq_len)
+    if config.lora is not None:  # each changed matrix is made anew beside its own, and has a gradient
+        sizes = [parameter.size for parameter in chosen(model, config.lora).values()]
+        changed = sum(sizes) / sum(parameter.size for parameter in parameters(model).values())
+        made = math.ceil(found.parameters * changed)
+        found = dataclasses.replace(found, parameters=found.parameters + made, gradients=made)
     table = Table("what a device holds", "GiB", title="memory, as far as shapes tell")
     for name, value in dataclasses.asdict(found).items():
         table.add_row("streams between layers" if name == "streams" else name, f"{value / 2**30:,.3f}")

@@ -9,6 +9,7 @@ from dsv4_jax.command_line import standard_streams
 from dsv4_jax.command_line.checkpoint_commands import convert, doctor, inspect, verify
 from dsv4_jax.command_line.evaluate import evaluate
 from dsv4_jax.command_line.model_commands import bench, chat, generate
+from dsv4_jax.command_line.plan import plan
 from dsv4_jax.command_line.serve import serve
 from dsv4_jax.command_line.standard_streams import note
 from dsv4_jax.command_line.training_commands import quickstart, train
@@ -27,6 +28,7 @@ examples:
   dsv4 serve quickstart
   dsv4 train experiments/train_stdlib.py
   dsv4 inspect config.json
+  dsv4 plan flash --slice v6e:4x8
 """
 
 
@@ -37,6 +39,7 @@ SUBCOMMANDS = {
     "chat": chat,
     "eval": evaluate,
     "inspect": inspect,
+    "plan": plan,
     "verify": verify,
     "convert": convert,
     "serve": serve,

@@ -30,7 +30,7 @@ from dsv4_jax.config.quantities import seed_problem
 from dsv4_jax.errors import CheckpointError, ProblemsError
 from dsv4_jax.language_model import LanguageModel
 from dsv4_jax.loading import load
-from dsv4_jax.model.initial import Network, initial_parameters
+from dsv4_jax.model.initial import Network
 from dsv4_jax.numerics.policy import Policy
 from dsv4_jax.training.corpus import Corpus, gather_corpus
 from dsv4_jax.training.data import TrainingRows, validation_batches
@@ -38,7 +38,7 @@ from dsv4_jax.training.loop import InterruptRequest, TrainingResult, train
 from dsv4_jax.training.loss_curve import save_loss_curve
 from dsv4_jax.training.optimizer import Schedule
 from dsv4_jax.training.progress import TrainingDisplay, clock
-from dsv4_jax.training.recipe import QUICKSTART, Recipe, planned_steps
+from dsv4_jax.training.recipe import QUICKSTART, Recipe, planned_steps, start
 from dsv4_jax.training.step import StepSettings, initial_state, validation_loss
 from dsv4_jax.training.tokenizer import encode_documents, train_tokenizer
 from dsv4_jax.training.unigram import unigram_loss, unigram_probabilities
@@ -106,12 +106,12 @@ def quickstart(
             for a result that could not be written to `out`, which is then kept in a place that is named.
         CorpusError: if this Python has no sources.
     """
-    start = time.monotonic()
+    began = time.monotonic()
     results = sys.stdout if results is None else results
     check_arguments(minutes, out, seed, max_new_tokens, steps)
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     num_steps = planned_steps(minutes, recipe) if steps is None else steps
-    stop_at = None if steps is not None else start + 60.0 * minutes + GRACE_SECONDS
+    stop_at = None if steps is not None else began + 60.0 * minutes + GRACE_SECONDS
 
     corpus = gather_corpus(recipe.corpus_bytes)
     num_files = len(corpus.train) + len(corpus.validation)
@@ -148,7 +148,7 @@ def quickstart(
     )
     del model, trained
     completion = _complete(out, recipe.policy, prompt, max_new_tokens, seed, results)
-    seconds = time.monotonic() - start
+    seconds = time.monotonic() - began
     console.print(f'{clock(seconds)} in all; try: dsv4 generate {out} "import "')
     return QuickstartResult(out, record["ending"], record["steps_done"], loss, baseline, completion, seconds)
 
@@ -240,7 +240,7 @@ def _train(
     console: Console,
 ) -> TrainingResult:
     config, policy = recipe.config, recipe.policy
-    parameters = initial_parameters(config, policy, seed)
+    parameters = start(recipe, seed)
     schedule = Schedule(recipe.peak_learning_rate, num_steps, recipe.warmup_fraction)
     num_params = sum(leaf.size for leaf in jax.tree.leaves(parameters))
     num_layers = config.num_hidden_layers

@@ -151,7 +151,7 @@ def serve(
     allow_links: AllowLinks = None,
     compilation_cache: CompilationCache = True,
 ) -> None:
-    """Serve a model to clients of OpenAI's interface.
+    """Serve a model to clients of OpenAI's and Anthropic's interfaces, and to a browser at /.
 
     HTTP answers at once: /health says whether the server lives, /ready whether it takes requests. SIGTERM
     ends it when the running answers are complete, a second signal at once.

@@ -24,18 +24,21 @@ from dsv4_jax.errors import ProblemsError
 from dsv4_jax.inspection.training_cost import flops_per_token, peak_flops
 from dsv4_jax.language_model import LanguageModel
 from dsv4_jax.loading import load
+from dsv4_jax.model.initial import Network
 from dsv4_jax.parameters import Parameters
 from dsv4_jax.training import presets
 from dsv4_jax.training.corpus import gather_corpus
 from dsv4_jax.training.keeping import STATES_FOLDER
 from dsv4_jax.training.live import Shown, Speed
+from dsv4_jax.training.lora import LoraNetwork, lora_state, merged, with_lora
 from dsv4_jax.training.metrics import GOODPUT_FILE, Goodput, RecordFile, goodput_share
 from dsv4_jax.training.mixing_gain import gains
 from dsv4_jax.training.plots import draw_run
 from dsv4_jax.training.run import RunResult, run
 from dsv4_jax.training.run_config import RULES, RunConfig
 from dsv4_jax.training.saved_states import as_plain
-from dsv4_jax.training.step import initial_state
+from dsv4_jax.training.sources import ChatFiles
+from dsv4_jax.training.step import TrainState, initial_state
 from dsv4_jax.training.telling import Silent, Spoken
 from dsv4_jax.training.tokenizer import train_tokenizer
 from sharding.host_values import fetched
@@ -44,6 +47,8 @@ PRESETS: dict[str, Callable[[], RunConfig]] = {
     "stdlib": presets.stdlib,
     "smallest": presets.smallest,
     "flash": presets.flash,
+    "sft": presets.sft,
+    "lora": presets.lora,
 }
 RUN_FILE = "run.json"
 """What a run was told, beside what it wrote; a folder that has it belongs to a run."""
@@ -64,7 +69,8 @@ def configured(what: str, **changes: Any) -> RunConfig:
 
     Args:
         what: name of a preset, or path of a file.
-        changes: `steps`, or fields of `RunConfig`, `logging` and so on; None leaves what the run says.
+        changes: `steps`, `lora_rank`, `chats` (files of them), or fields of `RunConfig`, `logging` and so on;
+            None leaves what the run says.
 
     Raises:
         ProblemsError: there is no such run, the file is none, or a change breaks a rule.
@@ -76,6 +82,12 @@ def configured(what: str, **changes: Any) -> RunConfig:
         if steps < 1:
             raise ProblemsError("cannot run this training", [f"steps={steps} must be at least 1"])
         config = config.limited_to(steps)
+    rank = changes.pop("lora_rank", None)
+    if rank is not None:
+        config = presets.with_rank(config, rank)
+    chats = changes.pop("chats", None)
+    if chats:
+        changes["source"] = ChatFiles(tuple(map(str, chats)))
     looks = {name: changes.pop(name, None) for name in ("plot", "tensorboard", "profile_steps")}
     looks = {name: value for name, value in looks.items() if value}
     changes = {name: value for name, value in changes.items() if value is not None}
@@ -136,7 +148,7 @@ def train(config: RunConfig, *, resume: bool = False) -> RunResult:
         f"model: {model.num_params / 1e6:.1f}M parameters; {config.num_steps} steps,"
         f" {amount(config.num_tokens)} tokens, seed {config.seed}; everything goes to {config.out}"
     )
-    state = initial_state(model.parameters, config.optimizer)
+    network, state = starting_state(config, model)
     goodput_file = RecordFile(config.out / GOODPUT_FILE) if is_first else None
     goodput = Goodput(goodput_file, secrets.token_hex(4))
     with contextlib.ExitStack() as stack:
@@ -148,7 +160,7 @@ def train(config: RunConfig, *, resume: bool = False) -> RunResult:
             teller = Spoken(config.out, shown, tensorboard=told.tensorboard, every=told.every)
             stack.callback(teller.close)
         looks = {"sample": _sampler(config, model), "look": _painter(config, model)}
-        held = (model.network, state, model.tokenizer)
+        held = (network, state, model.tokenizer)
         result = run(config, *held, teller, goodput, resume=resume, **looks)
     _say_how_it_ended(config, result, console)
     if result.ending == "terminated":
@@ -157,6 +169,25 @@ def train(config: RunConfig, *, resume: bool = False) -> RunResult:
         raise KeyboardInterrupt
     _export(config, model, result, console)
     return result
+
+
+def starting_state(config: RunConfig, model: LanguageModel) -> tuple[Network | LoraNetwork, TrainState]:
+    """What a run trains of a model, before the first step; the parameters' buffers are used as they are.
+
+    Raises:
+        ProblemsError: LoRA whose targets are no matrices of the model.
+    """
+    if config.lora is None:
+        return model.network, initial_state(model.parameters, config.optimizer)
+    network = with_lora(model.network, config.lora)
+    return network, lora_state(network, model.parameters, config.seed, config.optimizer)
+
+
+def whole_parameters(config: RunConfig, model: LanguageModel, parameters: Parameters) -> Parameters:
+    """Those of a model without a branch, from what a run of it trains."""
+    if config.lora is None:
+        return parameters
+    return merged(with_lora(model.network, config.lora), parameters)
 
 
 def prepare_folder(out: pathlib.Path, resume: bool) -> None:
@@ -183,7 +214,10 @@ def prepare_folder(out: pathlib.Path, resume: bool) -> None:
 
 
 def starting_model(config: RunConfig) -> LanguageModel:
-    """The model before the first step, with its tokenizer: drawn, or loaded as masters of the param dtype."""
+    """The model before the first step, with its tokenizer: drawn, or loaded as masters of the param dtype.
+
+    Under LoRA, which leaves it as it is, a model that is stored in FP8 and FP4 stays in them.
+    """
     where = {"mesh": config.mesh, "rules": RULES if config.mesh is not None else None}
     if isinstance(config.model, ModelConfig):
         tokenizer = tokenizer_of(config, config.model.vocab_size)
@@ -192,13 +226,16 @@ def starting_model(config: RunConfig) -> LanguageModel:
             model.config, model.policy, model.parameters, tokenizer, placement=model.placement
         )
     dtype = config.policy.param_dtype.name
-    loaded = load(config.model, dtype=dtype, weights="dequantized", **where)
+    weights: Any = "dequantized" if config.lora is None else "native"
+    loaded = load(config.model, dtype=dtype, weights=weights, **where)
     tokenizer = loaded.tokenizer if config.tokenizer is None else tokenizer_of(config, 0)
     return LanguageModel(
         loaded.config,
         config.policy,
         loaded.parameters,
         tokenizer,
+        # Masters are of another type than what was loaded; what LoRA leaves alone is stored as it was.
+        stored=None if config.lora is None else loaded.stored,
         side_files=loaded.side_files,
         placement=loaded.placement,
     )
@@ -235,9 +272,8 @@ def _sampler(config: RunConfig, model: LanguageModel) -> Callable[[Parameters], 
         return None
 
     def sample(parameters: Parameters) -> str:
-        return validation.prompt + with_parameters(model, parameters).generate(
-            validation.prompt, validation.sample_tokens
-        )
+        whole = with_parameters(model, whole_parameters(config, model, parameters))
+        return validation.prompt + whole.generate(validation.prompt, validation.sample_tokens)
 
     return sample
 
@@ -251,7 +287,7 @@ def _painter(config: RunConfig, model: LanguageModel) -> Callable[[int, Paramete
     batch = next(stream)
 
     def paint(step: int, parameters: Parameters) -> None:
-        taps = with_parameters(model, parameters).taps(
+        taps = with_parameters(model, whole_parameters(config, model, parameters)).taps(
             batch.tokens, ["attention_mixing", "expert_mixing"], segment_ids=batch.segment_ids
         )
         mixings = [layer[name] for layer in fetched(taps) for name in ("attention_mixing", "expert_mixing")]
@@ -269,7 +305,8 @@ def with_parameters(model: LanguageModel, parameters: Parameters) -> LanguageMod
 
 def _export(config: RunConfig, model: LanguageModel, result: RunResult, console: Console) -> None:
     place = config.out / MODEL_FOLDER
-    with_parameters(model, result.state.params).save(place, overwrite=True)
+    parameters = whole_parameters(config, model, result.state.params)
+    with_parameters(model, parameters).save(place, overwrite=True)
     console.print(f"exported to {place}; try it:")
     prompt = config.validation.prompt if config.validation and config.validation.prompt else "def "
     if jax.process_index() == 0:

@@ -11,13 +11,17 @@ from dsv4_jax.command_line.start import CompilationCache, Mesh, prepare, require
 
 def train(
     run: Annotated[
-        tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN", help="run file, or stdlib, smallest, flash")
+        tyro.conf.Positional[str],
+        tyro.conf.arg(metavar="RUN", help="run file, or stdlib, smallest, flash, sft, lora"),
     ],
     steps: int | None = None,
     out: pathlib.Path | None = None,
     resume: bool = False,
     mesh: Mesh = None,
     seed: int | None = None,
+    base: pathlib.Path | None = None,
+    chats: tuple[str, ...] = (),
+    lora_rank: int | None = None,
     plot: bool = False,
     tensorboard: bool = False,
     profile_steps: Annotated[
@@ -37,6 +41,7 @@ def train(
       dsv4 train experiments/train_stdlib.py --dry-run
       dsv4 train experiments/train_stdlib.py --steps 400 --plot
       dsv4 train experiments/train_stdlib.py --resume
+      dsv4 train lora --base quickstart --chats chats.jsonl --out answers
       dsv4 train flash --mesh fsdp=32,expert=8 --dry-run
 
     Args:
@@ -44,6 +49,11 @@ def train(
         out: folder for everything that the run writes, instead of the run's own.
         resume: go on with the newest saved state in that folder.
         seed: instead of the run's.
+        base: checkpoint folder to start from, instead of the run's model.
+        chats: train on these files instead of the run's text: a line is {"messages": [...]}, each of them
+            with "role" and "content", and the loss is of what the assistant says.
+        lora_rank: train matrices of this rank beside those of the model, which stays as it is (LoRA), and
+            merge them in the end.
         plot: draw loss, rates, gradient norms, expert loads and mHC gains at validations and at the end.
         tensorboard: write event files too.
         dry_run: show model, mesh, parameters by optimizer group, memory, stages and data; train nothing.
@@ -53,6 +63,7 @@ def train(
     from dsv4_jax.command_line import train as training
 
     changes = {"mesh": mesh, "seed": seed, "out": out, "steps": steps}
+    changes |= {"model": base, "chats": chats, "lora_rank": lora_rank}
     looks = {"plot": plot, "tensorboard": tensorboard, "profile_steps": profile_steps}
     config = training.configured(run, **changes, **looks)
     if dry_run:

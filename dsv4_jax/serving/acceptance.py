@@ -19,9 +19,11 @@ class DraftAcceptance:
         self._kept: list[int] = []
         self._tried: list[int] = []
         self._warned = False
+        self.guesses = 0  # made, whether or not one before them was wrong
 
     def add(self, tried: int, kept: int) -> None:
         """Takes the guesses of one slot in one step: a guess was tried if all before it were right."""
+        self.guesses += tried
         while len(self._kept) < tried:
             self._kept.append(0)
             self._tried.append(0)

@@ -5,6 +5,7 @@ Everything happens in the caller's thread. `engine` runs it in one of its own fo
 
 import collections
 import dataclasses
+import functools
 import time
 from typing import Any
 
@@ -17,6 +18,7 @@ from dsv4_jax.language_model import LanguageModel
 from dsv4_jax.model import cache_blocks
 from dsv4_jax.serving.acceptance import DraftAcceptance
 from dsv4_jax.serving.answers import AnswerText, logprob
+from dsv4_jax.serving.constraints import Guide, Masks
 from dsv4_jax.serving.decode import Drawn, decode
 from dsv4_jax.serving.lanes import Lanes, rows_for
 from dsv4_jax.serving.prefix_cache import PrefixCache
@@ -27,6 +29,8 @@ from dsv4_jax.serving.slots import empty_slots, interrupt, new_slot, place, stop
 
 NOTHING = Output()
 
+NO_WAY = "the grammar of this answer has come to a place where it allows no token"
+
 
 @dataclasses.dataclass
 class _Pending:
@@ -34,6 +38,17 @@ class _Pending:
 
     drawn: Drawn
     served: list[Sequence | None]
+    holds: bool  # some of them drew under a grammar: their next masks depend on what they drew
+
+
+def _of_first(sequence: Sequence) -> dict[str, Any]:
+    """What the first output of an answer tells beside its token."""
+    assert sequence.admitted is not None
+    return {
+        "cached_tokens": sequence.cached,
+        "queue_seconds": sequence.admitted - sequence.came,
+        "prefill_seconds": time.monotonic() - sequence.admitted,
+    }
 
 
 class EngineCore:
@@ -65,6 +80,8 @@ class EngineCore:
         empty = empty_slots(settings.num_slots, lm.config.vocab_size, history)
         self.acceptance = DraftAcceptance(settings.draft)
         self._slots = jax.tree.map(lambda leaf: lm.network.put(leaf, "B"), empty)
+        put = functools.partial(lm.network.put, dims="B")
+        self._masks = Masks(put, settings.num_slots, lm.config.vocab_size)
         self._sequences: dict[int, Sequence] = {}
         self._pending: _Pending | None = None
         self._outputs: collections.deque[tuple[int, Output]] = collections.deque()
@@ -102,6 +119,8 @@ class EngineCore:
             self.scheduler.next_id(), tuple(prompt), sampling, stops, salt=salt, priority=priority
         )
         sequence.text = AnswerText(lm.tokenizer, sampling, stops)
+        if sampling.grammar is not None:
+            sequence.guide = Guide(sampling.grammar, stops)
         self._sequences[sequence.id] = sequence
         self.scheduler.add(sequence)
         return sequence.id
@@ -119,11 +138,18 @@ class EngineCore:
     # ---- a step ----------------------------------------------------------------------------------
 
     def step(self) -> list[tuple[int, Output]]:
-        """Starts one step on the device and returns what earlier ones gave: (request, output) in order."""
+        """Starts one step on the device and returns what earlier ones gave: (request, output) in order.
+
+        The step before is read after this one is started, unless it drew under a grammar (`constraints`).
+        """
+        if self._pending is not None and self._pending.holds:
+            previous, self._pending = self._pending, None
+            self._read(previous)
         while (victim := self.scheduler.victim()) is not None:
             self.preempt(victim.id)
         for sequence in self.scheduler.admit():
             if sequence.kept is None:
+                sequence.admitted = time.monotonic()
                 self._lanes.begin(sequence)
             else:
                 (cache, logits), sequence.kept = sequence.kept, None
@@ -136,12 +162,19 @@ class EngineCore:
                     self.scheduler.complete(chunk.sequence)
                     self._place(chunk.sequence, self._lanes.cache, self._lanes.logits, lane)
         previous, self._pending = self._pending, None
-        served = [each if each and each.stage == "running" else None for each in self.scheduler.slots]
+        served = self._served()
+        masks, given, stuck = self._masks.of([each and each.guide for each in served])
+        if stuck:
+            for slot in stuck:
+                self._finish(served[slot], "error", Output(is_stuck=True), error=NO_WAY)
+            served = self._served()
         if any(served):
+            lm = self.lm
             drawn, self._cache, self._slots = decode(
-                self.lm.network, self.settings.draft, self.lm.parameters, self._cache, self._slots
+                lm.network, self.settings.draft, lm.parameters, self._cache, self._slots, masks, given
             )
-            self._pending = _Pending(drawn, served)
+            holds = any(each and each.guide and each.guide.is_open for each in served)
+            self._pending = _Pending(drawn, served, holds)
             self.steps += 1
         if previous is not None:
             self._read(previous)
@@ -167,9 +200,13 @@ class EngineCore:
         self.scheduler.preempt(sequence)
         return True
 
+    def _served(self) -> list[Sequence | None]:
+        return [each if each and each.stage == "running" else None for each in self.scheduler.slots]
+
     def _place(self, sequence: Sequence, cache: Any, logits: jax.Array, row: int) -> None:
         sizes = (self.settings.max_length, self.lm.config.vocab_size)
-        new = new_slot(sequence.prompt, sequence.output, sequence.sampling, sequence.stops, *sizes)
+        drawn = sequence.prompt, sequence.output
+        new = new_slot(*drawn, sequence.sampling, sequence.stops, *sizes, sequence.guide)
         where = np.int32(row), np.int32(sequence.slot)
         self._cache, self._slots = place(self._cache, self._slots, cache, logits, *where, new)
 
@@ -190,11 +227,14 @@ class EngineCore:
                     where = f"position {len(sequence.prompt) + len(sequence.output)}"
                     self._finish(sequence, "error", error=f"the logits at {where} are not finite numbers")
                     break
+                if sequence.guide is not None and not sequence.guide.take(token):
+                    self._finish(sequence, "error", Output(is_stuck=True), error=NO_WAY)
+                    break
                 shown = sequence.text.add(token)
                 output = dataclasses.replace(
                     shown.output,
                     logprobs=logprob(drawn, slot, place_in_row, sequence.sampling.logprobs),
-                    cached_tokens=0 if sequence.output else sequence.cached,
+                    **({} if sequence.output else _of_first(sequence)),
                 )
                 sequence.output.append(token)
                 if output.finish_reason is not None:

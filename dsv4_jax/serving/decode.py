@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float32, Int32
+from jaxtyping import Array, Bool, Float32, Int32, UInt32
 
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.inference import steps
@@ -23,8 +23,9 @@ from dsv4_jax.model import span as spans
 from dsv4_jax.model.cache import Cache
 from dsv4_jax.model.initial import Network
 from dsv4_jax.parameters import Parameters
+from dsv4_jax.serving.constraints import WORD
 from dsv4_jax.serving.requests import MOST_LOGPROBS
-from dsv4_jax.serving.slots import NO_STOP, Slots
+from dsv4_jax.serving.slots import NO_GATE, NO_STOP, Slots
 from sharding.compiling import compiled_step
 
 
@@ -46,21 +47,33 @@ def num_drafts(draft: Draft | None, config: ModelConfig) -> int:
 
 @compiled_step(static_argnums=(0, 1), donate_argnums=(3, 4))
 def decode(
-    network: Network, draft: Draft | None, parameters: Parameters, cache: Cache, slots: Slots
+    network: Network,
+    draft: Draft | None,
+    parameters: Parameters,
+    cache: Cache,
+    slots: Slots,
+    masks: UInt32[Array, "S words"],
+    given: Bool[Array, "S"],
 ) -> tuple[Drawn, Cache, Slots]:
     """One token for every running slot, and as many more as were guessed right.
+
+    A slot that is held (`Slots.held`) sits out the step unless its mask is given; it then draws one token of
+    its mask, and tries no guesses.
 
     Args:
         network, parameters: the model; static and data.
         draft: who guesses; its head must be in the model, and its slot in the cache. None: nobody.
         cache: of S rows, donated. slots: donated.
+        masks: a bit a token, the first in the lowest; of slots that are not given, without meaning.
+        given: slots whose mask is given.
     """
     model = network.holding(parameters)
-    start, running, width = cache.length, slots.running, 1 + num_drafts(draft, network.config)
-    token = _draw(slots.logits, slots, slots.rules, start)
+    start, width = cache.length, 1 + num_drafts(draft, network.config)
+    running, masked = slots.running & (~slots.held | given), slots.held & given
+    token = _draw(_masked(slots.logits, masks, masked), slots, slots.rules, start)
     first = jnp.where(running, jnp.maximum(token, 0), 0)
     guesses, meant = _guesses(network, draft, parameters, cache, slots, first)
-    meant = jnp.where(running, jnp.clip(jnp.minimum(meant, slots.last - start), 0), 0)
+    meant = jnp.where(running & ~masked, jnp.clip(jnp.minimum(meant, slots.last - start), 0), 0)
     ids = jnp.concatenate([first[:, None], guesses], axis=1)
     after = model(spans.appended(ids, start, jnp.where(running, meant + 1, 0)), cache)
     logits = model.logits(model.hidden(after.streams))  # [S, W, V]
@@ -70,6 +83,7 @@ def decode(
     right = running
     accepted = jnp.zeros_like(start)
     for place in range(1, width):
+        right = right & (token != slots.gate)  # what follows is drawn under a mask, which is not here yet
         token = _draw(logits[:, place - 1], slots, rules, start + place)
         right = right & (token == guesses[:, place - 1]) & (place <= meant)
         accepted = accepted + right.astype(jnp.int32)
@@ -82,6 +96,7 @@ def decode(
     first_end = jnp.min(jnp.where(ends, places, width), axis=1)
     count = jnp.where(running, jnp.minimum(accepted, first_end) + 1, 0)
     ended = first_end <= accepted
+    opened = jnp.any((tokens == slots.gate[:, None]) & (places < count[:, None]), axis=1)
     all_logits = jnp.concatenate([slots.logits[:, None], logits[:, :-1]], axis=1)
     of_all = jax.nn.log_softmax(all_logits, axis=-1)
     likeliest_logprobs, likeliest = jax.lax.top_k(of_all, min(MOST_LOGPROBS, of_all.shape[-1]))
@@ -102,7 +117,9 @@ def decode(
         logits=jnp.where(running[:, None], following, slots.logits),
         rules=rules,
         history=slots.history.at[rows, where].set(jnp.maximum(tokens, 0), mode="drop"),
-        running=running & ~ended,
+        gate=jnp.where(opened, NO_GATE, slots.gate),
+        held=slots.held | opened,
+        running=slots.running & ~(running & ended),
     )
     cache = after.cache if draft is None else after.cache.rewind(meant - accepted)
     return found, cache, slots
@@ -124,6 +141,19 @@ def _draw(
     allowed = applied(allowed, rules, slots.temperature)
     keys = keys_at(slots.requests, position)
     return sample(allowed, keys, jnp.where(slots.running, slots.temperature, 0.0), slots.top_p)
+
+
+def _masked(
+    logits: Float32[Array, "S V"], masks: UInt32[Array, "S words"], masked: Bool[Array, "S"]
+) -> Float32[Array, "S V"]:
+    """The logits, of which masked rows keep those of their masks."""
+
+    def cut(logits: jax.Array) -> jax.Array:
+        bits = masks[:, :, None] >> jnp.arange(WORD, dtype=jnp.uint32) & 1
+        allowed = bits.reshape(len(masks), -1)[:, : logits.shape[1]] == 1
+        return jnp.where(allowed | ~masked[:, None], logits, -jnp.inf)
+
+    return jax.lax.cond(jnp.any(masked), cut, lambda x: x, logits)
 
 
 def _ends(tokens: Int32[Array, "S W"], slots: Slots, start: Int32[Array, "S"]) -> Bool[Array, "S W"]:

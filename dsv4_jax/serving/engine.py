@@ -78,6 +78,9 @@ class EngineStatus:
     num_preemptions: int
     steps: int
     drafts: tuple[tuple[int, int], ...] = ()  # (kept, tried) at each place behind a token
+    guesses: int = 0  # of drafts, whether or not one before them was wrong
+    tokens_held: int = 0  # in the rows of slots
+    prefix_pages: int = 0  # that hold something
 
 
 Listener = Callable[[Output], None]
@@ -223,6 +226,9 @@ class Engine:
                 num_preemptions=core.scheduler.num_preemptions,
                 steps=core.steps,
                 drafts=core.acceptance.by_place(),
+                guesses=core.acceptance.guesses,
+                tokens_held=core.scheduler.tokens_held,
+                prefix_pages=len(prefixes) if prefixes else 0,
             )
 
     @property

@@ -7,13 +7,15 @@ import asyncio
 import dataclasses
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 
 import numpy as np
 
 from dsv4_jax.errors import ProblemsError
 from dsv4_jax.serving.engine import Engine
-from dsv4_jax.serving.requests import Sampling
+from dsv4_jax.serving.requests import Output, Sampling
+
+Generate = Callable[[list[int], Sampling], AsyncIterator[Output]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,12 +83,17 @@ def run(engine: Engine, load: Load) -> tuple[list[Seen], float]:
     """
     if problems := load.problems(engine.settings.max_length):
         raise ProblemsError("this load cannot be sent", problems)
-    return asyncio.run(_run(engine, load))
+    return asyncio.run(send(engine.generate, engine.lm.config.vocab_size, load))
 
 
-async def _run(engine: Engine, load: Load) -> tuple[list[Seen], float]:
+async def send(generate: Generate, vocab_size: int, load: Load) -> tuple[list[Seen], float]:
+    """Sends a load and waits for its end, as `run`.
+
+    Args:
+        generate: serves one request, as `Engine.generate`: yields what comes, and may be left.
+        vocab_size: V, of the ids of prompts. load: what is sent; the caller has checked that it fits.
+    """
     generator = np.random.default_rng(load.seed)
-    vocab_size = engine.lm.config.vocab_size
     shared = generator.integers(0, vocab_size, load.shared_tokens).tolist()
     low, high = load.prompt_tokens - load.prompt_tokens // 2, load.prompt_tokens * 3 // 2
     requests = []
@@ -102,7 +109,7 @@ async def _run(engine: Engine, load: Load) -> tuple[list[Seen], float]:
             max_tokens=load.answer_tokens, temperature=load.temperature, seed=number, ignore_eos=True
         )
         sent, arrived, cached, reason = time.monotonic() - start, [], 0, None
-        stream = engine.generate(prompt, sampling)
+        stream = generate(prompt, sampling)
         try:
             async for output in stream:
                 arrived += [time.monotonic() - start] * len(output.token_ids)

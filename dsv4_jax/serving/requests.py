@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from dsv4_jax.config.quantities import integer_problem, is_bool, sampling_problems, seed_problem
 from dsv4_jax.errors import ProblemsError
+from dsv4_jax.serving.constraints import Grammar
 
 MOST_LOGPROBS = 20
 MOST_STOPS = 16
@@ -39,6 +40,7 @@ class Sampling:
     ignore_eos: bool = False  # never stop at the model's own stop tokens
     min_tokens: int = 0  # no stop token is drawn before so many tokens
     logprobs: int | None = None  # that many likeliest tokens a step, and the drawn one; None: none
+    grammar: Grammar | None = None  # of the answer, which ends where the grammar may end
 
     def problems(self, vocab_size: int) -> list[str]:
         """Every rule that these values break, each naming the field and the value."""
@@ -62,6 +64,10 @@ class Sampling:
         found += self._bias_problems(vocab_size) + self._stop_problems(vocab_size)
         if not is_bool(self.ignore_eos):
             found.append(f"ignore_eos={self.ignore_eos!r} must be true or false")
+        if self.grammar is not None:
+            for name, neutral in (("ignore_eos", False), ("stop_token_ids", None), ("min_tokens", 0)):
+                if getattr(self, name) != neutral:
+                    found.append(f"{name}: a grammar decides where the answer ends, this cannot be kept, too")
         return [problem for problem in found if problem]
 
     def _bias_problems(self, vocab_size: int) -> list[str | None]:
@@ -125,6 +131,9 @@ class Output:
     finish_reason: FinishReason | None = None
     error: str | None = None
     cached_tokens: int = 0  # of the prompt, that were not computed again
+    queue_seconds: float | None = None  # with the first token: from arrival to a lane
+    prefill_seconds: float | None = None  # with the first token: from the lane to it
+    is_stuck: bool = False  # an error of the answer's grammar, not of the model
 
 
 def checked_request(
@@ -159,6 +168,8 @@ def checked_request(
             f"{len(prompt_ids)} prompt tokens and max_tokens={sampling.max_tokens} are {needed}, "
             f"more than the {max_length} that a sequence may have here"
         )
+    if sampling.grammar is not None and not own_stops:
+        problems.append("a grammar ends by a stop token, and this model has none")
     if problems:
         raise ProblemsError("this request cannot be served", problems)
     own = frozenset() if sampling.ignore_eos else frozenset(own_stops)

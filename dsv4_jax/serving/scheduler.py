@@ -8,8 +8,10 @@ import collections
 import dataclasses
 import heapq
 import itertools
+import time
 from typing import Any, Literal
 
+from dsv4_jax.serving.constraints import Guide
 from dsv4_jax.serving.prefix_cache import Key
 from dsv4_jax.serving.requests import Sampling
 
@@ -36,6 +38,9 @@ class Sequence:
     states_at: frozenset[int] = frozenset()  # blocks after which the state is kept
     kept: Any = None  # its row and next logits, while it waits again
     text: Any = None  # from ids to text
+    came: float = dataclasses.field(default_factory=time.monotonic)
+    admitted: float | None = None  # when its prompt came into a lane
+    guide: Guide | None = None  # through the grammar of the answer
 
     @property
     def order(self) -> tuple[int, int]:
@@ -87,6 +92,15 @@ class Scheduler:
     def num_running(self) -> int:
         """Sequences in slots and lanes."""
         return sum(sequence is not None for sequence in self.slots)
+
+    @property
+    def tokens_held(self) -> int:
+        """Tokens of those in slots that are computed. Any thread may ask."""
+        return sum(
+            each.done if each.stage == "prefilling" else len(each.prompt) + len(each.output)
+            for each in list(self.slots)
+            if each is not None
+        )
 
     @property
     def has_work(self) -> bool:

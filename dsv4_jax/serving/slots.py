@@ -15,10 +15,14 @@ from jaxtyping import Array, Bool, Float32, Int32, Key, UInt32
 from dsv4_jax.inference.logit_rules import LogitRules
 from dsv4_jax.model import cache_rows
 from dsv4_jax.model.cache import Cache
+from dsv4_jax.serving.constraints import Guide
 from dsv4_jax.serving.requests import MOST_BIASES, MOST_STOP_TOKENS, Sampling
 
 NO_STOP = -1
 """Fills up lists of stop tokens; no token has this id."""
+
+NO_GATE = -1
+"""Of a slot whose grammar is not waiting for a token that opens it."""
 
 
 class Slots(NamedTuple):
@@ -33,6 +37,8 @@ class Slots(NamedTuple):
     stop_from: Int32[Array, "S"]  # position of the first token that may be a stop token
     last: Int32[Array, "S"]  # position of the last token to draw
     history: Int32[Array, "S length"]  # all tokens by position, for drafts of lookup; length 0: not kept
+    gate: Int32[Array, "S"]  # the token after which a row is held, or NO_GATE
+    held: Bool[Array, "S"]  # a grammar is open: the row draws only in a step that brings its mask
     running: Bool[Array, "S"]
 
 
@@ -54,6 +60,8 @@ class NewSlot(NamedTuple):
     stops: Int32[Array, " stops"]
     stop_from: Int32[Array, ""]
     last: Int32[Array, ""]
+    gate: Int32[Array, ""]
+    held: Bool[Array, ""]
 
 
 def empty_slots(num_slots: int, vocab_size: int, history: int) -> Slots:
@@ -70,6 +78,8 @@ def empty_slots(num_slots: int, vocab_size: int, history: int) -> Slots:
         stop_from=rows(jnp.int32),
         last=rows(jnp.int32),
         history=jnp.zeros((num_slots, history), jnp.int32),
+        gate=jnp.full((num_slots,), NO_GATE, jnp.int32),
+        held=rows(bool),
         running=rows(bool),
     )
 
@@ -130,6 +140,8 @@ def place(
         new.stop_from,
         new.last,
         history,
+        new.gate,
+        new.held,
         jnp.bool_(True),
     )
     return cache, jax.tree.map(lambda every, one: every.at[slot].set(one), slots, values)
@@ -142,6 +154,7 @@ def new_slot(
     stops: frozenset[int],
     max_length: int,
     vocab_size: int,
+    guide: Guide | None = None,
 ) -> NewSlot:
     """What a request brings to its slot, arrays of the host.
 
@@ -149,7 +162,9 @@ def new_slot(
         prompt: its tokens. output: those it has drawn already, if it was interrupted.
         sampling: how to draw. stops: token ids that end it.
         max_length: of a sequence. vocab_size: V.
+        guide: through its grammar, if it has one.
     """
+    gate = None if guide is None else guide.gate
 
     def padded(values: Any, size: int, fill: int, dtype: Any = np.int32) -> np.ndarray:
         array = np.full(size, fill, dtype)
@@ -172,4 +187,6 @@ def new_slot(
         stops=padded(sorted(stops), MOST_STOP_TOKENS, NO_STOP),
         stop_from=np.int32(len(prompt) + min(sampling.min_tokens, max_length)),
         last=np.int32(len(prompt) + sampling.max_tokens - 1),
+        gate=np.int32(NO_GATE if gate is None else gate),
+        held=np.bool_(guide is not None and guide.is_open),
     )

@@ -41,6 +41,8 @@ class Health:
         most: after so many steps in a row that were not finite, or rollbacks without `window` good steps
             between them, the run halts.
         anticipation_steps: after a rollback for a spike, steps that route by older parameters; 0: none.
+        anticipation_lag: how many steps older they are, d in the report, which does not tell it; the first of
+            these steps route by the parameters that were gone back to.
         hang_seconds: without a sign of life after which the run ends with a dump of all stacks; compiling
             counts too. None: waits for ever.
     """
@@ -51,6 +53,7 @@ class Health:
     window: int = 64
     most: int = 5
     anticipation_steps: int = 0
+    anticipation_lag: int = 4
     hang_seconds: float | None = 3600.0
 
     @property
@@ -69,6 +72,7 @@ class Health:
             integer_problem("health.window", self.window, LEAST_STEPS),
             integer_problem("health.most", self.most, 1),
             integer_problem("health.anticipation_steps", self.anticipation_steps, 0),
+            integer_problem("health.anticipation_lag", self.anticipation_lag, 1),
         ]
         for name, value in (("spike_size", self.spike_size), ("hang_seconds", self.hang_seconds)):
             number = as_float(value)

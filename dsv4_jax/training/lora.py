@@ -91,25 +91,30 @@ def with_lora(network: Network, lora: Lora) -> LoraNetwork:
     return LoraNetwork(*network, lora)
 
 
+def setting_problems(lora: Lora) -> list[str]:
+    """What is wrong with the settings, whatever the model; a sentence each."""
+    problems = [problem] if (problem := integer_problem("rank", lora.rank, 1)) else []
+    alpha = as_float(lora.alpha)
+    if alpha is None or not math.isfinite(alpha):
+        problems.append(f"alpha={lora.alpha!r} must be a finite number")
+    if isinstance(lora.targets, str) or not lora.targets:
+        problems.append(f"targets={lora.targets!r} must be a tuple of at least one pattern")
+    return problems
+
+
 def chosen(config: ModelConfig, lora: Lora) -> dict[Path, Parameter]:
     """The rows of the table that the targets mean, by path.
 
     Raises:
         ProblemsError: a rank or alpha that cannot be, targets that match no matrix; all problems at once.
     """
-    problems = [problem] if (problem := integer_problem("rank", lora.rank, 1)) else []
-    alpha = as_float(lora.alpha)
-    if alpha is None or not math.isfinite(alpha):
-        problems.append(f"alpha={lora.alpha!r} must be a finite number")
+    problems = setting_problems(lora)
     matrices = {
         path: parameter for path, parameter in parameters(config).items() if parameter.role in WIDE_ROLES
     }
     names = {path: "/".join(map(str, path)) for path in matrices}
     found = set()
-    targets = () if isinstance(lora.targets, str) else lora.targets
-    if not targets:
-        problems.append(f"targets={lora.targets!r} must be a tuple of at least one pattern")
-    for pattern in targets:
+    for pattern in () if isinstance(lora.targets, str) else lora.targets:
         matched = {path for path, name in names.items() if fnmatch.fnmatchcase(name, pattern)}
         if not matched:
             problems.append(
@@ -139,6 +144,20 @@ def lora_parameters(config: ModelConfig, lora: Lora, seed: int) -> Parameters:
         pair = {
             "a": jnp.asarray(draw.standard_normal(shape, np.float32) / np.float32(math.sqrt(contracted))),
             "b": jnp.zeros((*parameter.leading, out, lora.rank), jnp.float32),
+        }
+        _put(tree, path, pair)
+    return tree
+
+
+def lora_shapes(config: ModelConfig, lora: Lora) -> Parameters:
+    """`lora_parameters` as `jax.ShapeDtypeStruct`; nothing is drawn. Raises ProblemsError as `chosen`."""
+    tree: Parameters = {}
+    for path, parameter in chosen(config, lora).items():
+        out, contracted = parameter.stored
+        shapes = {"a": (lora.rank, contracted), "b": (out, lora.rank)}
+        pair = {
+            name: jax.ShapeDtypeStruct((*parameter.leading, *shape), jnp.float32)
+            for name, shape in shapes.items()
         }
         _put(tree, path, pair)
     return tree

@@ -5,13 +5,17 @@ import pathlib
 
 from dsv4_jax.config import tiny, v4_flash
 from dsv4_jax.numerics.policy import Policy
+from dsv4_jax.training.health import Health
+from dsv4_jax.training.lora import Lora
 from dsv4_jax.training.muon import Muon
+from dsv4_jax.training.optimizer import AdamW
 from dsv4_jax.training.recipe import QUICKSTART
 from dsv4_jax.training.run_config import Checkpoints, Logging, RunConfig, Stage, Validation
-from dsv4_jax.training.schedules import BatchRamp, LearningRate
-from dsv4_jax.training.sources import StandardLibrary
+from dsv4_jax.training.schedules import BatchRamp, LearningRate, LossWeights
+from dsv4_jax.training.sources import ChatFiles, StandardLibrary
 
 PROMPT = "def "
+LORA_TARGETS = ("*/attn/w*", "*/ffn/experts/*", "*/ffn/shared/*", "head")
 
 
 def stdlib() -> RunConfig:
@@ -61,12 +65,53 @@ def smallest() -> RunConfig:
     )
 
 
+def sft() -> RunConfig:
+    """A checkpoint folder trained further on chats, in all its parameters; the loss is of the answers.
+
+    Two passes or so over a thousand short chats for a model of the quickstart's size. The routers' biases
+    stay: a little data of one kind would drive them to balance that kind.
+    """
+    return RunConfig(
+        model=pathlib.Path("quickstart"),
+        policy=Policy.of("float32"),
+        source=ChatFiles(("chats.jsonl",)),
+        stages=(Stage(num_steps=200, seq_len=128, batch_size=8),),
+        learning_rate=LearningRate(2e-3, warmup_steps=10, decay_steps=180),
+        optimizer=AdamW(weight_decay=0.0),
+        losses=LossWeights(bias_speed=0.0),
+        out=pathlib.Path("sft_run"),
+        checkpoints=Checkpoints(every=50),
+        logging=Logging(every=10),
+    )
+
+
+def lora() -> RunConfig:
+    """The same by LoRA: of attention, of the routed and shared experts and of the head."""
+    rate = LearningRate(4e-3, warmup_steps=10, decay_steps=180)
+    run = dataclasses.replace(sft(), learning_rate=rate, out=pathlib.Path("lora_run"))
+    return with_rank(run, 8)
+
+
+def with_rank(run: RunConfig, rank: int) -> RunConfig:
+    """The same run by LoRA of this rank: with its own targets and scale, or the usual ones.
+
+    Raises:
+        ConfigError: for a rank below 1.
+    """
+    if run.lora is None:
+        settings = Lora(rank, 2.0 * rank, LORA_TARGETS)
+    else:
+        settings = Lora(rank, run.lora.scale * rank, run.lora.targets)
+    losses = dataclasses.replace(run.losses, bias_speed=0.0)
+    return dataclasses.replace(run, lora=settings, losses=losses)
+
+
 def flash() -> RunConfig:
     """V4-Flash as the report trains it, as far as it says (section 4.2.2); for `--dry-run` with a mesh.
 
     Peak and end of the learning rate, warm-up, the full batch, the lengths and the order dense before sparse
     are published. How long each stage is, the ramp, and how long the rate decays are not: these are guesses
-    that add up to 32T tokens.
+    that add up to 32T tokens. So is how long it routes by older parameters after a spike.
     """
     tokens = 75_500_000  # a full batch
     batches = {length: tokens // length for length in (4096, 16384, 65536, 1048576)}
@@ -91,4 +136,5 @@ def flash() -> RunConfig:
         learning_rate=LearningRate(2.7e-4, warmup_steps=2000, decay_steps=80_000),
         optimizer=Muon(),
         out=pathlib.Path("flash_run"),
+        health=Health(on_spike="roll back", anticipation_steps=500),
     )

@@ -19,10 +19,22 @@ import numpy as np
 from dsv4_jax.errors import ProblemsError
 from dsv4_jax.model.initial import Network
 from dsv4_jax.parameters import Parameters
+from dsv4_jax.training.anticipatory_routing import chosen_experts
+from dsv4_jax.training.batches_ahead import BatchesAhead
 from dsv4_jax.training.data import Batch
 from dsv4_jax.training.health import Finding, Observer, kept_if_finite
-from dsv4_jax.training.keeping import STATES_FOLDER, identity, refuse_another_run, save_for_good
+from dsv4_jax.training.keeping import (
+    BASE,
+    STATES_FOLDER,
+    base_of,
+    identity,
+    kept_of,
+    refuse_another_run,
+    save_for_good,
+    whole_of,
+)
 from dsv4_jax.training.loop import Ending, InterruptRequest
+from dsv4_jax.training.lora import LoraNetwork
 from dsv4_jax.training.metrics import Goodput
 from dsv4_jax.training.run_config import Place, RunConfig
 from dsv4_jax.training.saved_states import Restored, SavedStates
@@ -34,8 +46,6 @@ from sharding.host_values import fetched
 
 PROFILE_FOLDER = "profile"
 STACKS_FILE = "stacks.txt"
-
-Step = Callable[[Network, StepSettings, TrainState, Batch, Rates], tuple[TrainState, StepReport]]
 
 
 class Teller(Protocol):
@@ -77,21 +87,27 @@ class _Running(NamedTuple):
     rates: Rates
     tokens: int
     report: StepReport  # on the device
+    lag: int | None  # steps between the parameters that chose the experts and those of the step
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
 def guarded_step(
-    network: Network, settings: StepSettings, state: TrainState, batch: Batch, rates: Rates
+    network: Network | LoraNetwork,
+    settings: StepSettings,
+    state: TrainState,
+    batch: Batch,
+    rates: Rates,
+    experts: jax.Array | None = None,
 ) -> tuple[TrainState, StepReport]:
     """`train_step`, which leaves everything but the count of steps as it was where its loss or gradient is
     not finite. Donates the state."""
-    after, report = train_step(network, settings, state, batch, rates)
+    after, report = train_step(network, settings, state, batch, rates, experts)
     return kept_if_finite(state, after, report), report
 
 
 def run(
     config: RunConfig,
-    network: Network,
+    network: Network | LoraNetwork,
     state: TrainState,
     tokenizer: Any,
     teller: Teller,
@@ -100,13 +116,12 @@ def run(
     resume: bool = False,
     sample: Callable[[Parameters], str | None] | None = None,
     look: Callable[[int, Parameters], None] | None = None,
-    step_after_spike: Step | None = None,
 ) -> RunResult:
     """Trains until all stages are done or somebody asks to stop, and leaves a saved state.
 
     Args:
         config: of the run.
-        network: the model.
+        network: the model; one with the branch of `lora`, if the run says so.
         state: before the first step, consumed; of a run that goes on its shapes and places alone are used.
         tokenizer: for the sources.
         teller: who is told.
@@ -114,14 +129,12 @@ def run(
         resume: go on with the newest saved state, if there is one.
         sample: what the model writes, shown at validations.
         look: called with the step and the parameters at validations and at the end, for pictures.
-        step_after_spike: takes the place of the step for `health.anticipation_steps` steps after a rollback
-            for a spike (anticipatory routing; report, section 4.2.3).
 
     Raises:
         ProblemsError: a folder that cannot be written, saved states that cannot be read or belong to another
             run, a run that its policy halts, and a last state that went to another place, which is named.
     """
-    session = _Session(config, network, state, tokenizer, teller, goodput, (sample, look), step_after_spike)
+    session = _Session(config, network, state, tokenizer, teller, goodput, (sample, look))
     # os.write: a signal may arrive in the middle of any print
     announce = functools.partial(
         os.write, 2, b"\nsaving the state and stopping (Ctrl-C again: stop at once)\n"
@@ -137,19 +150,19 @@ class _Session:
     def __init__(
         self,
         config: RunConfig,
-        network: Network,
+        network: Network | LoraNetwork,
         state: TrainState,
         tokenizer: Any,
         teller: Teller,
         goodput: Goodput,
         looks: tuple[Callable[[Parameters], str | None] | None, Callable[[int, Parameters], None] | None],
-        step_after_spike: Step | None,
     ) -> None:
         self.config, self.network, self.teller, self.goodput = config, network, teller, goodput
         self.state = state
-        self.like = jax.tree.map(_described, state)
-        (self.sample, self.look), self.step_after_spike = looks, step_after_spike
-        self.streams = Streams(config, tokenizer)
+        self.like = jax.tree.map(_described, kept_of(config, state))
+        self.base = base_of(config, state)
+        self.sample, self.look = looks
+        self.batches = BatchesAhead(config, Streams(config, tokenizer))
         self.observer = Observer(config.health)
         self.step = int(fetched(state.step))
         self.anticipates_until = 0
@@ -200,22 +213,30 @@ class _Session:
         self.watchdog.beat(f"step {self.step + 1} was started")
         self._profile()
         with self.goodput.spent_on("data"):
-            batch = self.streams.batch(place)
-            on_devices = Batch(*(None if each is None else self.network.put(each, "B T") for each in batch))
+            batch, experts, chosen_at = self.batches.next(self.step, self.anticipates_until, self._chosen)
+            on_devices = self._on_devices(batch)
         settings = self.config.settings(place)
-        chosen: Step = guarded_step
-        if self.step < self.anticipates_until and self.step_after_spike is not None:
-            chosen = self.step_after_spike
-        program = (settings, batch.tokens.shape, chosen)
+        lag, given = None, (self.network, settings, self.state, on_devices, rates)
+        if experts is not None:
+            lag, given = self.step - chosen_at, (*given, self.network.put(experts, "layers B T Ke"))
+        program = (settings, batch.tokens.shape, lag is None)
         if program in self.programs:
-            self.state, report = chosen(self.network, settings, self.state, on_devices, rates)
+            self.state, report = guarded_step(*given)
         else:
             with self.goodput.spent_on("compiling"):
-                self.state, report = chosen(self.network, settings, self.state, on_devices, rates)
+                self.state, report = guarded_step(*given)
             self.programs.add(program)
         self.step += 1
         self.goodput.steps += 1
-        return _Running(self.step, place, rates, batch.tokens.size, report)
+        return _Running(self.step, place, rates, batch.tokens.size, report, lag)
+
+    def _on_devices(self, batch: Batch) -> Batch:
+        return Batch(*(None if each is None else self.network.put(each, "B T") for each in batch))
+
+    def _chosen(self, batch: Batch, step: int) -> np.ndarray:
+        """The experts of a later step, by the parameters of now (report, section 4.2.3)."""
+        mode = self.config.mode(step)
+        return fetched(chosen_experts(self.network, self.state.params, self._on_devices(batch), mode))
 
     def _settle(self, done: _Running | None) -> Finding:
         """Waits for a step's numbers, tells them, and judges them."""
@@ -227,6 +248,8 @@ class _Session:
         now = time.monotonic() - self.goodput.besides
         rates = {f"rate_{name}": float(rate) for name, rate in done.rates._asdict().items()}
         record = {"step": done.step, "stage": done.place.stage, "tokens": done.tokens, **numbers, **rates}
+        if done.lag is not None:
+            record["routing_lag"] = done.lag
         record["seconds"] = now - self.last_told
         self.last_told = now
         self.teller.step(record, loads)
@@ -313,17 +336,22 @@ class _Session:
             "mesh": self.config.mesh,
             "processes": jax.process_count(),
             "stage": self.config.place(self.step - 1).stage if self.step else 0,
-            "data": self.streams.state(),
+            "data": self.batches.state(),
             "observer": self.observer.state(),
             "anticipates_until": self.anticipates_until,
+            "experts_chosen_at": self.batches.chosen_at(),
+            BASE: self.base,
         }
+
+    def _kept(self) -> TrainState:
+        return kept_of(self.config, self.state)
 
     def _save(self) -> None:
         """Starts a save; a failure is told, and tried again at the next interval."""
         self.watchdog.beat("saving")
         with self.goodput.spent_on("saving"):
             try:
-                self.saved.save(self.state, self._about())
+                self.saved.save(self._kept(), self._about(), self.batches.chosen())
                 self.saved_step = self.step
             except ProblemsError as failure:
                 self.saved_step = None
@@ -335,7 +363,8 @@ class _Session:
         self.watchdog.beat("saving the last state")
         with self.goodput.spent_on("saving"):
             started = self.saved_step == self.step
-            save_for_good(self.saved, self.state, self._about(), self.config.out, started=started)
+            what = self._kept(), self._about(), self.batches.chosen()
+            save_for_good(self.saved, *what, self.config.out, started=started)
         self.goodput.write()
 
     def _restart(self) -> None:
@@ -345,7 +374,8 @@ class _Session:
             return
         restored = self._restored()
         self.observer.restore(restored.about["observer"])
-        self.streams.restore(restored.about["data"])
+        at = restored.about.get("experts_chosen_at", ())
+        self.batches.restore(restored.about["data"], self.step, restored.beside, at)
         self.goodput.repeated_steps = self.teller.restarted(self.step)
         self.teller.event("resume", self.step, f"going on after step {self.step} of {self.config.num_steps}")
 
@@ -353,14 +383,16 @@ class _Session:
         """Reads the newest good state; the one in memory makes room for it."""
         self.watchdog.beat("reading a saved state")
         self.saved.wait()
-        jax.tree.map(lambda leaf: leaf.delete(), self.state)
-        restored = self.saved.restore(self.like, functools.partial(refuse_another_run, self.config))
+        base = self.state.fixed
+        jax.tree.map(lambda leaf: leaf.delete(), self._kept())
+        accept = functools.partial(refuse_another_run, self.config, self.base)
+        restored = self.saved.restore(self.like, accept)
         if restored is None:
             raise ProblemsError("cannot go back", [f"{self.saved.folder}: there is no saved state"])
         for problem in restored.problems:
             words = f"UNREADABLE, moved aside, the one before is used: {problem}"
             self.teller.event("unreadable", restored.about["step"], words)
-        self.state = restored.state
+        self.state = whole_of(self.config, restored.state, base)
         self.step = self.saved_step = restored.about["step"]
         self.anticipates_until = restored.about["anticipates_until"]
         return restored
@@ -383,18 +415,21 @@ class _Session:
 
     def _roll_back(self, finding: Finding) -> None:
         """Back to the last saved state; the data goes on, so that what led here is not seen again."""
-        data, place = self.streams.state(), self.step
+        data, place = self.batches.state(), self.step
         with self.goodput.spent_on("restore"):
             restored = self._restored()
         self.observer.restore(restored.about["observer"], counting=False)
         if data["stage"] is not None and restored.about["stage"] == self.config.place(place - 1).stage:
-            self.streams.restore(data)
+            self.batches.restore(data)
         else:
-            self.streams.restore(restored.about["data"])
-        if finding.kind == "spike" and self.config.health.anticipation_steps:
-            self.anticipates_until = self.step + self.config.health.anticipation_steps
+            self.batches.restore(restored.about["data"])
+        words = f"went back from step {place} to step {self.step}"
+        if finding.kind == "spike" and (length := self.config.health.anticipation_steps):
+            self.anticipates_until = self.step + length
+            lag = self.config.health.anticipation_lag
+            words += f"; experts are chosen up to {lag} steps ahead until step {self.anticipates_until}"
         self.goodput.repeated_steps += place - self.step
-        self.teller.event("rolled back", self.step, f"went back from step {place} to step {self.step}")
+        self.teller.event("rolled back", self.step, words)
 
 
 def worse(first: Finding, second: Finding) -> Finding:

@@ -17,6 +17,7 @@ from dsv4_jax.model.training_mode import TrainingMode
 from dsv4_jax.numerics.policy import Policy
 from dsv4_jax.training.data import BatchStream
 from dsv4_jax.training.health import Health
+from dsv4_jax.training.lora import Lora, setting_problems
 from dsv4_jax.training.optimizer import AdamW
 from dsv4_jax.training.schedules import BatchRamp, LearningRate, LossWeights, as_float32
 from dsv4_jax.training.step_settings import Optimizer, Rates, StepSettings
@@ -178,6 +179,8 @@ class RunConfig:
         learning_rate: over all of them.
         optimizer: its settings, without the rate.
         losses: weights of the losses.
+        lora: train small matrices beside these matrices of the model, which itself stays as it is; merged in
+            what is exported. None: all parameters are trained.
         tokenizer: a tokenizer.json; None: the checkpoint's, or one that is learnt from the standard library.
         mesh: devices to spread the model over, "fsdp=4,expert=2", used by the rules "train"; None: one.
         seed: of the parameters and of the order of the data.
@@ -195,6 +198,7 @@ class RunConfig:
     learning_rate: LearningRate
     optimizer: Optimizer = AdamW()
     losses: LossWeights = LossWeights()
+    lora: Lora | None = None
     tokenizer: pathlib.Path | None = None
     mesh: str | None = None
     seed: int = 0
@@ -290,11 +294,24 @@ class RunConfig:
             problems += stage.problems(f"stages[{number}]")
         problems += [*self.learning_rate.problems(), *self.losses.problems(), *self.health.problems()]
         problems += filter(None, [seed_problem(self.seed), *self._interval_problems()])
+        if self.lora is not None:
+            problems += self._lora_problems(self.lora)
         if self.mesh is not None:
             try:
                 parse(self.mesh)
             except MeshError as refused:
                 problems += [f"mesh={self.mesh!r}: {problem}" for problem in refused.problems]
+        return problems
+
+    def _lora_problems(self, lora: Lora) -> list[str]:
+        problems = [f"lora: {problem}" for problem in setting_problems(lora)]
+        if not isinstance(self.optimizer, AdamW):
+            problems.append(f"optimizer={self.optimizer!r} must be AdamW with lora: its matrices are small")
+        if self.losses.bias_speed != 0:
+            problems.append(
+                f"losses.bias_speed={self.losses.bias_speed!r} must be 0 with lora, which leaves the model"
+                " and its routers' biases as they are"
+            )
         return problems
 
     def _interval_problems(self) -> list[str | None]:

@@ -13,6 +13,7 @@ import pathlib
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -29,6 +30,9 @@ from sharding.host_values import fetched
 UNREADABLE_PREFIX = "unreadable-"
 """Of the folder of a step that could not be read; it is moved out of the way, not deleted."""
 
+BESIDE = "beside"
+"""First part of the names of arrays that belong to no state."""
+
 FORMAT = 1
 _KEY = re.compile(r"[\[\]'.]+")
 
@@ -40,11 +44,13 @@ class Restored:
     Attributes:
         state: on its devices.
         about: what was saved beside it.
+        beside: arrays that were, too, on the host.
         problems: of newer steps that could not be read, a sentence each.
     """
 
     state: TrainState
     about: dict
+    beside: dict[str, np.ndarray]
     problems: tuple[str, ...]
 
 
@@ -85,21 +91,28 @@ class SavedStates:
         self._manager.reload()
         return sorted(self._manager.all_steps())
 
-    def save(self, state: TrainState, about: Mapping[str, Any]) -> None:
+    def save(
+        self,
+        state: TrainState,
+        about: Mapping[str, Any],
+        beside: Mapping[str, np.ndarray] = MappingProxyType({}),
+    ) -> None:
         """Starts to save a state; its arrays may be donated when this returns.
 
         Args:
             state: after its step.
             about: a JSON object.
+            beside: arrays of the host, the same in every process, of shapes that no state foretells.
 
         Raises:
             ProblemsError: this save, or the one before, which ran until now, could not be written.
         """
         step = int(fetched(state.step))
-        arrays = named(state)
+        arrays = {**named(state), **{f"{BESIDE}/{name}": each for name, each in beside.items()}}
         sums = {name: int(each) for name, each in fetched(checksums(arrays)).items()}
-        beside = {"format": FORMAT, "step": step, "checksums": sums, **about}
-        args = ocp.args.Composite(state=ocp.args.StandardSave(arrays), about=ocp.args.JsonSave(beside))
+        shapes = {name: [list(each.shape), each.dtype.name] for name, each in beside.items()}
+        record = {"format": FORMAT, "step": step, "checksums": sums, BESIDE: shapes, **about}
+        args = ocp.args.Composite(state=ocp.args.StandardSave(arrays), about=ocp.args.JsonSave(record))
         try:
             self._manager.save(step, args=args, force=True)
         except Exception as failure:  # of Orbax, TensorStore or the file system
@@ -153,16 +166,21 @@ class SavedStates:
                 about = None
             if self._agreed(about is not None):
                 accept(about)
-                state = self._read(step, like, about, problems)
-                if self._agreed(state is not None):
-                    return Restored(state, about, tuple(problems))
+                found = self._read(step, like, about, problems)
+                if self._agreed(found is not None):
+                    return Restored(found[0], about, found[1], tuple(problems))
             self._move_away(step)
         if problems:
             raise ProblemsError("no saved state can be read", problems)
         return None
 
-    def _read(self, step: int, like: TrainState, about: dict, problems: list[str]) -> TrainState | None:
+    def _read(
+        self, step: int, like: TrainState, about: dict, problems: list[str]
+    ) -> tuple[TrainState, dict[str, np.ndarray]] | None:
         wanted = jax.tree.map(ocp.utils.to_shape_dtype_struct, named(like))
+        shapes = about.get(BESIDE, {})
+        beside = {name: f"{BESIDE}/{name}" for name in shapes}
+        wanted |= {beside[name]: np.empty(*shape_and_dtype) for name, shape_and_dtype in shapes.items()}
         saved = set(about.get("checksums", ()))
         if about.get("format") != FORMAT:
             problems.append(f"{self.folder}/{step}: format {about.get('format')!r}, not {FORMAT}")
@@ -185,7 +203,8 @@ class SavedStates:
             more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
             problems.append(f"{self.folder}/{step}: {wrong[0]}{more} is not what was saved (checksum)")
             return None
-        return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in names(like)])
+        state = jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in names(like)])
+        return state, {name: np.asarray(arrays[place]) for name, place in beside.items()}
 
     def _move_away(self, step: int) -> None:
         """A step that cannot be read must not count as one that is kept, and its number will come again."""

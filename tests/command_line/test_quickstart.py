@@ -15,9 +15,10 @@ from dsv4_jax.command_line import quickstart as quickstart_module
 from dsv4_jax.command_line.quickstart import CURVE_FILE, RECORD_FILE, check_arguments, quickstart, spread
 from dsv4_jax.config import tiny
 from dsv4_jax.errors import ProblemsError
+from dsv4_jax.language_model import LanguageModel
 from dsv4_jax.numerics.policy import Policy
 from dsv4_jax.training.corpus import gather_corpus
-from dsv4_jax.training.recipe import QUICKSTART, Recipe, planned_steps
+from dsv4_jax.training.recipe import QUICKSTART, Recipe, planned_steps, start
 
 SMALL = Recipe(
     config=tiny(
@@ -169,7 +170,21 @@ def test_the_real_recipe_has_every_part():
     assert QUICKSTART.seq_len >= 2 * config.hca_ratio
     assert (config.bos_token_id, config.eos_token_id) == (0, 1)
     # Five minutes on two cores must leave enough steps to beat the unigram model by a quarter.
-    assert planned_steps(5.0, QUICKSTART) >= 300
+    assert planned_steps(5.0, QUICKSTART) >= 220
+
+
+def test_sublayers_of_the_real_recipe_add_nothing_at_first():
+    recipe = dataclasses.replace(SMALL, zero_outputs=True)
+    tokens = np.arange(24, dtype=np.int32)[None] % recipe.config.vocab_size
+    model = LanguageModel(recipe.config, recipe.policy, start(recipe, 3), None)
+    streams = np.asarray(model.streams(tokens))  # [L+1, B, T, N, D]
+    # The maps of a layer mix one vector that is there four times: the result is that vector, scaled.
+    embedded, last = streams[0, 0, :, 0], streams[-1, 0, :, 0]
+    cosine = np.sum(embedded * last, -1) / np.linalg.norm(embedded, axis=-1) / np.linalg.norm(last, axis=-1)
+    np.testing.assert_allclose(cosine, 1.0, atol=1e-5)
+    ordinary = LanguageModel(recipe.config, recipe.policy, start(SMALL, 3), None)
+    assert np.abs(np.asarray(ordinary.streams(tokens))[-1, 0, :, 0] - last).max() > 1e-3
+    assert QUICKSTART.zero_outputs
 
 
 def test_spread_covers_both_ends():

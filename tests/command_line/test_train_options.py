@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 
+import jax
 import pytest
 
 from dsv4_jax.command_line import main as cli
@@ -10,9 +11,13 @@ from dsv4_jax.command_line import train
 from dsv4_jax.config import v4_flash
 from dsv4_jax.errors import ProblemsError
 from dsv4_jax.inspection.training_cost import flops_per_token, training_bytes
+from dsv4_jax.language_model import LanguageModel
 from dsv4_jax.numerics.policy import Policy
 from dsv4_jax.parameters import parameters
+from dsv4_jax.training import presets
+from dsv4_jax.training.lora import Lora, lora_parameters
 from dsv4_jax.training.run_config import RunConfig
+from dsv4_jax.training.sources import ChatFiles
 from tests.training.tiny_run import CONFIG, config
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -55,7 +60,7 @@ def test_a_file_that_is_no_run_is_refused(tmp_path, text, capsys):
 def test_what_is_neither_a_file_nor_a_preset_is_refused(tmp_path, capsys):
     for what in ("nothing", str(tmp_path / "none.py"), str(tmp_path)):
         assert cli.run(["train", what]) == 2
-        assert "presets stdlib, smallest, flash" in capsys.readouterr().err
+        assert "presets stdlib, smallest, flash, sft, lora" in capsys.readouterr().err
     assert cli.run(["train", "stdlib", "--steps", "0"]) == 2
     assert "steps=0" in capsys.readouterr().err
     assert cli.run(["train", "stdlib", "--mesh", "foo=2", "--dry-run"]) == 2
@@ -77,6 +82,31 @@ def test_a_dry_run_shows_all_of_a_run(capsys):
         "together, at least", "16,384", "dense", "2000 steps up to 0.00027",
         "cosine decay to 2.7e-05", "MTP 0.3, from step", "every 1000 steps, 3 are kept", "StandardLibrary",
     ):  # fmt: skip
+        assert part in shown, part
+
+
+def test_a_base_chats_and_lora_from_the_command_line():
+    changes = {"model": pathlib.Path("base"), "chats": ("a.jsonl", "b.jsonl"), "lora_rank": 3}
+    run = train.configured("sft", **changes)
+    assert run.model == pathlib.Path("base") and run.source == ChatFiles(("a.jsonl", "b.jsonl"))
+    assert run.lora == Lora(3, 6.0, presets.LORA_TARGETS) and run.losses.bias_speed == 0
+    assert train.configured("sft").lora is None and train.configured("sft").losses.bias_speed == 0
+    assert train.configured("lora", lora_rank=2).lora.scale == train.configured("lora").lora.scale
+    with pytest.raises(ProblemsError, match="rank=0"):
+        train.configured("sft", lora_rank=0)
+
+
+def test_a_dry_run_of_lora_tells_what_trains_and_what_is_frozen(tmp_path, capsys):
+    """The numbers that it tells are those of the arrays that a run makes."""
+    base = tmp_path / "base"
+    LanguageModel.random(CONFIG, Policy.of("float32")).save(base)
+    assert cli.run(["train", "lora", "--base", str(base), "--lora-rank", "3", "--dry-run"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    small = jax.tree.leaves(lora_parameters(CONFIG, Lora(3, 6.0, presets.LORA_TARGETS), 0))
+    frozen = sum(parameter.size for parameter in parameters(CONFIG).values())
+    assert f"trained: {sum(leaf.size for leaf in small):,} numbers" in shown
+    assert f"frozen: the model itself, {frozen:,} numbers" in shown
+    for part in ("LoRA of rank 3, times 2", "attn/wq_a", "ffn/experts/down", "bias speed 0", "chats.jsonl"):
         assert part in shown, part
 
 

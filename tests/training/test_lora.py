@@ -17,7 +17,15 @@ from dsv4_jax.model.initial import Network, initial_parameters
 from dsv4_jax.numerics.policy import Policy
 from dsv4_jax.parameters import LORA, row_at
 from dsv4_jax.training.data import Batch
-from dsv4_jax.training.lora import Lora, chosen, lora_parameters, lora_state, merged, with_lora
+from dsv4_jax.training.lora import (
+    Lora,
+    chosen,
+    lora_parameters,
+    lora_shapes,
+    lora_state,
+    merged,
+    with_lora,
+)
 from dsv4_jax.training.optimizer import AdamW
 from dsv4_jax.training.step import Rates, StepSettings, train_step
 from pallas_kernels.formats.weights import is_quantized, plain
@@ -166,6 +174,13 @@ def test_bfloat16_parameters_stay_bfloat16():
     path = ("stacks", 0, "blocks", 0, "attn", "wq_a")
     assert leaf(result, path).dtype == jnp.bfloat16
     assert np.any(np.asarray(leaf(result, path) != leaf(base, path)))
+
+
+def test_shapes_are_those_of_what_is_drawn():
+    drawn = lora_parameters(CONFIG, LORA_OF_MANY, 0)
+    assert jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), drawn) == lora_shapes(
+        CONFIG, LORA_OF_MANY
+    )
 
 
 def test_what_is_drawn_depends_on_seed_and_path_alone():

@@ -36,7 +36,7 @@ class Placing:
     """In place of a network."""
 
     def put(self, x, dims):
-        assert dims == "B T"
+        assert dims in ("B T", "layers B T Ke")
         return jnp.asarray(x)
 
 
@@ -79,13 +79,20 @@ def spoilt(monkeypatch):
     """Losses by the number of the batch, counted over the whole session, in place of the usual ones."""
     losses, calls = {}, []
 
-    def step(network, settings, state, batch, rates):
+    def step(network, settings, state, batch, rates, experts=None):
         calls.append((settings, batch.tokens.shape, rates))
+        step.given.append((experts, batch.tokens.astype(jnp.float32).mean()))
         loss = np.float32(losses.get(len(calls), 0))
         return remembering(state, batch.tokens, rates.learning_rate, loss)
 
     monkeypatch.setattr(runs, "guarded_step", step)
-    step.calls = calls
+    step.calls, step.given = calls, []
+
+    def chosen_experts(network, params, batch, mode):
+        """In place of experts: the steps of two rows that the parameters have seen, and which batch it is."""
+        return jnp.stack([params["count"] / 2, batch.tokens.astype(jnp.float32).mean()])
+
+    monkeypatch.setattr(runs, "chosen_experts", chosen_experts)
     losses["step"] = step
     return losses
 
@@ -261,14 +268,12 @@ def test_a_spike_goes_back_and_on_with_other_data(tmp_path, spoilt):
         checkpoints=Checkpoints(every=6),
         health=Health(on_spike="roll back", anticipation_steps=3),
     )
-    anticipated = []
-
-    def step_after_spike(network, settings, state, batch, rates):
-        anticipated.append(int(state.step))
-        return runs.guarded_step(network, settings, state, batch, rates)
-
-    result, watching = go(run_config, step_after_spike=step_after_spike)
-    assert result.step == 30 and anticipated == [24, 25, 26]
+    result, watching = go(run_config)
+    assert result.step == 30
+    told = [record.get("routing_lag") for record in watching.records]
+    # A lag of 4 is longer than these three steps: all route by the parameters that were gone back to.
+    assert told == [None] * 26 + [0, 1, 2] + [None] * 3
+    assert any("experts are chosen up to 4 steps ahead until step 27" in line for line in watching.lines)
     assert any("went back from step 26 to step 24" in line for line in watching.lines)
     steps = [step for step, _ in losses(run_config)]
     assert steps == [*range(1, 27), *range(25, 31)]
@@ -285,6 +290,60 @@ def test_a_spike_goes_back_and_on_with_other_data(tmp_path, spoilt):
     np.testing.assert_array_equal(result.state.trained["seen"], seen)
 
 
+@pytest.fixture
+def anticipating(tmp_path, spoilt):
+    """A run whose 25th step jumps, and which then routes by parameters two steps older until step 31."""
+    spoilt[25] = 9.0
+    return config(
+        tmp_path / "out",
+        stages=(Stage(28, 16, 2), Stage(6, 24, 2)),
+        checkpoints=Checkpoints(every=6, keep=9),
+        health=Health(on_spike="roll back", anticipation_steps=7, anticipation_lag=2),
+    )
+
+
+def test_experts_come_from_parameters_of_some_steps_before(anticipating, spoilt):
+    """Each batch of the window, of two stages, goes in with what the parameters of two steps before chose."""
+    result, watching = go(anticipating)
+    assert result.step == 34
+    told = [(each["step"], each["routing_lag"]) for each in watching.records if "routing_lag" in each]
+    assert told == [(25, 0), (26, 1), (27, 2), (28, 2), (29, 2), (30, 2), (31, 2)]
+    assert [each for each in trace(anticipating) if "routing_lag" in each][-1]["step"] == 31
+    given = spoilt["step"].given
+    assert [experts is not None for experts, _ in given] == [False] * 26 + [True] * 7 + [False] * 3
+    for number, (experts, batch) in enumerate(given[26:33]):
+        steps_done, chosen_for = map(float, experts)
+        assert steps_done == max(24, 24 + number - 2) and chosen_for == float(batch)
+
+
+@pytest.mark.parametrize("stop_at", [25, 27, 30])
+def test_a_run_that_stops_while_it_anticipates_goes_on_so(anticipating, tmp_path, spoilt, stop_at):
+    """What was chosen ahead is saved with the state, and not chosen anew by later parameters."""
+    go(anticipating)
+    cut, step = with_out(anticipating, tmp_path / "cut"), spoilt["step"]
+    whole = step.given[:]
+    step.calls.clear(), step.given.clear()
+
+    class Stopping(Watching):
+        def step(self, record, loads):
+            super().step(record, loads)
+            if record["step"] == stop_at and "routing_lag" in record:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    first, _ = go(cut, watching=Stopping())
+    assert first.ending == "terminated" and first.step == stop_at + 1
+    saved = SavedStates(cut.out / STATES_FOLDER, 9).restore(fresh())
+    left = min(2, 31 - first.step)
+    assert saved.about["anticipates_until"] == 31
+    assert saved.about["experts_chosen_at"] == [first.step - 2 + number for number in range(left)]
+    assert sorted(saved.beside) == [str(number) for number in range(left)]
+    result, _ = go(cut, resume=True)
+    assert result.step == 34 and trace(cut) == trace(anticipating)
+    for got, want in zip(step.given, whole, strict=True):
+        assert jax.tree.structure(got) == jax.tree.structure(want)
+        jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
 def test_a_spike_that_halts_leaves_the_states_before_it(tmp_path, spoilt):
     spoilt[25] = 9.0
     run_config = config(
@@ -299,10 +358,10 @@ def test_a_disk_that_is_full_for_a_while_is_told_and_tried_again(tmp_path, spoil
     run_config = config(tmp_path / "out")
     save, full = SavedStates.save, [3, 6]
 
-    def failing(self, state, about):
+    def failing(self, state, about, beside):
         if int(state.step) in full:
             raise ProblemsError("cannot save the state", ["No space left on device"])
-        save(self, state, about)
+        save(self, state, about, beside)
 
     monkeypatch.setattr(SavedStates, "save", failing)
     result, watching = go(run_config)
@@ -314,10 +373,10 @@ def test_a_last_state_that_finds_no_room_goes_elsewhere_and_says_where(tmp_path,
     run_config = config(tmp_path / "out")
     save = SavedStates.save
 
-    def failing(self, state, about):
+    def failing(self, state, about, beside):
         if "unsaved" not in str(self.folder):
             raise ProblemsError("cannot save the state", ["No space left on device"])
-        save(self, state, about)
+        save(self, state, about, beside)
 
     monkeypatch.setattr(SavedStates, "save", failing)
     with pytest.raises(ProblemsError, match="the state after step 12 is in") as moved:

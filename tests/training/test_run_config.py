@@ -8,6 +8,8 @@ import pytest
 
 from dsv4_jax.errors import ConfigError
 from dsv4_jax.training.health import Health
+from dsv4_jax.training.lora import Lora
+from dsv4_jax.training.muon import Muon
 from dsv4_jax.training.run_config import Checkpoints, Logging, Place, Stage
 from dsv4_jax.training.schedules import BatchRamp, LearningRate, LossWeights
 from dsv4_jax.training.stage_streams import Streams, joined, stage_seed
@@ -40,6 +42,15 @@ def test_a_limit_cuts_stages_or_makes_the_last_one_longer(tmp_path):
     assert [stage.num_steps for stage in run.limited_to(5).stages] == [5]
     assert [stage.num_steps for stage in run.limited_to(10).stages] == [8, 2]
     assert [stage.num_steps for stage in run.limited_to(20).stages] == [8, 12]
+
+
+def test_lora_leaves_the_model_alone(tmp_path):
+    with pytest.raises(ConfigError) as refused:
+        config(tmp_path / "out", lora=Lora(0, 1.0, ()), optimizer=Muon())
+    words = "\n".join(refused.value.problems)
+    for part in ("lora: rank=0", "lora: targets=()", "must be AdamW with lora", "bias_speed=0.001 must be 0"):
+        assert part in words
+    assert len(refused.value.problems) == 4
 
 
 def test_all_problems_at_once(tmp_path):

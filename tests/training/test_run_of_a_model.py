@@ -8,9 +8,11 @@ import pytest
 
 from dsv4_jax.command_line.train import starting_model
 from dsv4_jax.training import run as runs
+from dsv4_jax.training.health import Finding, Health
 from dsv4_jax.training.keeping import STATES_FOLDER
 from dsv4_jax.training.metrics import Goodput, read_lines
 from dsv4_jax.training.run_config import Checkpoints, Stage
+from dsv4_jax.training.schedules import LearningRate
 from dsv4_jax.training.step import initial_state
 from dsv4_jax.training.telling import Spoken
 from tests.training.test_run import Watching
@@ -61,3 +63,38 @@ def test_the_same_mesh_goes_on_bit_for_bit(tmp_path):
     np.testing.assert_array_equal(losses(run), kept)
     for got, want in zip(jax.tree.leaves(result.state), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.slow
+def test_after_a_spike_a_model_is_routed_by_older_parameters(tmp_path, monkeypatch):
+    """By the real experts: with a lag beyond the window the first routed step is the usual one, later ones
+    are not, and everything ends as it should."""
+    judge, planted = runs.Observer.judge, []
+
+    def spiking(self, step, loss, norm):
+        found = judge(self, step, loss, norm)
+        if step == 3 and not planted:
+            planted.append(step)
+            return Finding("spike", "roll back", "planted")
+        return found
+
+    def go(name, steps):
+        planted.clear()
+        health = Health(on_spike="roll back", anticipation_steps=steps, anticipation_lag=2)
+        stages, rate = (Stage(6, 16, 2),), LearningRate(3e-2, warmup_steps=1, decay_steps=1)
+        every = Checkpoints(every=2)
+        return config(tmp_path / name, stages=stages, learning_rate=rate, checkpoints=every, health=health)
+
+    monkeypatch.setattr(runs.Observer, "judge", spiking)
+    found = []
+    for name, steps in (("usual", 0), ("older", 3)):
+        run = go(name, steps)
+        assert trained(run).step == 6
+        records = [each for each in read_lines(run.out / "metrics.jsonl") if "loss" in each]
+        found.append(records[-4:])
+        assert [each["step"] for each in found[-1]] == [3, 4, 5, 6]
+    usual, older = found
+    assert [each.get("routing_lag") for each in usual] == [None] * 4
+    assert [each.get("routing_lag") for each in older] == [0, 1, 2, None]
+    np.testing.assert_allclose(older[0]["loss"], usual[0]["loss"], rtol=1e-6)
+    assert older[2]["loads"] != usual[2]["loads"]

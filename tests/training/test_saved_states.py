@@ -158,7 +158,7 @@ def test_a_disk_that_takes_nothing_leaves_the_last_step_and_the_state(tmp_path, 
         saved.wait()
     assert str(folder) in str(refused.value)
     with pytest.raises(ProblemsError, match="is in .*unsaved") as moved:
-        save_for_good(saved, state, {}, tmp_path / "out", started=False)
+        save_for_good(saved, state, {}, {}, tmp_path / "out", started=False)
     place = next(tmp_path.glob("out-unsaved-*"))
     assert str(place) in str(moved.value)
     assert_equal(SavedStates(place / "checkpoints", 1).restore(small_state()).state, state)

@@ -15,6 +15,8 @@ from dsv4_jax.serving.http.completions import CompletionAnswer, read_completion
 from dsv4_jax.serving.http.connections import CUT
 from dsv4_jax.serving.http.errors import HttpProblem, json_bytes
 from dsv4_jax.serving.http.guard import Guard
+from dsv4_jax.serving.http.messages import MessageAnswer, count_tokens, read_message
+from dsv4_jax.serving.http.page import page
 from dsv4_jax.serving.http.responses import Refusal, Stream, Whole, context_of
 from dsv4_jax.serving.http.service import Service
 
@@ -57,6 +59,12 @@ def _json(value: Any, status: int = 200) -> Response:
 
 def _add_state(app: FastAPI, service: Service) -> None:
     """Routes that tell about the server itself."""
+
+    found, headers = page()
+
+    @app.get("/", response_model=None)
+    async def front() -> Response:
+        return Response(found, 200, headers, "text/html; charset=utf-8")
 
     @app.get("/health", response_model=None)
     async def health() -> Response:
@@ -121,6 +129,15 @@ def _add_answers(app: FastAPI, service: Service) -> None:
     async def completions(request: Request) -> Any:
         return await _answered(service, request, read_completion, CompletionAnswer)
 
+    @app.post("/v1/messages", response_model=None)
+    async def messages(request: Request) -> Any:
+        return await _answered(service, request, read_message, MessageAnswer)
+
+    @app.post("/v1/messages/count_tokens", response_model=None)
+    async def count(request: Request) -> Any:
+        body = await body_of(service, request)
+        return _json(await asyncio.to_thread(count_tokens, service, service.model(), body))
+
 
 async def body_of(service: Service, request: Request) -> dict[str, Any]:
     """The JSON object that a request brings. Raises HttpProblem, ClientGone."""
@@ -135,11 +152,11 @@ async def _answered(
     service: Service,
     request: Request,
     read: Callable[..., Any],
-    answer_type: type[ChatAnswer | CompletionAnswer],
+    answer_type: type[ChatAnswer | CompletionAnswer | MessageAnswer],
 ) -> Any:
-    service.model()
+    # First the body: a connection that is closed with bytes unread is reset, and its answer may be lost.
     body = await body_of(service, request)
-    model = service.model()  # it may have begun to drain while the body came
+    model = service.model()
     checked = await asyncio.to_thread(read, service, model, body)
     salt = service.salt(context_of(request.scope).tenant, checked.fields.cache_salt)
     answer = answer_type(service, model, checked, salt, request.scope.get(CUT))

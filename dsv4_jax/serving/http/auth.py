@@ -9,8 +9,9 @@ from pathlib import Path
 from dsv4_jax.errors import ProblemsError
 from dsv4_jax.serving.http.errors import HttpProblem
 
-OPEN_PATHS = frozenset({"/health", "/ready"})
-"""Paths that a supervisor asks without a key. They tell nothing but whether the server lives."""
+OPEN_PATHS = frozenset({"/", "/health", "/ready"})
+"""Paths that need no key: those of a supervisor, which tell nothing but whether the server lives, and the
+page, which is the same everywhere and asks for the key itself."""
 
 MAX_KEY_FILE_BYTES = 1 << 20
 MIN_KEY_CHARS = 8

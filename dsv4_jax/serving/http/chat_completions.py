@@ -19,6 +19,7 @@ from dsv4_jax.serving.chat.answer import (
 from dsv4_jax.serving.chat.from_openai import conversation_from_openai
 from dsv4_jax.serving.chat.messages import Conversation
 from dsv4_jax.serving.http import samplings
+from dsv4_jax.serving.http.asked_grammar import grammar_of
 from dsv4_jax.serving.http.choices import Choices
 from dsv4_jax.serving.http.errors import invalid
 from dsv4_jax.serving.http.responses import DONE, event
@@ -80,6 +81,8 @@ def read_chat(service: Service, model: Model, body: Mapping[str, Any]) -> ChatRe
     wanted = (fields.top_logprobs or 0) if fields.logprobs else None
     samplings.check_logprobs(service.limits, room * (fields.n or 1), wanted)
     sampling = samplings.sampling_of(fields, max_tokens=room, logprobs=wanted)
+    if (grammar := grammar_of(model, conversation, prompt.reasons)) is not None:
+        sampling = dataclasses.replace(sampling, grammar=grammar)
     samplings.check_served(model, prompt.ids, sampling)
     return ChatRequest(fields, prompt, sampling, conversation.warnings)
 
@@ -93,10 +96,6 @@ def _contradictions(service: Service, fields: ChatFields, conversation: Conversa
         found.append("top_logprobs: needs logprobs: true")
     if fields.stream_options is not None and not fields.stream:
         found.append("stream_options: needs stream: true")
-    if conversation.response_format != "text":
-        found.append("response_format: only text is available here yet")
-    if conversation.tool_choice not in ("none", "auto"):
-        found.append("tool_choice: only none and auto are available here yet")
     if service.insist_on_reasoning and conversation.thinking:
         found += [
             f"messages[{index}].reasoning_content: is missing from a turn that calls tools"

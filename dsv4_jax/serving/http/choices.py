@@ -42,6 +42,7 @@ class Choices:
         self._open = set(range(len(asked)))
         self._waiting = {index: len(ids) for index, (ids, _) in enumerate(asked)}
         self._last = dict.fromkeys(self._open, self._start)
+        self._first: dict[int, float] = {}  # when the first output came
         self.counts = [0] * len(asked)
         self.cached = [0] * len(asked)
 
@@ -92,7 +93,10 @@ class Choices:
         self._open.discard(index)
         metrics = self._service.metrics
         metrics.successes.labels(reason).inc()
-        metrics.whole.observe(time.monotonic() - self._start)
+        now = time.monotonic()
+        metrics.whole.observe(now - self._start)
+        if index in self._first:
+            metrics.decoding.observe(now - self._first[index])
         metrics.prompt_sizes.observe(len(self._asked[index][0]))
         metrics.answer_sizes.observe(self.counts[index])
 
@@ -114,7 +118,11 @@ class Choices:
         now, metrics = time.monotonic(), self._service.metrics
         if index in self._waiting:
             self._no_longer_waits(index)
+            self._first[index] = now
             metrics.first_token.observe(now - self._start)
+            if output.queue_seconds is not None and output.prefill_seconds is not None:
+                metrics.queueing.observe(output.queue_seconds)
+                metrics.prefilling.observe(output.prefill_seconds)
         else:
             metrics.between_tokens.observe(now - self._last[index])
         self._last[index] = now
@@ -131,6 +139,9 @@ class Choices:
     def _broken(self, output: Output) -> HttpProblem:
         if output.finish_reason == "aborted" or self._service.state == "draining":
             return unready("the server is stopping", "draining")
+        if output.is_stuck:
+            message = "the answer came to a place where its grammar allows no token"
+            return HttpProblem(500, message, kind="server_error", code="grammar_error", reason="grammar")
         self._service.metrics.corrupted.inc()
         message = "the model could not continue: its numbers are not finite, or the engine failed"
         return HttpProblem(500, message, kind="server_error", code="engine_error", reason="engine")

@@ -35,7 +35,9 @@ class Guard:
             nonlocal started, complete
             if message["type"] == "http.response.start":
                 started = True
-                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+                names = (b"x-request-id", b"request-id") if context.anthropic else (b"x-request-id",)
+                ids = ((name, request_id.encode()) for name in names)
+                message["headers"] = [*message["headers"], *ids]
             elif not message.get("more_body", False):
                 complete = True
             await send(message)

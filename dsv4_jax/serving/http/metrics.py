@@ -6,6 +6,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from dsv4_jax.serving.engine import EngineStatus
+from dsv4_jax.serving.settings import EngineSettings
 
 PREFIX = "dsv4:"
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
@@ -16,16 +17,25 @@ class Metrics:
     """The numbers of one server.
 
     Args:
-        model: the served name, a label of every number. status: of the engine, None while there is none.
+        model: the served name, a label of every number.
+        status, sizes: of the engine, None while there is none.
     """
 
-    def __init__(self, model: str, status: Callable[[], EngineStatus | None]) -> None:
+    def __init__(
+        self,
+        model: str,
+        status: Callable[[], EngineStatus | None],
+        sizes: Callable[[], EngineSettings | None],
+    ) -> None:
         self.registry = CollectorRegistry()
-        self._model, self._status = model, status
+        self._model, self._status, self._sizes = model, status, sizes
         self.registry.register(self)
         self.first_token = self._histogram("time_to_first_token_seconds", "From arrival", SECONDS)
         self.between_tokens = self._histogram("inter_token_latency_seconds", "Between outputs", SECONDS)
         self.whole = self._histogram("e2e_request_latency_seconds", "From arrival to the end", SECONDS)
+        self.queueing = self._histogram("request_queue_time_seconds", "From arrival to a lane", SECONDS)
+        self.prefilling = self._histogram("request_prefill_time_seconds", "To the first token", SECONDS)
+        self.decoding = self._histogram("request_decode_time_seconds", "From it to the end", SECONDS)
         self.prompt_sizes = self._histogram("request_prompt_tokens", "Tokens of prompts", TOKENS)
         self.answer_sizes = self._histogram("request_generation_tokens", "Tokens of answers", TOKENS)
         self.successes = self._counter("request_success", "Answers", "finished_reason")
@@ -59,12 +69,35 @@ class Metrics:
             "generation_tokens": ("Drawn tokens", status.generated_tokens),
             "num_preemptions": ("Interrupted requests", status.num_preemptions),
             "engine_steps": ("Steps of the engine", status.steps),
+            "spec_decode_num_drafts": ("Steps that guessed", status.drafts[0][1] if status.drafts else 0),
+            "spec_decode_num_draft_tokens": ("Guessed tokens", status.guesses),
+            "spec_decode_num_accepted_tokens": ("Right guesses", sum(kept for kept, _ in status.drafts)),
         }
         for family, numbers in ((GaugeMetricFamily, gauges), (CounterMetricFamily, counters)):
             for name, (text, value) in numbers.items():
                 metric = family(PREFIX + name, text, labels=["model"])
                 metric.add_metric([self._model], value)
                 yield metric
+        name = PREFIX + "spec_decode_num_accepted_tokens_per_pos"
+        places = CounterMetricFamily(name, "Right guesses by place", labels=["model", "position"])
+        for place, (kept, _) in enumerate(status.drafts):
+            places.add_metric([self._model, str(place)], kept)
+        yield places
+        yield self._usage(status)
+
+    def _usage(self, status: EngineStatus) -> Metric:
+        """Shares of memory in use: a slot owns its window and state whole, its other rows token by token."""
+        name = PREFIX + "kv_cache_usage_perc"
+        usage = GaugeMetricFamily(name, "Shares in use, 0 to 1", labels=["model", "pool"])
+        if (sizes := self._sizes()) is not None:
+            slots = status.num_running / sizes.num_slots
+            tokens = status.tokens_held / (sizes.num_slots * sizes.max_length)
+            shares = {"swa": slots, "csa": tokens, "hca": tokens, "indexer": tokens, "state": slots}
+            if sizes.num_pages:
+                shares["prefix"] = status.prefix_pages / sizes.num_pages
+            for pool, share in shares.items():
+                usage.add_metric([self._model, pool], share)
+        return usage
 
     def _counter(self, name: str, text: str, label: str | None = None) -> Counter:
         labels = ("model", label) if label else ("model",)

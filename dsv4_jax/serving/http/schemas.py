@@ -1,4 +1,4 @@
-"""The fields of OpenAI's requests, checked strictly: a number in quotes is no number, `true` is no 1.
+"""The fields of OpenAI's and Anthropic's requests, checked strictly: "3" is no number, `true` is no 1.
 
 Fields that are not here are ignored, as clients send many. Messages and tools are read by `serving.chat`.
 """
@@ -110,6 +110,33 @@ class ChatFields(Sampled):
     max_completion_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+
+
+class Thinking(_Fields):
+    """Of a message: how long the model may think, which it decides itself."""
+
+    budget_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
+
+
+class ToolChoice(_Fields):
+    """Of a message: of `tool_choice` what is not read with the conversation."""
+
+    disable_parallel_tool_use: bool | None = None
+
+
+class CountFields(_Fields):
+    """Of `POST /v1/messages/count_tokens`, without what belongs to the conversation."""
+
+    model: Annotated[str, Field(max_length=MAX_STRING_CHARS)] | None = None
+
+
+class MessageFields(Sampled):
+    """Of `POST /v1/messages`, without messages and tools."""
+
+    max_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)]
+    stop_sequences: Annotated[Any, PlainValidator(_stops)] = ()
+    thinking: Thinking | None = None
+    tool_choice: ToolChoice | None = None
 
 
 class CompletionFields(Sampled):

@@ -12,10 +12,12 @@ from dsv4_jax.serving.fingerprint import model_fingerprint
 from dsv4_jax.serving.http import errors
 from dsv4_jax.serving.http.auth import Keys
 from dsv4_jax.serving.http.bodies import BodyRoom
+from dsv4_jax.serving.http.grammars import Grammars
 from dsv4_jax.serving.http.limits import Limits
 from dsv4_jax.serving.http.metrics import Metrics
 from dsv4_jax.serving.http.prompt_scores import PromptScores
 from dsv4_jax.serving.http.token_texts import TokenTexts
+from dsv4_jax.serving.settings import EngineSettings
 
 State = Literal["loading", "ready", "draining", "failed"]
 
@@ -31,22 +33,24 @@ class Model:
     texts: TokenTexts | None
     scores: PromptScores
     created: int
+    grammars: Grammars | None = None  # None: no tokenizer
 
     @staticmethod
     def of(engine: Engine, profile: Profile, *, warm_up: bool = True) -> "Model":
         """The model of an engine; `warm_up` compiles what the engine does not need itself."""
         lm = engine.lm
-        chat = texts = None
+        chat = texts = grammars = None
         if lm.tokenizer is not None:
             chat = chat_tokenizer(lm.tokenizer, lm.config.bos_token_id, lm.stop_token_ids)
             texts = TokenTexts(lm.tokenizer)
+            grammars = Grammars(lm.tokenizer, lm.config.vocab_size, lm.stop_token_ids)
         chunk = min(128, engine.settings.max_length)
         scores = PromptScores(lm, engine.settings.max_length, chunk)
         if warm_up:
             scores.score([0, 0])
         digest = model_fingerprint(lm, engine.settings.draft, with_weights=True)
         fingerprint = f"dsv4_{digest.hex()[:16]}"
-        return Model(engine, profile, fingerprint, chat, texts, scores, int(time.time()))
+        return Model(engine, profile, fingerprint, chat, texts, scores, int(time.time()), grammars)
 
 
 class Service:
@@ -74,7 +78,7 @@ class Service:
         self.num_requests = 0
         self.waiting_tokens = 0  # of prompts without a first output
         self.bodies = BodyRoom(self.limits.all_bodies_bytes)
-        self.metrics = Metrics(name, self._status)
+        self.metrics = Metrics(name, self._status, self._sizes)
         self._model: Model | None = None
 
     def become_ready(self, model: Model) -> None:
@@ -123,6 +127,9 @@ class Service:
         if self.waiting_tokens and self.waiting_tokens + num_tokens > most:
             raise errors.busy("too many prompt tokens wait already")
         self.waiting_tokens += num_tokens
+
+    def _sizes(self) -> EngineSettings | None:
+        return None if self._model is None else self._model.engine.settings
 
     def _status(self) -> EngineStatus | None:
         return None if self._model is None else self._model.engine.status()

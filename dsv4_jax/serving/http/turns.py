@@ -9,7 +9,7 @@ from dsv4_jax.serving.chat import render
 from dsv4_jax.serving.chat.answer import Event, Finish
 from dsv4_jax.serving.chat.headings import prompt_pieces
 from dsv4_jax.serving.chat.messages import Conversation, Tool
-from dsv4_jax.serving.chat.parser import AnswerParser
+from dsv4_jax.serving.chat.parser import MAX_CALLS, AnswerParser
 from dsv4_jax.serving.chat.tokens import AnswerTokens, prompt_ids
 from dsv4_jax.serving.http.choices import Choices
 from dsv4_jax.serving.http.metrics import Metrics
@@ -61,12 +61,25 @@ class Turn:
     Args:
         model: of the server. prompt: of the conversation. stops: texts that end the answer.
         ignore_eos: the model's end of a turn does not end it.
+        max_calls: calls of tools that are given out; further ones are dropped.
     """
 
-    def __init__(self, model: Model, prompt: Prompt, stops: Sequence[str], ignore_eos: bool) -> None:
+    def __init__(
+        self,
+        model: Model,
+        prompt: Prompt,
+        stops: Sequence[str],
+        ignore_eos: bool,
+        max_calls: int = MAX_CALLS,
+    ) -> None:
         assert model.chat is not None
-        by_ids = model.chat.knows_thinking
-        self.parser = AnswerParser(reasoning=prompt.reasons, tools=prompt.tools, stops=stops, by_ids=by_ids)
+        self.parser = AnswerParser(
+            reasoning=prompt.reasons,
+            tools=prompt.tools,
+            stops=stops,
+            by_ids=model.chat.knows_thinking,
+            max_calls=max_calls,
+        )
         self.tokens = AnswerTokens(model.chat, self.parser)
         self.count = 0  # tokens of the answer; the engine may have drawn more before it was told to stop
         self._skipped = frozenset(model.chat.eos_ids) if ignore_eos else frozenset()

@@ -6,6 +6,7 @@ import dataclasses
 import random
 import time
 
+import anthropic
 import openai
 import pytest
 
@@ -181,6 +182,26 @@ def test_a_second_prompt_profits_from_the_first(client):
     assert second.prompt_cache_hit_tokens + second.prompt_cache_miss_tokens == first.prompt_tokens
 
 
+def test_times_and_memory_are_told(client, server):
+    """The three times of a request are its whole time, but for the ways between threads."""
+    names = [f"request_{name}_time_seconds" for name in ("queue", "prefill", "decode")]
+    names += ["time_to_first_token_seconds", "e2e_request_latency_seconds"]
+    sums, counts = ({name: server.metric(name + end) for name in names} for end in ("_sum", "_count"))
+    chat(client, max_tokens=20, extra_body={"ignore_eos": True})
+    assert [server.metric(f"{name}_count") - counts[name] for name in names] == [1] * 5
+    queue, prefill, decode, first, whole = (server.metric(f"{name}_sum") - sums[name] for name in names)
+    assert 0 < queue + prefill <= first < whole and decode == pytest.approx(whole - first, abs=0.01)
+    stream = chat(client, max_tokens=400, stream=True, extra_body={"ignore_eos": True})
+    for _ in zip(range(20), stream, strict=False):
+        pass
+    pools = {pool: server.metric("kv_cache_usage_perc", pool=pool) for pool in ("swa", "state", "csa", "hca")}
+    stream.close()
+    until(server.idle)
+    assert pools["swa"] == pools["state"] == 1 / SIZES.num_slots
+    assert 20 / SIZES.max_length <= SIZES.num_slots * pools["csa"] == SIZES.num_slots * pools["hca"] <= 1
+    assert server.metric("kv_cache_usage_perc", pool="csa") == 0
+
+
 def test_models_and_errors_of_the_client(client, server):
     assert [model.id for model in client.models.list()] == [NAME]
     assert client.models.retrieve(NAME).max_model_len == SIZES.max_length
@@ -276,14 +297,15 @@ def test_many_streams_of_which_some_are_left(server):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("seconds", [60, 300])
 @of_httpx
-def test_two_hundred_streams_for_a_while():
+def test_two_hundred_streams_for_a_while(seconds):
     """With room for all of them to wait, none is refused; nothing is left of those that were closed."""
     limits = dataclasses.replace(LIMITS, waiting_contexts=128)
     with engine_of(model_with_text(), most_waiting=256) as engine:
         server = Served(model_of(engine), limits=limits)
         try:
-            assert asyncio.run(_storm(server, 200, seed=2, seconds=60)) > 200
+            assert asyncio.run(_storm(server, 200, seed=2, seconds=seconds)) > 200
             until(server.idle, 60)
             engine._core.prefixes.check()
         finally:
@@ -306,3 +328,74 @@ def test_every_way_of_drawing_at_once(server):
     until(server.idle)
     assert dataclasses.asdict(server.engine.status())["num_running"] == 0
     assert events_of(server.complete(stream=True).text)
+
+
+MESSAGE = {"model": NAME, "messages": USER, "max_tokens": 64}
+
+
+def endless(server):
+    """Fields of a message that is long: a random model would now and then end its turn."""
+    token = server.engine.ids_of("o")[-1]
+    return MESSAGE | {"max_tokens": 400, "extra_body": {"logit_bias": {str(token): 100}}}
+
+
+def anthropic_client(server):
+    return anthropic.Anthropic(base_url=server.url, api_key="unused", max_retries=0)
+
+
+@pytest.mark.parametrize("thinking", ["enabled", "disabled"])
+def test_a_stream_and_a_whole_message_are_the_same(server, thinking):
+    switch = {"type": thinking} | ({"budget_tokens": 1024} if thinking == "enabled" else {})
+    fields = MESSAGE | {"max_tokens": 24, "thinking": switch, "extra_body": {"seed": 5}}
+    with anthropic_client(server) as client:
+        whole = client.messages.create(**fields)
+        with client.messages.stream(**fields) as stream:
+            final = stream.get_final_message()
+        raw = client.messages.with_raw_response.create(**fields)
+    assert [each.to_dict() for each in final.content] == [each.to_dict() for each in whole.content]
+    assert whole.content[0].type == ("thinking" if thinking == "enabled" else "text")
+    assert whole.stop_reason == final.stop_reason == "max_tokens"
+    for usage in (whole.usage, final.usage):
+        assert usage.output_tokens == 24 and usage.input_tokens > 0
+    assert whole.id.startswith("msg_") and whole.model == NAME and whole.role == "assistant"
+    assert ("budget_tokens" in raw.headers.get("x-dsv4-warning", "")) == (thinking == "enabled")
+
+
+def test_the_same_words_cost_the_same_as_in_openais_form(server):
+    with anthropic_client(server) as client:
+        counted = client.messages.count_tokens(model=NAME, messages=USER, system="be kind").input_tokens
+        usage = client.messages.create(**MESSAGE | {"max_tokens": 1}, system="be kind").usage
+    messages = [{"role": "system", "content": "be kind"}, *USER]
+    again = server.post("/v1/messages", MESSAGE | {"max_tokens": 1, "system": "be kind"}).json()["usage"]
+    assert again["input_tokens"] + again["cache_read_input_tokens"] == counted
+    asked = {"messages": messages, "max_tokens": 1, "thinking": {"type": "disabled"}}
+    openais = server.post("/v1/chat/completions", asked).json()["usage"]["prompt_tokens"]
+    assert counted == openais == usage.input_tokens + usage.cache_read_input_tokens
+
+
+def test_a_stream_that_is_left_frees_its_slot(server):
+    before = server.metric("disconnect_aborts_total")
+    fields = endless(server)
+    with anthropic_client(server) as client:
+        for _ in range(2):
+            with client.messages.stream(**fields) as stream:
+                next(iter(stream))
+        with pytest.raises(anthropic.APITimeoutError):
+            client.with_options(timeout=0.01).messages.create(**fields)
+    until(server.idle)
+    assert server.metric("disconnect_aborts_total") == before + 3
+
+
+def test_a_task_that_is_cancelled_frees_its_slot(server):
+    fields = endless(server)
+
+    async def cancelled():
+        async with anthropic.AsyncAnthropic(base_url=server.url, api_key="unused", max_retries=0) as client:
+            task = asyncio.create_task(client.messages.create(**fields))
+            while server.engine.status().num_running == 0:
+                await asyncio.sleep(0.01)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    asyncio.run(cancelled())
+    until(server.idle)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tests.serving.http import served
 from tests.serving.http.served import until
 
-PATHS = ("/v1/chat/completions", "/v1/completions")
+PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/messages/count_tokens")
 FIELDS = (
     "model", "messages", "prompt", "max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k",
     "min_p", "n", "seed", "stop", "stop_token_ids", "presence_penalty", "frequency_penalty",
@@ -17,12 +17,15 @@ FIELDS = (
     "top_logprobs", "echo",
     "best_of", "suffix", "tools", "tool_choice", "response_format", "reasoning_effort", "thinking",
     "chat_template_kwargs", "user", "cache_salt", "add_special_tokens", "system", "metadata",
+    "stop_sequences", "output_config",
 )  # fmt: skip
 WORDS = (
     "role", "content", "user", "assistant", "system", "tool", "type", "text", "function", "name",
     "parameters", "arguments", "tool_calls", "id", "tool_call_id", "auto", "none", "json_schema",
     "json_object", "schema", "object", "enabled", "disabled", "high", "include_usage", "tiny",
     "<｜User｜>", "</think>", "prefix", "$ref",
+    "tool_use", "tool_result", "tool_use_id", "input", "input_schema", "thinking", "budget_tokens", "effort",
+    "format", "any", "disable_parallel_tool_use",
 )  # fmt: skip
 
 texts = st.sampled_from(WORDS) | st.text(max_size=8)
@@ -52,7 +55,7 @@ def fuzzed():
     running.close()
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.sampled_from(PATHS), bodies)
 def test_no_body_is_a_fault_of_the_server(fuzzed, path, body):
     response = fuzzed.post(path, json.dumps(body, allow_nan=True).encode("utf-8", "surrogatepass"))
@@ -60,7 +63,7 @@ def test_no_body_is_a_fault_of_the_server(fuzzed, path, body):
     assert "Traceback" not in response.text
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     st.sampled_from(PATHS), st.binary(max_size=60) | bodies.map(lambda body: json.dumps(body).encode()[:-2])
 )

@@ -162,7 +162,7 @@ def test_sec_no_host_or_path_gets_around_the_keys(locked, head):
         assert connection.recv(4096).split(b"\r\n")[0] == b"HTTP/1.1 401 Unauthorized"
 
 
-def test_sec_every_route_needs_a_key_but_two(locked):
+def test_sec_every_route_needs_a_key_but_three(locked):
     paths = {(method, route.path) for route in locked.app._app.routes for method in route.methods}
     assert {path for _, path in paths} >= {
         "/v1/chat/completions",
@@ -172,7 +172,7 @@ def test_sec_every_route_needs_a_key_but_two(locked):
     }
     for method, path in paths:
         status = locked.client.request(method, path).status_code
-        assert (status == 401) == (path not in ("/health", "/ready")), (method, path, status)
+        assert (status == 401) == (path not in ("/", "/health", "/ready")), (method, path, status)
 
 
 @pytest.mark.parametrize(

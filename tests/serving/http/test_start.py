@@ -1,7 +1,9 @@
 """`dsv4 serve` as a process: answers while it loads, is ready when it is, ends as it is told to."""
 
 import json
+import pathlib
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -17,6 +19,7 @@ from dsv4_jax.serving.settings import EngineSettings
 from tests.serving.http import served
 from tests.serving.http.served import until
 
+ROOT = pathlib.Path(__file__).parents[3]
 CANARY = "open({!r}, 'w').write('executed')\n"
 
 
@@ -34,22 +37,37 @@ def folder(tmp_path_factory):
     return folder
 
 
+def in_readme(name):
+    """The block of the README behind the mark `<!-- ci:NAME -->`, as these tests run it."""
+    (text,) = re.findall(
+        rf"<!-- ci:{name} -->\n```\w+\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL
+    )
+    return text
+
+
+def what_the_readme_says(url):
+    """Runs the README's shell line and its program against a server; only address and name are others."""
+
+    def run_here(*command, text):
+        text = text.replace("http://127.0.0.1:8000", url).replace("quickstart", "small")
+        done = subprocess.run([*command, text], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    answer = json.loads(run_here("bash", "-c", text=in_readme("curl")))
+    assert answer["choices"][0]["message"]["role"] == "assistant" and answer["usage"]["completion_tokens"] > 0
+    assert run_here(sys.executable, "-c", text=in_readme("clients")).strip()
+
+
 class Process:
-    """A running `dsv4 serve` and the lines it has said."""
+    """The README's `dsv4 serve` with small sizes, running, and the lines it has said."""
 
     def __init__(self, folder, *more):
         sizes = ("--max-length", "512", "--slots", "2", "--lanes", "1", "--prefix-blocks", "8", "--port", "0")
-        command = (
-            sys.executable,
-            "-m",
-            "dsv4_jax",
-            "serve",
-            str(folder),
-            *sizes,
-            "--dtype",
-            "float32",
-            *more,
-        )
+        program, *words = shlex.split(in_readme("serve"))
+        assert program == ".venv/bin/dsv4" and "quickstart" in words
+        words = [str(folder) if word == "quickstart" else word for word in words]
+        command = (sys.executable, "-m", "dsv4_jax", *words, *sizes, "--dtype", "float32", *more)
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         self.lines = []
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -109,6 +127,7 @@ def test_from_the_first_byte_to_the_last(folder, started):
     assert httpx.get(f"{url}/v1/models").json()["data"][0]["id"] == "small"
     answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).json()
     assert answer["usage"]["completion_tokens"] <= 3
+    what_the_readme_says(url)
 
     endless = {"prompt": "hello", "max_tokens": 500, "ignore_eos": True, "stream": True, "n": 16}
     short = {"prompt": "hello", "max_tokens": 2, "ignore_eos": True}

@@ -1,0 +1,30 @@
+"""What the engine's status becomes in Prometheus' format."""
+
+from dsv4_jax.serving.engine import EngineStatus
+from dsv4_jax.serving.http.metrics import Metrics
+from dsv4_jax.serving.settings import EngineSettings
+
+SIZES = EngineSettings(max_length=100, num_slots=4, num_pages=10)
+
+
+def test_guesses_by_place_and_shares_of_memory():
+    status = EngineStatus(2, 0, 0, 0, 0, 64, 32, 0, 9, ((5, 8), (2, 5)), 16, tokens_held=60, prefix_pages=3)
+    text = Metrics("m", lambda: status, lambda: SIZES).text().decode()
+    lines = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    for name, value in (
+        ("spec_decode_num_drafts_total", 8),
+        ("spec_decode_num_draft_tokens_total", 16),
+        ("spec_decode_num_accepted_tokens_total", 7),
+        ("prefix_cache_hits_total", 32),
+    ):
+        assert float(lines[f'dsv4:{name}{{model="m"}}']) == value
+    by_place = "dsv4:spec_decode_num_accepted_tokens_per_pos_total"
+    assert [float(lines[f'{by_place}{{model="m",position="{place}"}}']) for place in (0, 1)] == [5, 2]
+    shares = {"swa": 0.5, "state": 0.5, "csa": 0.15, "hca": 0.15, "indexer": 0.15, "prefix": 0.3}
+    for pool, share in shares.items():
+        assert float(lines[f'dsv4:kv_cache_usage_perc{{model="m",pool="{pool}"}}']) == share
+
+
+def test_without_an_engine_there_are_no_shares():
+    text = Metrics("m", lambda: None, lambda: None).text().decode()
+    assert "kv_cache_usage_perc" not in text and "time_to_first_token_seconds" in text
