@@ -1,5 +1,7 @@
 """Cases of `tpu_cycles.py`: FP8 dense layers."""
 
+import numpy as np
+
 from dsv4_jax.config import ModelConfig
 from experiments.tpu_case import Case, Kernel, Program, array, gradients
 from pallas_kernels.arithmetic import cdiv
@@ -33,8 +35,9 @@ def block_matmul_cases(c: ModelConfig) -> list[Case]:
         kernel = "block_matmul_input" if backward else "block_matmul_output"
         if tokens <= FEW_ROWS and not backward:
             kernel = "block_matmul_few_rows"
-        # Sums start and end once for every row of summed blocks.
-        return Program(function, shapes, {kernel: Kernel(when=lambda grid: 1 / grid[2])})
+        # Sums start and end once for every row of summed blocks. The weight is a stack of one repeat, number 0.
+        first = (np.zeros(1, np.int32),)
+        return Program(function, shapes, {kernel: Kernel(when=lambda grid: 1 / grid[2], prefetch=first)})
 
     def cost(tokens: int, outputs: int, inputs: int, backward: bool) -> tuple[float, float]:
         from pallas_kernels.block_matmul.tuning import choose_blocks

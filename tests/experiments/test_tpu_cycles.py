@@ -276,6 +276,18 @@ def test_index_maps_may_read_prefetched_scalars():
 # ---------------------------------------------------------------- cases and table
 
 
+def test_dense_layers_say_what_their_index_maps_read():
+    """The stack of weights has a prefetched number of the repeat, which the traffic of its blocks needs."""
+    jax.clear_caches()  # a call that was traced before is not seen again
+    case = next(case for case in cases(v4_flash()) if case.name == "block_matmul wq_b 2048")
+    program = case.build()
+    with tpu_cycles.recorded_calls() as calls:
+        jax.eval_shape(program.function, **program.shapes)
+    (call,), (kernel,) = calls, program.kernels.values()
+    weight = program.shapes["weight"]
+    assert call.hbm_bytes(kernel.prefetch) >= weight.size  # every byte of the FP8 weight moves at least once
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("config", [v4_flash(), v4_pro()], ids=["flash", "pro"])
 def test_every_case_can_be_traced(config):
@@ -288,14 +300,16 @@ def test_every_case_can_be_traced(config):
         program = case.build()
         with tpu_cycles.recorded_calls() as calls, jax.sharding.use_abstract_mesh(of_chip):
             jax.eval_shape(program.function, **program.shapes)
-        grids = {call.name: call.grid for call in calls}
-        assert program.kernels.keys() <= grids.keys(), case.name
+        traced = {call.name: call for call in calls}
+        assert program.kernels.keys() <= traced.keys(), case.name
         assert min(case.cost()) > 0
         assert set(case.target) | set(case.peer) <= set(CHIPS)
         for name, kernel in program.kernels.items():
-            shares = kernel.when(grids[name]) if kernel.when else 1.0
+            shares = kernel.when(traced[name].grid) if kernel.when else 1.0
             shares = [shares] if isinstance(shares, float) else shares
             assert all(0 <= share <= 1 for share in shares), (case.name, name, shares)
+            # Index maps take the grid's numbers and what `prefetch` holds, neither more nor less.
+            assert traced[name].hbm_bytes(kernel.prefetch) >= 0, (case.name, name)
     assert any(case.target for case in every) == (config == v4_flash())
 
 
