@@ -35,7 +35,7 @@ def block_matmul_cases(c: ModelConfig) -> list[Case]:
         kernel = "block_matmul_input" if backward else "block_matmul_output"
         if tokens <= FEW_ROWS and not backward:
             kernel = "block_matmul_few_rows"
-        # Sums start and end once for every row of summed blocks. The weight is a stack of one repeat, number 0.
+        # Sums start and end once for every row of summed blocks. The weight is a stack of one repeat.
         first = (np.zeros(1, np.int32),)
         return Program(function, shapes, {kernel: Kernel(when=lambda grid: 1 / grid[2], prefetch=first)})
 
