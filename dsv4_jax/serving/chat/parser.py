@@ -8,7 +8,6 @@ answer, in which the arguments of a call are always JSON and content never holds
 
 import collections
 import enum
-import secrets
 from collections.abc import Callable, Collection, Sequence
 
 from dsv4_jax.serving.chat import control
@@ -20,7 +19,7 @@ from dsv4_jax.serving.chat.answer import (
     ReasoningDelta,
 )
 from dsv4_jax.serving.chat.messages import Tool
-from dsv4_jax.serving.chat.open_call import OpenCall
+from dsv4_jax.serving.chat.open_call import OpenCall, call_id
 from dsv4_jax.serving.chat.stops import StopStrings
 from dsv4_jax.serving.chat.tags import Kind, Tag, TagReader
 
@@ -46,11 +45,6 @@ class State(enum.Enum):
 _BROKEN_MARKER = control.DSML[:-1] + " "
 _PROSE = (State.REASONING, State.CONTENT)
 _IN_CALL = (State.ARGUMENTS, State.VALUE)
-
-
-def call_id() -> str:
-    """A new id of a call."""
-    return f"call_{secrets.token_hex(12)}"
 
 
 class AnswerParser:
@@ -369,9 +363,9 @@ class AnswerParser:
         """The rest of the call, all of it unless it was given out while it was written."""
         call = self._call
         self._give(call.end())
-        for kind, count in (("repeated_parameter", call.repeated), ("parameter_without_name", call.nameless)):
-            if count:
-                self.recoveries[kind] += count
+        self.recoveries += collections.Counter(
+            repeated_parameter=call.repeated, parameter_without_name=call.nameless
+        )
         self._num_calls += call.tool is not None and self._state is not State.END
         self._call = None
 
