@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from dsv4_jax.config import DSpark
 from dsv4_jax.language_model import LanguageModel
 from dsv4_jax.numerics.policy import Policy
 from dsv4_jax.serving.core import NO_WAY, EngineCore
@@ -87,14 +88,31 @@ def lm():
     return lm
 
 
-@pytest.mark.parametrize("draft", [None, "lookup"])
-def test_answers_keep_their_grammars_whatever_happens(lm, draft):
+@pytest.fixture(scope="module")
+def lm_with_dspark():
+    """One whose DSpark head guesses blocks of the token that opens a grammar."""
+    config = compressed_kinds(initializer_range=0.3)
+    size = config.vocab_size
+    config = dataclasses.replace(config, num_nextn_predict_layers=0, dspark=DSpark(4, size - 1, (1, 0), size))
+    parameters = LanguageModel.random(config, Policy.of("float32")).parameters
+    w1, w2 = np.eye(size, dtype=np.float32), np.zeros((size, size), np.float32)
+    w2[GATE] = 100.0
+    head = parameters["dspark"] | {"markov_w1": w1, "markov_w2": w2}
+    return LanguageModel(config, Policy.of("float32"), parameters | {"dspark": head})
+
+
+@pytest.mark.parametrize("draft", [None, "lookup", pytest.param("mtp", marks=pytest.mark.slow), "dspark"])
+def test_answers_keep_their_grammars_whatever_happens(request, draft):
+    lm = request.getfixturevalue("lm_with_dspark" if draft == "dspark" else "lm")
     alone = [served(EngineCore(lm, SIZES), [each])[0] for each in requests()]
     core = EngineCore(lm, dataclasses.replace(SIZES, draft=draft))
     core.warm_up()
     with nothing_compiled():
         assert served(core, requests()) == alone
         assert served(core, requests(), preempting=True) == alone
+    if draft in ("lookup", "dspark"):
+        kept, tried = core.acceptance.by_place()[0]
+        assert 0 < kept <= tried, "rows without a grammar, and those before it, are guessed"
     for (tokens, reason), (_, sampling) in zip(alone, requests(), strict=True):
         grammar = sampling.grammar
         if grammar is None or sampling.max_tokens == 3:

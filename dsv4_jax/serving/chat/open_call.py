@@ -1,10 +1,16 @@
 """One tool call while it is read: its parameters become the events of a call, at its end or as they come."""
 
+import secrets
 from collections.abc import Callable, Mapping
 
 from dsv4_jax.serving.chat.answer import Event, ToolArguments, ToolStart
 from dsv4_jax.serving.chat.call_values import WRAPPERS, Parameter, argument_json, arguments_of
 from dsv4_jax.serving.chat.messages import Tool, json_text
+
+
+def call_id() -> str:
+    """A new id of a call."""
+    return f"call_{secrets.token_hex(12)}"
 
 
 class OpenCall:

@@ -8,8 +8,7 @@ answer, in which the arguments of a call are always JSON and content never holds
 
 import collections
 import enum
-import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from dsv4_jax.serving.chat import control
 from dsv4_jax.serving.chat.answer import (
@@ -20,7 +19,7 @@ from dsv4_jax.serving.chat.answer import (
     ReasoningDelta,
 )
 from dsv4_jax.serving.chat.messages import Tool
-from dsv4_jax.serving.chat.open_call import OpenCall
+from dsv4_jax.serving.chat.open_call import OpenCall, call_id
 from dsv4_jax.serving.chat.stops import StopStrings
 from dsv4_jax.serving.chat.tags import Kind, Tag, TagReader
 
@@ -43,13 +42,9 @@ class State(enum.Enum):
     BROKEN = enum.auto()  # a fault of the parser itself: all further text is content
 
 
+_BROKEN_MARKER = control.DSML[:-1] + " "
 _PROSE = (State.REASONING, State.CONTENT)
 _IN_CALL = (State.ARGUMENTS, State.VALUE)
-
-
-def call_id() -> str:
-    """A new id of a call."""
-    return f"call_{secrets.token_hex(12)}"
 
 
 class AnswerParser:
@@ -59,7 +54,7 @@ class AnswerParser:
         reasoning: the prompt ended with `<think>` (`render.starts_reasoning`).
         tools: that may be called.
         stops: strings that end the turn, outside of reasoning and calls.
-        by_ids: whether `TOKEN_OF` marks come with the text (see `tags.TagReader`).
+        by_ids, calls_by_ids: whether marks of `TOKEN_OF` come with the text (see `tags.TagReader`).
         stream_arguments: give string values out while they are written, instead of a call at its end. A call
             that is cut is then there, with incomplete JSON, and the turn finishes with "length".
         max_calls: calls of a turn that are given out; more are dropped.
@@ -77,6 +72,7 @@ class AnswerParser:
         tools: Sequence[Tool] = (),
         stops: Sequence[str] = (),
         by_ids: bool = False,
+        calls_by_ids: bool = False,
         stream_arguments: bool = False,
         max_calls: int = MAX_CALLS,
         new_id: Callable[[], str] = call_id,
@@ -86,7 +82,7 @@ class AnswerParser:
         self._tools = {tool.name: tool for tool in tools}
         self._stops = StopStrings(stops)
         self._max_calls, self._new_id = max_calls, new_id
-        self._reader = TagReader(by_ids)
+        self._reader = TagReader(by_ids, calls_by_ids)
         self._state = State.REASONING if reasoning else State.CONTENT
         self._events: list[Event] = []
         self._now = ""  # the text that is being read
@@ -102,6 +98,11 @@ class AnswerParser:
         self._doubt: State | None = None
         self._held: list[str] = []
         self._held_words: list[str] = []
+
+    @property
+    def marks(self) -> Collection[str]:
+        """The control strings that must come as their marks (`TOKEN_OF`); others may come as they are."""
+        return self._reader.marked
 
     @property
     def in_reasoning(self) -> bool:
@@ -204,10 +205,20 @@ class AnswerParser:
     def _say_content(self, text: str) -> None:
         if self._state is State.END:
             return
-        # Removed markers may leave a new one behind: it loses its last character.
-        window = (self._tail + text).replace(control.DSML, control.DSML[:-1] + " ")
-        text = window[len(self._tail) :]
-        self._tail = window[1 - len(control.DSML) :]
+        # Removed markers may leave a new one behind, and one may be spelt in ordinary tokens: it loses its
+        # last character.
+        *before, rest = (self._tail + text).split(control.DSML)
+        skipped = len(self._tail)
+        for words in before:
+            self._show((words + _BROKEN_MARKER)[skipped:])
+            if self._state is State.END:
+                return
+            skipped = 0
+            self.recoveries["marker_in_words"] += 1
+        self._tail = _BROKEN_MARKER.join((*before, rest))[1 - len(control.DSML) :]
+        self._show(rest[skipped:])
+
+    def _show(self, text: str) -> None:
         shown, self.stop = self._stops.add(text)
         if shown:
             self._events.append(ContentDelta(shown))
@@ -352,9 +363,9 @@ class AnswerParser:
         """The rest of the call, all of it unless it was given out while it was written."""
         call = self._call
         self._give(call.end())
-        for kind, count in (("repeated_parameter", call.repeated), ("parameter_without_name", call.nameless)):
-            if count:
-                self.recoveries[kind] += count
+        self.recoveries += collections.Counter(
+            repeated_parameter=call.repeated, parameter_without_name=call.nameless
+        )
         self._num_calls += call.tool is not None and self._state is not State.END
         self._call = None
 

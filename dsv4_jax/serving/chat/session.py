@@ -10,7 +10,6 @@ from dsv4_jax.serving.chat.continuation import Continuation
 from dsv4_jax.serving.chat.headings import prompt_pieces
 from dsv4_jax.serving.chat.manner import Manner
 from dsv4_jax.serving.chat.messages import Message, text_message
-from dsv4_jax.serving.chat.parser import AnswerParser
 from dsv4_jax.serving.chat.profile import Profile
 from dsv4_jax.serving.chat.tokens import AnswerTokens, ChatTokenizer, chat_tokenizer, prompt_ids
 
@@ -83,7 +82,7 @@ class ChatSession:
         if left < 1:
             problem = f"the conversation makes {len(ids)} tokens; the model holds at most {self._most_tokens}"
             raise ProblemsError("cannot answer", [problem])
-        parser = AnswerParser(reasoning=render.starts_reasoning(pieces), by_ids=self.tokenizer.knows_thinking)
+        parser = self.tokenizer.parser(reasoning=render.starts_reasoning(pieces))
         reader = AnswerTokens(self.tokenizer, parser)
         said: list[Event] = []
         reason: FinishReason = "abort"

@@ -52,33 +52,30 @@ TOKENS = {
     chr(0xDC01): Tag(Kind.THINK, control.THINK),
     chr(0xDC02): Tag(Kind.END_THINK, control.END_THINK),
     chr(0xDC03): Tag(Kind.END_OF_TURN, control.EOS),
+    chr(0xDC04): Tag(Kind.BARE, control.DSML),
 }
 TOKEN_OF = {tag.raw: mark for mark, tag in TOKENS.items()}
 """What to feed to a reader by ids for a control token."""
 
 _SURROGATE = re.compile(f"[{chr(0xD800)}-{chr(0xDFFF)}]")
 
-_OPEN, _CLOSE = f"<{control.DSML}", f"</{control.DSML}"
-_DSML_TAGS = {
-    f"{_OPEN}tool_calls>": Kind.CALLS,
-    f"{_OPEN}toolcalls>": Kind.MISSPELT_CALLS,
-    f"{_OPEN}function_calls>": Kind.MISSPELT_CALLS,
-    f"{_CLOSE}tool_calls>": Kind.END_CALLS,
-    f"{_CLOSE}toolcalls>": Kind.END_CALLS,
-    f"{_CLOSE}function_calls>": Kind.END_CALLS,
-    f"{_CLOSE}invoke>": Kind.END_INVOKE,
-    f"{_CLOSE}parameter>": Kind.END_PARAMETER,
+_CALL_TAGS = {
+    "<{}tool_calls>": Kind.CALLS,
+    "<{}toolcalls>": Kind.MISSPELT_CALLS,
+    "<{}function_calls>": Kind.MISSPELT_CALLS,
+    "</{}tool_calls>": Kind.END_CALLS,
+    "</{}toolcalls>": Kind.END_CALLS,
+    "</{}function_calls>": Kind.END_CALLS,
+    "</{}invoke>": Kind.END_INVOKE,
+    "</{}parameter>": Kind.END_PARAMETER,
 }
 _TEXT_TAGS = {
     control.THINK: Kind.THINK,
     control.END_THINK: Kind.END_THINK,
     control.EOS: Kind.END_OF_TURN,
 }
-_HEADS = {f"{_OPEN}invoke": Kind.INVOKE, f"{_OPEN}parameter": Kind.PARAMETER}
-_LONGEST = max(map(len, [*_DSML_TAGS, *_TEXT_TAGS]))
-_BEGINNING = re.compile(f"[<｜{''.join(TOKENS)}]")
-_SECOND = "/t" + control.DSML[0]  # what may follow a `<`
-_HEADER_END = re.compile("[<>]")
+_HEADS = {"<{}invoke": Kind.INVOKE, "<{}parameter": Kind.PARAMETER}
+_HEADER_END = re.compile(f"[<>{TOKEN_OF[control.THINK]}{TOKEN_OF[control.END_THINK]}]")
 
 
 class TagReader:
@@ -87,11 +84,23 @@ class TagReader:
     Args:
         by_ids: thinking and the end of a turn are marked by `TOKEN_OF`; the words `<think>` in the text are
             then only words. Otherwise the words are the tags.
+        calls_by_ids: the same of the marker in the tags of calls.
+
+    Attributes:
+        marked: the control strings that must come as marks.
     """
 
-    def __init__(self, by_ids: bool) -> None:
-        self._fixed = _DSML_TAGS if by_ids else _DSML_TAGS | _TEXT_TAGS
-        self._by_ids = by_ids
+    def __init__(self, by_ids: bool, calls_by_ids: bool = False) -> None:
+        self._marker = TOKEN_OF[control.DSML] if calls_by_ids else control.DSML
+        self._fixed = {text.format(self._marker): kind for text, kind in _CALL_TAGS.items()}
+        if not by_ids:
+            self._fixed |= _TEXT_TAGS
+        self._heads = {text.format(self._marker): kind for text, kind in _HEADS.items()}
+        self._longest = max(map(len, (*self._fixed, *self._heads)))
+        self._second = "/t" + self._marker[0]  # what may follow a `<`
+        self.marked = frozenset((*_TEXT_TAGS,) * by_ids + (control.DSML,) * calls_by_ids)
+        self._marks = {TOKEN_OF[text] for text in self.marked}
+        self._beginning = re.compile(f"[<{self._marker[0]}{''.join(self._marks)}]")
         self._buffer = ""
         self._at = 0
 
@@ -109,7 +118,7 @@ class TagReader:
             final: no more text comes.
         """
         searched = self._at
-        while (found := _BEGINNING.search(self._buffer, searched)) is not None:
+        while (found := self._beginning.search(self._buffer, searched)) is not None:
             place = found.start()
             tag, length, wait = self._tag_at(place, final)
             if wait:
@@ -123,11 +132,10 @@ class TagReader:
 
     def rest(self) -> str:
         """Everything that was fed and not read, as text."""
-        rest = self._take(len(self._buffer))
-        return "".join(TOKENS[each].raw if each in TOKENS else each for each in rest)
+        return _spelt(self._take(len(self._buffer)))
 
     def _kept(self, found: re.Match[str]) -> str:
-        return found[0] if self._by_ids and found[0] in TOKENS else "\ufffd"
+        return found[0] if found[0] in self._marks else "\ufffd"
 
     def _take(self, end: int) -> str:
         text = self._buffer[self._at : end]
@@ -138,29 +146,29 @@ class TagReader:
         """(tag, characters of it, whether to wait for more) at a character that may begin one."""
         buffer = self._buffer
         first = buffer[place]
-        if first in TOKENS:
+        if first in self._marks:
             return TOKENS[first], 1, False
-        if first == "<" and place + 1 < len(buffer) and buffer[place + 1] not in _SECOND:
+        if first == "<" and place + 1 < len(buffer) and buffer[place + 1] not in self._second:
             return None, 0, False
-        rest = buffer[place : place + _LONGEST]
+        rest = buffer[place : place + self._longest]
         if first != "<":
             candidates = {control.DSML: Kind.BARE}
         else:
             candidates = self._fixed
-            for head, kind in _HEADS.items():
+            for head, kind in self._heads.items():
                 if rest.startswith(head):
                     return self._headed(place, head, kind, final)
         for text, kind in candidates.items():
             if rest.startswith(text):
-                return Tag(kind, text), len(text), False
-        unfinished = len(rest) < _LONGEST and any(
-            text.startswith(rest) for text in (*candidates, *(_HEADS if first == "<" else ()))
+                return Tag(kind, _spelt(text)), len(text), False
+        unfinished = len(rest) < self._longest and any(
+            text.startswith(rest) for text in (*candidates, *(self._heads if first == "<" else ()))
         )
         if not unfinished:
             return None, 0, False
         if not final:
             return None, 0, True
-        return Tag(Kind.CUT, rest), len(rest), False
+        return Tag(Kind.CUT, _spelt(rest)), len(rest), False
 
     def _headed(self, place: int, head: str, kind: Kind, final: bool) -> tuple[Tag | None, int, bool]:
         """A tag with attributes."""
@@ -173,15 +181,20 @@ class TagReader:
                 return None, 0, False
             if not final:
                 return None, 0, True
-            return Tag(Kind.CUT, buffer[place:]), len(buffer) - place, False
-        if found[0] == "<":
+            return Tag(Kind.CUT, _spelt(buffer[place:])), len(buffer) - place, False
+        if found[0] != ">":
             return None, 0, False
-        raw = buffer[place : found.end()]
-        said = _attributes(buffer[start : found.start()])
+        length, raw = found.end() - place, _spelt(buffer[place : found.end()])
+        said = _attributes(_spelt(buffer[start : found.start()]))
         name, flag = said.get("name"), {"true": True, "false": False}.get(said.get("string"))
         if kind is Kind.INVOKE:
-            return Tag(kind, raw, name or ""), len(raw), False
-        return Tag(kind, raw, name, flag), len(raw), False
+            return Tag(kind, raw, name or ""), length, False
+        return Tag(kind, raw, name, flag), length, False
+
+
+def _spelt(text: str) -> str:
+    """Text with the words of the tokens that are marked in it."""
+    return _SURROGATE.sub(lambda found: TOKENS[found[0]].raw, text) if _SURROGATE.search(text) else text
 
 
 def _attributes(header: str) -> dict[str, str]:

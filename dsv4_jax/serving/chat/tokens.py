@@ -8,6 +8,7 @@ import copy
 import dataclasses
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -45,6 +46,15 @@ class ChatTokenizer:
     def knows_thinking(self) -> bool:
         """Whether the marks of reasoning are tokens, so that the same words in a text are only words."""
         return {control.THINK, control.END_THINK} <= self.control_ids.keys()
+
+    @property
+    def knows_calls(self) -> bool:
+        """Whether the marker in the tags of calls is a token, so that tags spelt in a text are only words."""
+        return control.DSML in self.control_ids
+
+    def parser(self, **how: Any) -> AnswerParser:
+        """A parser of answers in these tokens; arguments as of `AnswerParser`, without those on ids."""
+        return AnswerParser(by_ids=self.knows_thinking, calls_by_ids=self.knows_calls, **how)
 
 
 def chat_tokenizer(
@@ -113,7 +123,7 @@ class AnswerTokens:
 
     Args:
         tokenizer: of the model.
-        parser: made with `by_ids=tokenizer.knows_thinking`.
+        parser: of that tokenizer (`ChatTokenizer.parser`).
 
     Attributes:
         num_reasoning: ids so far that belong to the reasoning.
@@ -149,7 +159,7 @@ class AnswerTokens:
         if text is None:
             return parser.feed(self._text.add(id))
         before = self._text.finish()
-        if text in TOKEN_OF and self._tokenizer.knows_thinking:
+        if text in parser.marks:
             return parser.feed(before + TOKEN_OF[text])
         if text in (control.DSML, control.THINK, control.END_THINK):
             return parser.feed(before + text)

@@ -22,7 +22,10 @@ from dsv4_jax.serving.http.errors import busy, invalid
 COMPILE_SECONDS = 2.0
 COMPILED_AT_ONCE = 2
 KEPT = 64
-"""Compiled grammars that are kept, the latest used."""
+"""Compiled grammars that are kept, the latest used, and refusals among them."""
+
+_Found = tuple[str | None, LLMatcher]
+"""(what is wrong with a grammar, or None; the compiled grammar)."""
 
 LIMITS = {
     "max_grammar_size": 200_000,  # symbols of productions
@@ -88,7 +91,8 @@ class Grammars:
         self._pool = concurrent.futures.ThreadPoolExecutor(
             COMPILED_AT_ONCE, thread_name_prefix="dsv4-grammar"
         )
-        self._kept: collections.OrderedDict[str, LLMatcher] = collections.OrderedDict()
+        self._kept: collections.OrderedDict[str, _Found] = collections.OrderedDict()
+        self._running: dict[str, concurrent.futures.Future[_Found]] = {}
         self._changing = threading.Lock()
 
     def compiled(self, text: str, opens_after: int | None, path: str) -> CompiledGrammar:
@@ -105,26 +109,39 @@ class Grammars:
             found = self._kept.get(text)
             if found is not None:
                 self._kept.move_to_end(text)
+            elif (work := self._running.get(text)) is None:
+                work = self._running[text] = self._pool.submit(self._work, text)
         if found is None:
-            work = self._pool.submit(self._compile, text)
             try:
-                problem, found = work.result(COMPILE_SECONDS)
+                found = work.result(COMPILE_SECONDS)
+            except concurrent.futures.CancelledError:
+                raise busy("too many schemas are compiled now") from None
             except concurrent.futures.TimeoutError:
                 if work.cancel():
+                    with self._changing:
+                        self._running.pop(text, None)
                     raise busy("too many schemas are compiled now") from None
-                rule = (
-                    f"{path}: takes longer than the {COMPILE_SECONDS:g} s that compiling a grammar may take"
-                )
-                raise invalid([rule]) from None
-            if problem is not None:
-                raise invalid([f"{path}: {problem}"])
+                # It goes on: what comes of it is there for the next who asks.
+                rule = f"takes longer than the {COMPILE_SECONDS:g} s that compiling a grammar may take"
+                raise invalid([f"{path}: {rule}"]) from None
+        problem, matcher = found
+        if problem is not None:
+            raise invalid([f"{path}: {problem}"])
+        return CompiledGrammar(matcher, opens_after)
+
+    def _work(self, text: str) -> _Found:
+        try:
+            found = self._compile(text)
             with self._changing:
                 self._kept[text] = found
                 while len(self._kept) > KEPT:
                     self._kept.popitem(last=False)
-        return CompiledGrammar(found, opens_after)
+            return found
+        finally:
+            with self._changing:
+                self._running.pop(text, None)
 
-    def _compile(self, text: str) -> tuple[str | None, LLMatcher]:
+    def _compile(self, text: str) -> _Found:
         matcher = LLMatcher(self._tokenizer, text, limits=self._limits, log_level=0)
         if matcher.is_error():
             return _told(matcher.get_error()), matcher
@@ -146,6 +163,10 @@ _KINDS = (
     ("Invalid type", "has a type that JSON does not have"),
     ("oneOf", "has a oneOf whose choices are not told apart; use anyOf"),
     ("Unsatisfiable", "no value satisfies it"),
+    ("for integer range", "has bounds of an integer that are beyond what can be kept"),
+    ("for float range", "has bounds of a number that are beyond what can be kept"),
+    ("not disjoint", "has patternProperties whose patterns can match the same name"),
+    ("Expected positive integer", "has a length or a count that is no whole number from 0 on"),
     ("regex", "has a pattern that is no regular expression of the supported kind"),
     ("look-around", "has a pattern with look-around, which is not supported"),
     ("does not exist", "has a $ref that points nowhere"),

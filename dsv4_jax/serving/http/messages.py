@@ -12,6 +12,7 @@ from dsv4_jax.serving.chat.messages import Conversation
 from dsv4_jax.serving.chat.parser import MAX_CALLS
 from dsv4_jax.serving.chat.to_anthropic import BlockStream, blocks_of, stop_reason
 from dsv4_jax.serving.http import samplings
+from dsv4_jax.serving.http.asked_grammar import ANTHROPIC, grammar_of
 from dsv4_jax.serving.http.choices import Choices
 from dsv4_jax.serving.http.errors import invalid
 from dsv4_jax.serving.http.responses import event
@@ -39,8 +40,7 @@ class MessageRequest:
     @property
     def max_calls(self) -> int:
         """Calls of tools that the answer may have."""
-        choice = self.fields.tool_choice
-        return 1 if choice is not None and choice.disable_parallel_tool_use else MAX_CALLS
+        return 1 if _calls_once(self.fields) else MAX_CALLS
 
 
 def read_message(service: Service, model: Model, body: Mapping[str, Any]) -> MessageRequest:
@@ -53,11 +53,18 @@ def read_message(service: Service, model: Model, body: Mapping[str, Any]) -> Mes
     prompt = prompt_of(model, conversation)
     room = samplings.room_for(model, service.limits, len(prompt.ids), fields.max_tokens, None)
     sampling = samplings.sampling_of(fields, max_tokens=room)
+    most_calls = 1 if _calls_once(fields) else None
+    if (grammar := grammar_of(model, conversation, prompt.reasons, ANTHROPIC, most_calls)) is not None:
+        sampling = dataclasses.replace(sampling, grammar=grammar)
     samplings.check_served(model, prompt.ids, sampling)
     warnings = conversation.warnings
     if fields.thinking is not None and fields.thinking.budget_tokens is not None:
         warnings += ("thinking.budget_tokens: ignored; the model decides how long it thinks",)
     return MessageRequest(fields, prompt, sampling, warnings)
+
+
+def _calls_once(fields: MessageFields) -> bool:
+    return fields.tool_choice is not None and bool(fields.tool_choice.disable_parallel_tool_use)
 
 
 def count_tokens(service: Service, model: Model, body: Mapping[str, Any]) -> dict[str, int]:
@@ -79,7 +86,7 @@ def _read(
     if isinstance(fields, MessageFields):
         problems += _contradictions(fields)
     if conversation is not None:
-        problems += _unserved(service, conversation)
+        problems += _missing_thinking(service, conversation)
     if problems or fields is None or conversation is None:
         raise invalid(problems)
     service.check_name(fields.model)  # type: ignore[attr-defined]
@@ -102,16 +109,11 @@ def _contradictions(fields: MessageFields) -> list[str]:
     return found
 
 
-def _unserved(service: Service, conversation: Conversation) -> list[str]:
-    found = []
-    if conversation.response_format != "text":
-        found.append("output_config.format: only text is available here yet")
-    if conversation.tool_choice not in ("none", "auto"):
-        found.append("tool_choice: only none and auto are available here yet")
-    if service.insist_on_reasoning and conversation.thinking:
-        silent = any(each.tool_calls and not each.reasoning for each in conversation.messages)
-        found += ["messages: the thinking of a turn that calls tools is missing"] if silent else []
-    return found
+def _missing_thinking(service: Service, conversation: Conversation) -> list[str]:
+    if not (service.insist_on_reasoning and conversation.thinking):
+        return []
+    silent = any(each.tool_calls and not each.reasoning for each in conversation.messages)
+    return ["messages: the thinking of a turn that calls tools is missing"] if silent else []
 
 
 class MessageAnswer:

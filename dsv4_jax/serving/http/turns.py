@@ -9,7 +9,7 @@ from dsv4_jax.serving.chat import render
 from dsv4_jax.serving.chat.answer import Event, Finish
 from dsv4_jax.serving.chat.headings import prompt_pieces
 from dsv4_jax.serving.chat.messages import Conversation, Tool
-from dsv4_jax.serving.chat.parser import MAX_CALLS, AnswerParser
+from dsv4_jax.serving.chat.parser import MAX_CALLS
 from dsv4_jax.serving.chat.tokens import AnswerTokens, prompt_ids
 from dsv4_jax.serving.http.choices import Choices
 from dsv4_jax.serving.http.metrics import Metrics
@@ -73,12 +73,8 @@ class Turn:
         max_calls: int = MAX_CALLS,
     ) -> None:
         assert model.chat is not None
-        self.parser = AnswerParser(
-            reasoning=prompt.reasons,
-            tools=prompt.tools,
-            stops=stops,
-            by_ids=model.chat.knows_thinking,
-            max_calls=max_calls,
+        self.parser = model.chat.parser(
+            reasoning=prompt.reasons, tools=prompt.tools, stops=stops, max_calls=max_calls
         )
         self.tokens = AnswerTokens(model.chat, self.parser)
         self.count = 0  # tokens of the answer; the engine may have drawn more before it was told to stop

@@ -191,7 +191,7 @@ def is_gone_on_with(draw, tokenizer):
     written = render.render([*history, turn], OWN, thinking=thinking)
     assert written[: len(before)] == before
     generated = tokens.prompt_ids(tokenizer, written[len(before) :])
-    reader = parser.AnswerParser(reasoning=thinking, tools=DECLARED, by_ids=True)
+    reader = tokenizer.parser(reasoning=thinking, tools=DECLARED)
     answered = answer.answer_of(tokens.AnswerTokens(tokenizer, reader).add(generated)).message()
     later = render.render(
         [*history, answered, messages.text_message("user", words(draw))], OWN, thinking=thinking

@@ -205,7 +205,7 @@ def test_a_prompt_goes_on_with_the_tokens_that_were_generated():
     written = render.text_of(render.render([*history, turn], profile))
     generated = written.removeprefix(render.text_of(render.render(history, profile)))
     ids = tokenizer.full.encode(generated, add_special_tokens=False).ids
-    reader = parser.AnswerParser(reasoning=True, tools=tools, by_ids=True, new_id=lambda: "1")
+    reader = tokenizer.parser(reasoning=True, tools=tools, new_id=lambda: "1")
     answered = answer.answer_of(tokens.AnswerTokens(tokenizer, reader).add(ids))
     assert answered.message() == turn and answered.finish_reason == "tool_calls"
     later = [*history, answered.message(), messages.text_message("user", "And?")]
