@@ -27,6 +27,10 @@ BASE = "base"
 """What is saved beside a state that leaves out the model it belongs to: which one that is."""
 
 
+class AnotherRunError(ProblemsError):
+    """A saved state that belongs to another run."""
+
+
 def identity(config: RunConfig) -> dict[str, Any]:
     """What is saved of a run's configuration, as a JSON object."""
     return {name: as_plain(getattr(config, name)) for name in FIXED}
@@ -60,7 +64,7 @@ def refuse_another_run(config: RunConfig, base: str | None, about: dict) -> None
         about: what was saved.
 
     Raises:
-        ProblemsError: they do not belong together; all differences at once.
+        AnotherRunError: they do not belong together; all differences at once.
     """
     given, saved = identity(config), about["run"]
     problems = [
@@ -71,7 +75,7 @@ def refuse_another_run(config: RunConfig, base: str | None, about: dict) -> None
     if about["step"] > config.num_steps:
         problems.append(f"it has done {about['step']} steps, and the run has only {config.num_steps}")
     if problems:
-        raise ProblemsError("the saved state belongs to another run", problems)
+        raise AnotherRunError("the saved state belongs to another run", problems)
 
 
 def differences(saved: Any, given: Any) -> list[str]:

@@ -22,7 +22,7 @@ from dsv4_jax.parameters import Parameters
 from dsv4_jax.training.anticipatory_routing import chosen_experts
 from dsv4_jax.training.batches_ahead import BatchesAhead
 from dsv4_jax.training.data import Batch
-from dsv4_jax.training.health import Finding, Observer, kept_if_finite
+from dsv4_jax.training.health import Finding, Observer, kept_if_finite, worse
 from dsv4_jax.training.keeping import (
     BASE,
     STATES_FOLDER,
@@ -37,7 +37,7 @@ from dsv4_jax.training.loop import Ending, InterruptRequest
 from dsv4_jax.training.lora import LoraNetwork
 from dsv4_jax.training.metrics import Goodput
 from dsv4_jax.training.run_config import Place, RunConfig
-from dsv4_jax.training.saved_states import Restored, SavedStates
+from dsv4_jax.training.saved_states import Restored, SavedStates, reason
 from dsv4_jax.training.stage_streams import Streams, stage_seed
 from dsv4_jax.training.step import Rates, StepReport, StepSettings, TrainState, train_step, validation_loss
 from dsv4_jax.training.watchdog import Watchdog
@@ -293,7 +293,10 @@ class _Session:
         last = self.step == self.config.num_steps
         if self.look is not None and not stops and (self._validates() or last):
             with self.goodput.spent_on("looking"):
-                self.look(self.step, self.state.params)
+                try:
+                    self.look(self.step, self.state.params)
+                except OSError as failure:  # a picture is no reason to end a run
+                    self.teller.event("not drawn", self.step, f"NOT DRAWN: {failure}")
 
     def _validate(self) -> None:
         assert self.config.validation is not None
@@ -325,8 +328,12 @@ class _Session:
     def _end_profile(self) -> None:
         if self.profiles:
             self.profiles = False
-            jax.profiler.stop_trace()
-            self.teller.event("profile", self.step, f"recorded in {self.config.out / PROFILE_FOLDER}")
+            place = self.config.out / PROFILE_FOLDER
+            try:
+                jax.profiler.stop_trace()
+                self.teller.event("profile", self.step, f"recorded in {place}")
+            except (OSError, RuntimeError) as failure:
+                self.teller.event("profile", self.step, f"NOT RECORDED in {place}: {reason(failure)}")
 
     # ---- saved states -----------------------------------------------------------------------------------
 
@@ -430,12 +437,6 @@ class _Session:
             words += f"; experts are chosen up to {lag} steps ahead until step {self.anticipates_until}"
         self.goodput.repeated_steps += place - self.step
         self.teller.event("rolled back", self.step, words)
-
-
-def worse(first: Finding, second: Finding) -> Finding:
-    """The finding with the stronger action; the first if they are equal."""
-    order = ["go on", "skip", "roll back", "halt"]
-    return max(first, second, key=lambda finding: order.index(finding.action))
 
 
 def _described(leaf: jax.Array) -> jax.ShapeDtypeStruct:

@@ -96,8 +96,10 @@ class Stage:
         sizes = ("num_steps", "seq_len", "batch_size", "accumulate")
         found = [integer_problem(f"{name}.{size}", getattr(self, size), 1) for size in sizes]
         problems = [problem for problem in found if problem]
-        if self.ramp is not None:
+        if isinstance(self.ramp, BatchRamp):
             problems += self.ramp.problems(f"{name}.ramp", self.batch_size)
+        elif self.ramp is not None:
+            problems.append(f"{name}.ramp={self.ramp!r} must be of type BatchRamp or None")
         if not problems and self.batch_size % self.accumulate:
             problems.append(f"{name}.accumulate={self.accumulate} must divide batch_size={self.batch_size}")
         wanted = {"warm-up": "dense", "sparse": "sparse"}.get(self.indexer, self.attention)
@@ -271,37 +273,52 @@ class RunConfig:
         return dataclasses.replace(self, stages=tuple(stages))
 
     def _problems(self) -> list[str]:
-        problems: list[str] = []
+        wrong = self._wrong_kinds()
+        problems = list(wrong.values())
         if not isinstance(self.model, (ModelConfig, pathlib.Path)):
             problems.append(f"model={self.model!r} must be a ModelConfig, or the path of a checkpoint folder")
-        if not isinstance(self.policy, Policy):
-            problems.append(f"policy={self.policy!r} must be a Policy")
+        stages = () if "stages" in wrong else self.stages
         sources = {"source": self.source} | {
             f"stages[{number}].source": stage.source
-            for number, stage in enumerate(self.stages)
+            for number, stage in enumerate(stages)
             if stage.source is not None
         }
-        if self.validation is not None:
+        if self.validation is not None and "validation" not in wrong:
             sources["validation.source"] = self.validation.source
         problems += [
             f"{name}={source!r} must have a method open(tokenizer, batch_size, seq_len, seed, ...)"
             for name, source in sources.items()
             if not callable(getattr(source, "open", None))
         ]
-        if not self.stages:
+        if self.stages == ():
             problems.append("stages=() must hold at least one Stage")
-        for number, stage in enumerate(self.stages):
+        for number, stage in enumerate(stages):
             problems += stage.problems(f"stages[{number}]")
-        problems += [*self.learning_rate.problems(), *self.losses.problems(), *self.health.problems()]
-        problems += filter(None, [seed_problem(self.seed), *self._interval_problems()])
-        if self.lora is not None:
+        for name in ("learning_rate", "losses", "health"):
+            problems += [] if name in wrong else getattr(self, name).problems()
+        problems += filter(None, [seed_problem(self.seed), *self._interval_problems(wrong)])
+        if self.lora is not None and not wrong.keys() & {"lora", "losses"}:
             problems += self._lora_problems(self.lora)
-        if self.mesh is not None:
+        if self.mesh is not None and "mesh" not in wrong:
             try:
                 parse(self.mesh)
             except MeshError as refused:
                 problems += [f"mesh={self.mesh!r}: {problem}" for problem in refused.problems]
         return problems
+
+    def _wrong_kinds(self) -> dict[str, str]:
+        """Fields that hold something else than they should, with a sentence each."""
+        found = {}
+        for name, kind in (_KINDS | _KINDS_OR_NONE).items():
+            value = getattr(self, name)
+            optional = name in _KINDS_OR_NONE
+            if not (isinstance(value, kind) or (optional and value is None)):
+                found[name] = f"{name}={value!r} must be of type {kind.__name__}{' or None' * optional}"
+        if not (isinstance(self.stages, tuple) and all(isinstance(each, Stage) for each in self.stages)):
+            found["stages"] = f"stages={self.stages!r} must be a tuple of Stage"
+        if not callable(getattr(self.optimizer, "transform", None)):
+            found["optimizer"] = f"optimizer={self.optimizer!r} must be AdamW(...), Muon(...) or the like"
+        return found
 
     def _lora_problems(self, lora: Lora) -> list[str]:
         problems = [f"lora: {problem}" for problem in setting_problems(lora)]
@@ -314,18 +331,37 @@ class RunConfig:
             )
         return problems
 
-    def _interval_problems(self) -> list[str | None]:
+    def _interval_problems(self, wrong: dict[str, str]) -> list[str | None]:
+        numbers = {
+            "checkpoints": ("every", "keep"),
+            "logging": ("every",),
+            "validation": ("every", "num_batches", "sample_tokens"),
+        }
         found = [
-            integer_problem("checkpoints.every", self.checkpoints.every, 1),
-            integer_problem("checkpoints.keep", self.checkpoints.keep, 1),
-            integer_problem("logging.every", self.logging.every, 1),
+            integer_problem(f"{name}.{field}", getattr(part, field), 1)
+            for name, fields in numbers.items()
+            if name not in wrong and (part := getattr(self, name)) is not None
+            for field in fields
         ]
-        if self.validation is not None:
-            found.append(integer_problem("validation.every", self.validation.every, 1))
-            found.append(integer_problem("validation.num_batches", self.validation.num_batches, 1))
-            found.append(integer_problem("validation.sample_tokens", self.validation.sample_tokens, 1))
-        if self.logging.profile_steps is not None:
-            first, last = self.logging.profile_steps
-            if not 0 <= first <= last:
-                found.append(f"logging.profile_steps={(first, last)} must be 0 <= first <= last")
+        if "logging" not in wrong and (steps := self.logging.profile_steps) is not None:
+            two = isinstance(steps, tuple) and len(steps) == 2 and all(type(each) is int for each in steps)
+            if not two or not 0 <= steps[0] <= steps[1]:
+                found.append(f"logging.profile_steps={steps!r} must be (first, last) with 0 <= first <= last")
         return found
+
+
+_KINDS: dict[str, type] = {
+    "policy": Policy,
+    "learning_rate": LearningRate,
+    "losses": LossWeights,
+    "out": pathlib.Path,
+    "checkpoints": Checkpoints,
+    "logging": Logging,
+    "health": Health,
+}
+_KINDS_OR_NONE: dict[str, type] = {
+    "lora": Lora,
+    "tokenizer": pathlib.Path,
+    "mesh": str,
+    "validation": Validation,
+}

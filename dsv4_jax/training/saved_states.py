@@ -271,11 +271,11 @@ def _checksum(array: jax.Array) -> jax.Array:
 
 
 def reason(failure: BaseException) -> str:
-    """The first sentence of what a library says, on one line."""
+    """What a library says, on one line; of a long text both ends, for TensorStore tells the cause last."""
     if isinstance(failure, OSError) and failure.strerror:
         return failure.strerror
     text = " ".join(str(failure).split()) or type(failure).__name__
-    return text if len(text) <= 300 else f"{text[:297]}..."
+    return text if len(text) <= 300 else f"{text[:110]} ... {text[-185:]}"
 
 
 def as_plain(value: Any) -> Any:
