@@ -26,6 +26,7 @@ from dsv4_jax.language_model import LanguageModel
 from dsv4_jax.loading import load
 from dsv4_jax.model.initial import Network
 from dsv4_jax.parameters import Parameters
+from dsv4_jax.refusing import refused_together
 from dsv4_jax.training import presets
 from dsv4_jax.training.corpus import gather_corpus
 from dsv4_jax.training.keeping import STATES_FOLDER, AnotherRunError, differences
@@ -142,12 +143,10 @@ def train(config: RunConfig, *, resume: bool = False) -> RunResult:
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells how long each save took
     is_first = jax.process_index() == 0
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True, quiet=not is_first)
-    prepare_folder(config.out, resume)
+    refused_together(lambda: prepare_folder(config.out, resume))
+    refused_together(lambda: _require_files(config))
     before = _changes_told(config, console)
-    if problems := dry_run.missing_files(config):
-        raise ProblemsError("cannot read the training data", problems)
-    if is_first:
-        _write_run(config, as_plain(config))
+    refused_together(lambda: _write_run(config, as_plain(config)))
     model = starting_model(config)
     console.print(
         f"model: {model.num_params / 1e6:.1f}M parameters; {config.num_steps} steps,"
@@ -169,7 +168,7 @@ def train(config: RunConfig, *, resume: bool = False) -> RunResult:
         try:
             result = run(config, *held, teller, goodput, resume=resume, **looks)
         except AnotherRunError:
-            if is_first and before is not None:
+            if before is not None:
                 _write_run(config, before)  # nothing was done as this run says
             raise
     _say_how_it_ended(config, result, console)
@@ -332,6 +331,12 @@ def _say_how_it_ended(config: RunConfig, result: RunResult, console: Console) ->
         console.print("the state is saved: the same command with --resume goes on")
 
 
+def _require_files(config: RunConfig) -> None:
+    """The files of the data, before a model is made for them."""
+    if problems := dry_run.missing_files(config):
+        raise ProblemsError("cannot read the training data", problems)
+
+
 def _changes_told(config: RunConfig, console: Console) -> Any:
     """What the folder's run was told before, if anything; says what is not so any more, apart from the place.
 
@@ -349,7 +354,9 @@ def _changes_told(config: RunConfig, console: Console) -> Any:
 
 
 def _write_run(config: RunConfig, told: Any) -> None:
-    """What the run was told; the first thing that a full disk refuses."""
+    """What the run was told, by the first process; the first thing that a full disk refuses."""
+    if jax.process_index() != 0:
+        return
     try:
         write_whole(config.out / RUN_FILE, json.dumps(told, indent=1) + "\n")
     except OSError as failure:

@@ -1,5 +1,6 @@
 """Which saved states belong to a run, and what becomes of its last one when the disk does not take it."""
 
+import contextlib
 import hashlib
 import json
 import pathlib
@@ -139,6 +140,9 @@ def _problems(
 ) -> list[str]:
     """Saves, waits, and looks; what was in the way."""
     problems: list[str] = []
+    if not started:
+        with contextlib.suppress(ProblemsError):
+            saved.wait()  # an earlier one that failed is no reason not to try this one
     for attempt in range(1 + started):  # one that had begun and failed is tried once more
         try:
             if attempt or not started:

@@ -354,15 +354,14 @@ class _Session:
         return kept_of(self.config, self.state)
 
     def _save(self) -> None:
-        """Starts a save; a failure is told, and tried again at the next interval."""
+        """Starts a save; a failure of it or of the one before is told, and tried again at the next interval."""
         self.watchdog.beat("saving")
         with self.goodput.spent_on("saving"):
-            try:
-                self.saved.save(self._kept(), self._about(), self.batches.chosen())
-                self.saved_step = self.step
-            except ProblemsError as failure:
-                self.saved_step = None
-                words = f"NOT SAVED, training goes on and tries again: {'; '.join(failure.problems)}"
+            given = self._kept(), self._about(), self.batches.chosen()
+            before, now = _refused(self.saved.wait), _refused(lambda: self.saved.save(*given))
+            self.saved_step = None if now else self.step
+            if before or now:
+                words = f"NOT SAVED, training goes on and tries again: {'; '.join([*before, *now])}"
                 self.teller.event("not saved", self.step, words)
         self.goodput.write()
 
@@ -437,6 +436,15 @@ class _Session:
             words += f"; experts are chosen up to {lag} steps ahead until step {self.anticipates_until}"
         self.goodput.repeated_steps += place - self.step
         self.teller.event("rolled back", self.step, words)
+
+
+def _refused(work: Callable[[], object]) -> tuple[str, ...]:
+    """The problems for which it refuses; none if it does not."""
+    try:
+        work()
+    except ProblemsError as refusal:
+        return refusal.problems
+    return ()
 
 
 def _described(leaf: jax.Array) -> jax.ShapeDtypeStruct:

@@ -16,6 +16,7 @@ from dsv4_jax.errors import ConfigError
 from dsv4_jax.model.training_mode import TrainingMode
 from dsv4_jax.numerics.policy import Policy
 from dsv4_jax.training.data import BatchStream
+from dsv4_jax.training.gradient_exchange import mesh_problem
 from dsv4_jax.training.health import Health
 from dsv4_jax.training.lora import Lora, setting_problems
 from dsv4_jax.training.optimizer import AdamW
@@ -185,6 +186,9 @@ class RunConfig:
             what is exported. None: all parameters are trained.
         tokenizer: a tokenizer.json; None: the checkpoint's, or one that is learnt from the standard library.
         mesh: devices to spread the model over, "fsdp=4,expert=2", used by the rules "train"; None: one.
+        exchange: "exact": devices add gradients in the dtype that they have; "bfloat16": they send them in
+            bfloat16, rounded stochastically, and add in float32 (`gradient_exchange`). That is for a mesh of
+            data alone.
         seed: of the parameters and of the order of the data.
         out: folder of everything that the run writes.
         checkpoints, logging, validation, health: see there.
@@ -203,6 +207,7 @@ class RunConfig:
     lora: Lora | None = None
     tokenizer: pathlib.Path | None = None
     mesh: str | None = None
+    exchange: Literal["exact", "bfloat16"] = "exact"
     seed: int = 0
     out: pathlib.Path = pathlib.Path("trained")
     checkpoints: Checkpoints = Checkpoints()
@@ -242,7 +247,8 @@ class RunConfig:
         """What is static about a step."""
         stage = self.stages[place.stage]
         parts = stage.parts(place.rows)
-        return StepSettings(self.optimizer, parts, stage.attention, stage.indexer, self.losses.z > 0)
+        seed = self.seed if self.exchange == "bfloat16" else None
+        return StepSettings(self.optimizer, parts, stage.attention, stage.indexer, self.losses.z > 0, seed)
 
     def mode(self, step: int) -> TrainingMode:
         """How the model attends at a step, with no loss for its indexers: for validations."""
@@ -304,6 +310,27 @@ class RunConfig:
                 parse(self.mesh)
             except MeshError as refused:
                 problems += [f"mesh={self.mesh!r}: {problem}" for problem in refused.problems]
+        return problems or self._exchange_problems()
+
+    def _exchange_problems(self) -> list[str]:
+        """Of a run that is fine otherwise."""
+        if self.exchange == "exact":
+            return []
+        if self.exchange != "bfloat16":
+            return [f"exchange={self.exchange!r} must be 'exact' or 'bfloat16'"]
+        sizes = {} if self.mesh is None else parse(self.mesh)
+        problem = mesh_problem(sizes)
+        problems = [f"exchange='bfloat16' with mesh={self.mesh!r}: {problem}"] if problem else []
+        for number, stage in enumerate(self.stages):
+            rows = stage.unit
+            while rows <= stage.batch_size:
+                parts = sizes.get("data", 1) * stage.parts(rows)
+                if rows % parts:
+                    problems.append(
+                        f"stages[{number}]: batches of {rows} rows must be a multiple of {parts}, devices"
+                        " times parts, for exchange='bfloat16'"
+                    )
+                rows *= 2
         return problems
 
     def _wrong_kinds(self) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Runs on disks that are really full or read-only: what is said, what is kept, and how they go on."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -19,10 +20,19 @@ from dsv4_jax.command_line import train
 from dsv4_jax.errors import ProblemsError
 from dsv4_jax.training.keeping import STATES_FOLDER
 from dsv4_jax.training.metrics import EVENTS_FILE, METRICS_FILE, RecordFile, TensorBoard, read_lines
+from dsv4_jax.training.run_config import Checkpoints
 from dsv4_jax.training.saved_states import SavedStates
 from dsv4_jax.training.step import TrainState
 from tests.small_disk import files_of_at_most, fill, read_only, small_disk
-from tests.training.test_run import Watching, fresh, go, spoilt, stopping_at, trace  # noqa: F401
+from tests.training.test_run import (  # noqa: F401
+    Watching,
+    fresh,
+    go,
+    spoilt,
+    stopping_at,
+    trace,
+    with_out,
+)
 from tests.training.tiny_run import config
 
 pytestmark = pytest.mark.usefixtures("spoilt")
@@ -64,8 +74,8 @@ def test_a_disk_that_fills_up_leaves_the_last_good_step(whole, tmp_path, monkeyp
         said = "\n".join(moved.value.problems)
         assert "No space left on device" in said and str(run_config.out.parent) in said
         told = [line for line in watching.lines if "NOT SAVED" in line]
-        assert len(told) >= 2 and all("No space left on device" in line for line in told), watching.lines
-        assert all(str(states) in line for line in told)
+        assert told and all("No space left on device" in line for line in told), watching.lines
+        assert all(f"{states}/6: " in line or f"{states}/9: " in line for line in told)
         assert sorted(path.name for path in states.iterdir()) == ["3"]  # nothing half written
         place = next((tmp_path / "elsewhere").glob("out-unsaved-*"))
         assert str(place) in str(moved.value)
@@ -74,6 +84,33 @@ def test_a_disk_that_fills_up_leaves_the_last_good_step(whole, tmp_path, monkeyp
         result, _ = go(run_config, resume=True)
         assert result.step == 12 and trace(run_config) == trace(wanted_config)
         np.testing.assert_array_equal(result.state.trained["seen"], wanted.state.trained["seen"])
+
+
+@pytest.mark.parametrize("last", [9, 12])
+def test_a_disk_that_was_full_for_one_save_costs_that_save_alone(whole, tmp_path, last, monkeypatch):
+    """It is found out in the background, when the next one begins; that one is not given up for it."""
+    run_config, wanted = whole
+    cut = with_out(run_config, tmp_path / "cut" / "out", checkpoints=Checkpoints(every=3, keep=9))
+    start = SavedStates.save
+
+    def save(self, state, about, beside):
+        full = int(state.step) == last - 3
+        with files_of_at_most(300) if full else contextlib.nullcontext():
+            start(self, state, about, beside)
+            if full:
+                with contextlib.suppress(Exception):
+                    self._manager.wait_until_finished()  # as if it had been slow to fail
+
+    (cut.out).mkdir(parents=True)
+    monkeypatch.setattr(SavedStates, "save", save)
+    result, watching = go(cut)
+    told = [line for line in watching.lines if "NOT SAVED" in line]
+    assert SavedStates(cut.out / STATES_FOLDER, 9).steps() == [
+        each for each in (3, 6, 9, 12) if each != last - 3
+    ]
+    assert len(told) <= 1 and all(f"/{last - 3}: " in line and "too large" in line for line in told), told
+    assert trace(cut) == trace(run_config)
+    np.testing.assert_array_equal(result.state.trained["seen"], wanted.state.trained["seen"])
 
 
 def test_files_that_may_not_grow_leave_the_last_good_step(tmp_path):
