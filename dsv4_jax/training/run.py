@@ -350,18 +350,15 @@ class _Session:
             BASE: self.base,
         }
 
-    def _kept(self) -> TrainState:
-        return kept_of(self.config, self.state)
-
     def _save(self) -> None:
-        """Starts a save; a failure of it or of the one before is told, and tried again at the next interval."""
+        """Starts a save; a failure of it, or of the one before, is told, and tried again at the next one."""
         self.watchdog.beat("saving")
         with self.goodput.spent_on("saving"):
-            given = self._kept(), self._about(), self.batches.chosen()
+            given = kept_of(self.config, self.state), self._about(), self.batches.chosen()
             before, now = _refused(self.saved.wait), _refused(lambda: self.saved.save(*given))
             self.saved_step = None if now else self.step
-            if before or now:
-                words = f"NOT SAVED, training goes on and tries again: {'; '.join([*before, *now])}"
+            if failed := "; ".join([*before, *now]):
+                words = f"NOT SAVED, training goes on and tries again: {failed}"
                 self.teller.event("not saved", self.step, words)
         self.goodput.write()
 
@@ -369,7 +366,7 @@ class _Session:
         self.watchdog.beat("saving the last state")
         with self.goodput.spent_on("saving"):
             started = self.saved_step == self.step
-            what = self._kept(), self._about(), self.batches.chosen()
+            what = kept_of(self.config, self.state), self._about(), self.batches.chosen()
             save_for_good(self.saved, *what, self.config.out, started=started)
         self.goodput.write()
 
@@ -390,7 +387,7 @@ class _Session:
         self.watchdog.beat("reading a saved state")
         self.saved.wait()
         base = self.state.fixed
-        jax.tree.map(lambda leaf: leaf.delete(), self._kept())
+        jax.tree.map(lambda leaf: leaf.delete(), kept_of(self.config, self.state))
         accept = functools.partial(refuse_another_run, self.config, self.base)
         restored = self.saved.restore(self.like, accept)
         if restored is None:

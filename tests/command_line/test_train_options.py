@@ -180,7 +180,7 @@ def test_what_changed_since_the_last_session_is_told_and_a_refused_one_leaves_no
     said = capsys.readouterr().err
     assert "changed since the last session: seed is 3 now, and was 0\n" in said
     assert "changed since the last session: checkpoints.every is 7 now, and was 3\n" in said
-    assert said.count("changed since") == 2
+    assert said.count("changed since the last session: ") == 2
     assert json.loads((after.out / "run.json").read_text()) == as_plain(before)
 
 
