@@ -14,11 +14,13 @@ from dsv4_jax.inspection.costs import count_mtp, count_parameters
 from dsv4_jax.inspection.training_cost import flops_per_token, training_bytes
 from dsv4_jax.model.initial import Network
 from dsv4_jax.parameters import LORA, Parameter, parameters
+from dsv4_jax.training.documents import DataError, matching_files
 from dsv4_jax.training.health import Health
 from dsv4_jax.training.lora import Lora, chosen, lora_shapes
 from dsv4_jax.training.optimizer import split_trainable
 from dsv4_jax.training.optimizer_groups import Treated, partition
 from dsv4_jax.training.run_config import RunConfig
+from dsv4_jax.training.sources import ChatFiles, JsonLines, ParquetFiles, TextFiles, TokenFiles
 
 
 def print_run(config: RunConfig, console: Console) -> None:
@@ -45,6 +47,8 @@ def print_run(config: RunConfig, console: Console) -> None:
     for number in range(len(config.stages)):
         if number == 0 or config.stages[number].source is not None:
             console.print(f"text from stage {number} on: {config.source_of(number)}")
+    for problem in missing_files(config):
+        console.print(f"NOT THERE YET: {problem}")
     rate, last = config.learning_rate, config.num_steps
     start = rate.decay_start(last)
     console.print(
@@ -118,6 +122,21 @@ def _print_lora(lora: Lora, model: ModelConfig, console: Console) -> None:
         f"trained: {trained:,} numbers, {share:.2f} % of the model's; frozen: the model itself, {frozen:,}"
         " numbers, its routers' biases included; what is exported has them merged"
     )
+
+
+def missing_files(config: RunConfig) -> list[str]:
+    """What the sources of a run ask for and nobody has, a sentence each; no file is read for it."""
+    sources = [config.source_of(number) for number in range(len(config.stages))]
+    if config.validation is not None:
+        sources.append(config.validation.source)
+    problems = []
+    for source in dict.fromkeys(sources):
+        if isinstance(source, (TextFiles, JsonLines, ParquetFiles, TokenFiles, ChatFiles)):
+            try:
+                matching_files(source.files)
+            except DataError as missing:
+                problems += missing.problems
+    return list(dict.fromkeys(problems))
 
 
 def _after_spike(health: Health) -> str:

@@ -26,12 +26,13 @@ from dsv4_jax.language_model import LanguageModel
 from dsv4_jax.loading import load
 from dsv4_jax.model.initial import Network
 from dsv4_jax.parameters import Parameters
+from dsv4_jax.refusing import refused_together
 from dsv4_jax.training import presets
 from dsv4_jax.training.corpus import gather_corpus
-from dsv4_jax.training.keeping import STATES_FOLDER
+from dsv4_jax.training.keeping import STATES_FOLDER, AnotherRunError, differences
 from dsv4_jax.training.live import Shown, Speed
 from dsv4_jax.training.lora import LoraNetwork, lora_state, merged, with_lora
-from dsv4_jax.training.metrics import GOODPUT_FILE, Goodput, RecordFile, goodput_share
+from dsv4_jax.training.metrics import GOODPUT_FILE, Goodput, RecordFile, goodput_share, write_whole
 from dsv4_jax.training.mixing_gain import gains
 from dsv4_jax.training.plots import draw_run
 from dsv4_jax.training.run import RunResult, run
@@ -114,8 +115,10 @@ def _from_file(path: pathlib.Path) -> RunConfig:
         raise ProblemsError(refused, ["it has no function run() that returns a RunConfig"])
     try:
         config = make()
-    except TypeError as failure:
-        raise ProblemsError(refused, [f"run(): {failure}"]) from failure
+    except ProblemsError:
+        raise
+    except Exception as failure:
+        raise ProblemsError(refused, [f"run(): {type(failure).__name__}: {failure}"]) from failure
     if not isinstance(config, RunConfig):
         raise ProblemsError(refused, [f"run() returned {type(config).__name__}, not a RunConfig"])
     return config
@@ -140,9 +143,10 @@ def train(config: RunConfig, *, resume: bool = False) -> RunResult:
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells how long each save took
     is_first = jax.process_index() == 0
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True, quiet=not is_first)
-    prepare_folder(config.out, resume)
-    if is_first:
-        _write_together(config.out / RUN_FILE, as_plain(config))
+    refused_together(lambda: prepare_folder(config.out, resume))
+    refused_together(lambda: _require_files(config))
+    before = _changes_told(config, console)
+    refused_together(lambda: _write_run(config, as_plain(config)))
     model = starting_model(config)
     console.print(
         f"model: {model.num_params / 1e6:.1f}M parameters; {config.num_steps} steps,"
@@ -161,7 +165,12 @@ def train(config: RunConfig, *, resume: bool = False) -> RunResult:
             stack.callback(teller.close)
         looks = {"sample": _sampler(config, model), "look": _painter(config, model)}
         held = (network, state, model.tokenizer)
-        result = run(config, *held, teller, goodput, resume=resume, **looks)
+        try:
+            result = run(config, *held, teller, goodput, resume=resume, **looks)
+        except AnotherRunError:
+            if before is not None:
+                _write_run(config, before)  # nothing was done as this run says
+            raise
     _say_how_it_ended(config, result, console)
     if result.ending == "terminated":
         raise SystemExit(TERMINATED)
@@ -322,11 +331,37 @@ def _say_how_it_ended(config: RunConfig, result: RunResult, console: Console) ->
         console.print("the state is saved: the same command with --resume goes on")
 
 
-def _write_together(path: pathlib.Path, value: Any) -> None:
-    """A JSON file that is there as a whole or not at all."""
-    incoming = path.with_name(f".{path.name}.incoming")
-    incoming.write_text(json.dumps(value, indent=1) + "\n", "utf8")
-    os.replace(incoming, path)
+def _require_files(config: RunConfig) -> None:
+    """The files of the data, before a model is made for them."""
+    if problems := dry_run.missing_files(config):
+        raise ProblemsError("cannot read the training data", problems)
+
+
+def _changes_told(config: RunConfig, console: Console) -> Any:
+    """What the folder's run was told before, if anything; says what is not so any more, apart from the place.
+
+    What must not change is refused later, by what is saved with a state.
+    """
+    try:
+        before = json.loads((config.out / RUN_FILE).read_text("utf8"))
+    except (OSError, ValueError):
+        return None
+    given = as_plain(config)
+    if isinstance(before, dict):
+        for change in differences(before | {"out": given["out"]}, given):
+            console.print(f"changed since the last session: {change.removeprefix('.')}")
+    return before
+
+
+def _write_run(config: RunConfig, told: Any) -> None:
+    """What the run was told, by the first process; the first thing that a full disk refuses."""
+    if jax.process_index() != 0:
+        return
+    try:
+        write_whole(config.out / RUN_FILE, json.dumps(told, indent=1) + "\n")
+    except OSError as failure:
+        problem = f"out={config.out}: cannot be written ({failure.strerror})"
+        raise ProblemsError("cannot train", [problem]) from failure
 
 
 def show(config: RunConfig, console: Console) -> None:

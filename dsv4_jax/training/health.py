@@ -179,3 +179,9 @@ def kept_if_finite(before: TrainState, after: TrainState, report: StepReport) ->
     fine = jnp.isfinite(jnp.stack(numbers)).all()
     kept = jax.tree.map(lambda old, new: jnp.where(fine, new, old), before, after)
     return kept._replace(step=after.step)
+
+
+def worse(first: Finding, second: Finding) -> Finding:
+    """The finding with the stronger action; the first if they are equal."""
+    order = ["go on", "skip", "roll back", "halt"]
+    return max(first, second, key=lambda finding: order.index(finding.action))

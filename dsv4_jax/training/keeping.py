@@ -1,5 +1,6 @@
 """Which saved states belong to a run, and what becomes of its last one when the disk does not take it."""
 
+import contextlib
 import hashlib
 import json
 import pathlib
@@ -25,6 +26,10 @@ FIXED = ("model", "policy", "optimizer", "seed", "lora")
 
 BASE = "base"
 """What is saved beside a state that leaves out the model it belongs to: which one that is."""
+
+
+class AnotherRunError(ProblemsError):
+    """A saved state that belongs to another run."""
 
 
 def identity(config: RunConfig) -> dict[str, Any]:
@@ -60,7 +65,7 @@ def refuse_another_run(config: RunConfig, base: str | None, about: dict) -> None
         about: what was saved.
 
     Raises:
-        ProblemsError: they do not belong together; all differences at once.
+        AnotherRunError: they do not belong together; all differences at once.
     """
     given, saved = identity(config), about["run"]
     problems = [
@@ -71,7 +76,7 @@ def refuse_another_run(config: RunConfig, base: str | None, about: dict) -> None
     if about["step"] > config.num_steps:
         problems.append(f"it has done {about['step']} steps, and the run has only {config.num_steps}")
     if problems:
-        raise ProblemsError("the saved state belongs to another run", problems)
+        raise AnotherRunError("the saved state belongs to another run", problems)
 
 
 def differences(saved: Any, given: Any) -> list[str]:
@@ -135,6 +140,9 @@ def _problems(
 ) -> list[str]:
     """Saves, waits, and looks; what was in the way."""
     problems: list[str] = []
+    if not started:
+        with contextlib.suppress(ProblemsError):
+            saved.wait()  # an earlier one that failed is no reason not to try this one
     for attempt in range(1 + started):  # one that had begun and failed is tried once more
         try:
             if attempt or not started:

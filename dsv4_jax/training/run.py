@@ -22,7 +22,7 @@ from dsv4_jax.parameters import Parameters
 from dsv4_jax.training.anticipatory_routing import chosen_experts
 from dsv4_jax.training.batches_ahead import BatchesAhead
 from dsv4_jax.training.data import Batch
-from dsv4_jax.training.health import Finding, Observer, kept_if_finite
+from dsv4_jax.training.health import Finding, Observer, kept_if_finite, worse
 from dsv4_jax.training.keeping import (
     BASE,
     STATES_FOLDER,
@@ -37,7 +37,7 @@ from dsv4_jax.training.loop import Ending, InterruptRequest
 from dsv4_jax.training.lora import LoraNetwork
 from dsv4_jax.training.metrics import Goodput
 from dsv4_jax.training.run_config import Place, RunConfig
-from dsv4_jax.training.saved_states import Restored, SavedStates
+from dsv4_jax.training.saved_states import Restored, SavedStates, reason
 from dsv4_jax.training.stage_streams import Streams, stage_seed
 from dsv4_jax.training.step import Rates, StepReport, StepSettings, TrainState, train_step, validation_loss
 from dsv4_jax.training.watchdog import Watchdog
@@ -293,7 +293,10 @@ class _Session:
         last = self.step == self.config.num_steps
         if self.look is not None and not stops and (self._validates() or last):
             with self.goodput.spent_on("looking"):
-                self.look(self.step, self.state.params)
+                try:
+                    self.look(self.step, self.state.params)
+                except OSError as failure:  # a picture is no reason to end a run
+                    self.teller.event("not drawn", self.step, f"NOT DRAWN: {failure}")
 
     def _validate(self) -> None:
         assert self.config.validation is not None
@@ -325,8 +328,12 @@ class _Session:
     def _end_profile(self) -> None:
         if self.profiles:
             self.profiles = False
-            jax.profiler.stop_trace()
-            self.teller.event("profile", self.step, f"recorded in {self.config.out / PROFILE_FOLDER}")
+            place = self.config.out / PROFILE_FOLDER
+            try:
+                jax.profiler.stop_trace()
+                self.teller.event("profile", self.step, f"recorded in {place}")
+            except (OSError, RuntimeError) as failure:
+                self.teller.event("profile", self.step, f"NOT RECORDED in {place}: {reason(failure)}")
 
     # ---- saved states -----------------------------------------------------------------------------------
 
@@ -343,19 +350,15 @@ class _Session:
             BASE: self.base,
         }
 
-    def _kept(self) -> TrainState:
-        return kept_of(self.config, self.state)
-
     def _save(self) -> None:
-        """Starts a save; a failure is told, and tried again at the next interval."""
+        """Starts a save; a failure of it, or of the one before, is told, and tried again at the next one."""
         self.watchdog.beat("saving")
         with self.goodput.spent_on("saving"):
-            try:
-                self.saved.save(self._kept(), self._about(), self.batches.chosen())
-                self.saved_step = self.step
-            except ProblemsError as failure:
-                self.saved_step = None
-                words = f"NOT SAVED, training goes on and tries again: {'; '.join(failure.problems)}"
+            given = kept_of(self.config, self.state), self._about(), self.batches.chosen()
+            before, now = _refused(self.saved.wait), _refused(lambda: self.saved.save(*given))
+            self.saved_step = None if now else self.step
+            if failed := "; ".join([*before, *now]):
+                words = f"NOT SAVED, training goes on and tries again: {failed}"
                 self.teller.event("not saved", self.step, words)
         self.goodput.write()
 
@@ -363,7 +366,7 @@ class _Session:
         self.watchdog.beat("saving the last state")
         with self.goodput.spent_on("saving"):
             started = self.saved_step == self.step
-            what = self._kept(), self._about(), self.batches.chosen()
+            what = kept_of(self.config, self.state), self._about(), self.batches.chosen()
             save_for_good(self.saved, *what, self.config.out, started=started)
         self.goodput.write()
 
@@ -384,7 +387,7 @@ class _Session:
         self.watchdog.beat("reading a saved state")
         self.saved.wait()
         base = self.state.fixed
-        jax.tree.map(lambda leaf: leaf.delete(), self._kept())
+        jax.tree.map(lambda leaf: leaf.delete(), kept_of(self.config, self.state))
         accept = functools.partial(refuse_another_run, self.config, self.base)
         restored = self.saved.restore(self.like, accept)
         if restored is None:
@@ -432,10 +435,13 @@ class _Session:
         self.teller.event("rolled back", self.step, words)
 
 
-def worse(first: Finding, second: Finding) -> Finding:
-    """The finding with the stronger action; the first if they are equal."""
-    order = ["go on", "skip", "roll back", "halt"]
-    return max(first, second, key=lambda finding: order.index(finding.action))
+def _refused(work: Callable[[], object]) -> tuple[str, ...]:
+    """The problems for which it refuses; none if it does not."""
+    try:
+        work()
+    except ProblemsError as refusal:
+        return refusal.problems
+    return ()
 
 
 def _described(leaf: jax.Array) -> jax.ShapeDtypeStruct:

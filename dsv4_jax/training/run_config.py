@@ -16,6 +16,7 @@ from dsv4_jax.errors import ConfigError
 from dsv4_jax.model.training_mode import TrainingMode
 from dsv4_jax.numerics.policy import Policy
 from dsv4_jax.training.data import BatchStream
+from dsv4_jax.training.gradient_exchange import mesh_problem
 from dsv4_jax.training.health import Health
 from dsv4_jax.training.lora import Lora, setting_problems
 from dsv4_jax.training.optimizer import AdamW
@@ -96,8 +97,10 @@ class Stage:
         sizes = ("num_steps", "seq_len", "batch_size", "accumulate")
         found = [integer_problem(f"{name}.{size}", getattr(self, size), 1) for size in sizes]
         problems = [problem for problem in found if problem]
-        if self.ramp is not None:
+        if isinstance(self.ramp, BatchRamp):
             problems += self.ramp.problems(f"{name}.ramp", self.batch_size)
+        elif self.ramp is not None:
+            problems.append(f"{name}.ramp={self.ramp!r} must be of type BatchRamp or None")
         if not problems and self.batch_size % self.accumulate:
             problems.append(f"{name}.accumulate={self.accumulate} must divide batch_size={self.batch_size}")
         wanted = {"warm-up": "dense", "sparse": "sparse"}.get(self.indexer, self.attention)
@@ -183,6 +186,9 @@ class RunConfig:
             what is exported. None: all parameters are trained.
         tokenizer: a tokenizer.json; None: the checkpoint's, or one that is learnt from the standard library.
         mesh: devices to spread the model over, "fsdp=4,expert=2", used by the rules "train"; None: one.
+        exchange: "exact": devices add gradients in the dtype that they have; "bfloat16": they send them in
+            bfloat16, rounded stochastically, and add in float32 (`gradient_exchange`). That is for a mesh of
+            data alone.
         seed: of the parameters and of the order of the data.
         out: folder of everything that the run writes.
         checkpoints, logging, validation, health: see there.
@@ -201,6 +207,7 @@ class RunConfig:
     lora: Lora | None = None
     tokenizer: pathlib.Path | None = None
     mesh: str | None = None
+    exchange: Literal["exact", "bfloat16"] = "exact"
     seed: int = 0
     out: pathlib.Path = pathlib.Path("trained")
     checkpoints: Checkpoints = Checkpoints()
@@ -240,7 +247,8 @@ class RunConfig:
         """What is static about a step."""
         stage = self.stages[place.stage]
         parts = stage.parts(place.rows)
-        return StepSettings(self.optimizer, parts, stage.attention, stage.indexer, self.losses.z > 0)
+        seed = self.seed if self.exchange == "bfloat16" else None
+        return StepSettings(self.optimizer, parts, stage.attention, stage.indexer, self.losses.z > 0, seed)
 
     def mode(self, step: int) -> TrainingMode:
         """How the model attends at a step, with no loss for its indexers: for validations."""
@@ -271,37 +279,73 @@ class RunConfig:
         return dataclasses.replace(self, stages=tuple(stages))
 
     def _problems(self) -> list[str]:
-        problems: list[str] = []
+        wrong = self._wrong_kinds()
+        problems = list(wrong.values())
         if not isinstance(self.model, (ModelConfig, pathlib.Path)):
             problems.append(f"model={self.model!r} must be a ModelConfig, or the path of a checkpoint folder")
-        if not isinstance(self.policy, Policy):
-            problems.append(f"policy={self.policy!r} must be a Policy")
+        stages = () if "stages" in wrong else self.stages
         sources = {"source": self.source} | {
             f"stages[{number}].source": stage.source
-            for number, stage in enumerate(self.stages)
+            for number, stage in enumerate(stages)
             if stage.source is not None
         }
-        if self.validation is not None:
+        if self.validation is not None and "validation" not in wrong:
             sources["validation.source"] = self.validation.source
         problems += [
             f"{name}={source!r} must have a method open(tokenizer, batch_size, seq_len, seed, ...)"
             for name, source in sources.items()
             if not callable(getattr(source, "open", None))
         ]
-        if not self.stages:
+        if self.stages == ():
             problems.append("stages=() must hold at least one Stage")
-        for number, stage in enumerate(self.stages):
+        for number, stage in enumerate(stages):
             problems += stage.problems(f"stages[{number}]")
-        problems += [*self.learning_rate.problems(), *self.losses.problems(), *self.health.problems()]
-        problems += filter(None, [seed_problem(self.seed), *self._interval_problems()])
-        if self.lora is not None:
+        for name in ("learning_rate", "losses", "health"):
+            problems += [] if name in wrong else getattr(self, name).problems()
+        problems += filter(None, [seed_problem(self.seed), *self._interval_problems(wrong)])
+        if self.lora is not None and not wrong.keys() & {"lora", "losses"}:
             problems += self._lora_problems(self.lora)
-        if self.mesh is not None:
+        if self.mesh is not None and "mesh" not in wrong:
             try:
                 parse(self.mesh)
             except MeshError as refused:
                 problems += [f"mesh={self.mesh!r}: {problem}" for problem in refused.problems]
+        return problems or self._exchange_problems()
+
+    def _exchange_problems(self) -> list[str]:
+        """Of a run that is fine otherwise."""
+        if self.exchange == "exact":
+            return []
+        if self.exchange != "bfloat16":
+            return [f"exchange={self.exchange!r} must be 'exact' or 'bfloat16'"]
+        sizes = {} if self.mesh is None else parse(self.mesh)
+        problem = mesh_problem(sizes)
+        problems = [f"exchange='bfloat16' with mesh={self.mesh!r}: {problem}"] if problem else []
+        for number, stage in enumerate(self.stages):
+            rows = stage.unit
+            while rows <= stage.batch_size:
+                parts = sizes.get("data", 1) * stage.parts(rows)
+                if rows % parts:
+                    problems.append(
+                        f"stages[{number}]: batches of {rows} rows must be a multiple of {parts}, devices"
+                        " times parts, for exchange='bfloat16'"
+                    )
+                rows *= 2
         return problems
+
+    def _wrong_kinds(self) -> dict[str, str]:
+        """Fields that hold something else than they should, with a sentence each."""
+        found = {}
+        for name, kind in (_KINDS | _KINDS_OR_NONE).items():
+            value = getattr(self, name)
+            optional = name in _KINDS_OR_NONE
+            if not (isinstance(value, kind) or (optional and value is None)):
+                found[name] = f"{name}={value!r} must be of type {kind.__name__}{' or None' * optional}"
+        if not (isinstance(self.stages, tuple) and all(isinstance(each, Stage) for each in self.stages)):
+            found["stages"] = f"stages={self.stages!r} must be a tuple of Stage"
+        if not callable(getattr(self.optimizer, "transform", None)):
+            found["optimizer"] = f"optimizer={self.optimizer!r} must be AdamW(...), Muon(...) or the like"
+        return found
 
     def _lora_problems(self, lora: Lora) -> list[str]:
         problems = [f"lora: {problem}" for problem in setting_problems(lora)]
@@ -314,18 +358,37 @@ class RunConfig:
             )
         return problems
 
-    def _interval_problems(self) -> list[str | None]:
+    def _interval_problems(self, wrong: dict[str, str]) -> list[str | None]:
+        numbers = {
+            "checkpoints": ("every", "keep"),
+            "logging": ("every",),
+            "validation": ("every", "num_batches", "sample_tokens"),
+        }
         found = [
-            integer_problem("checkpoints.every", self.checkpoints.every, 1),
-            integer_problem("checkpoints.keep", self.checkpoints.keep, 1),
-            integer_problem("logging.every", self.logging.every, 1),
+            integer_problem(f"{name}.{field}", getattr(part, field), 1)
+            for name, fields in numbers.items()
+            if name not in wrong and (part := getattr(self, name)) is not None
+            for field in fields
         ]
-        if self.validation is not None:
-            found.append(integer_problem("validation.every", self.validation.every, 1))
-            found.append(integer_problem("validation.num_batches", self.validation.num_batches, 1))
-            found.append(integer_problem("validation.sample_tokens", self.validation.sample_tokens, 1))
-        if self.logging.profile_steps is not None:
-            first, last = self.logging.profile_steps
-            if not 0 <= first <= last:
-                found.append(f"logging.profile_steps={(first, last)} must be 0 <= first <= last")
+        if "logging" not in wrong and (steps := self.logging.profile_steps) is not None:
+            two = isinstance(steps, tuple) and len(steps) == 2 and all(type(each) is int for each in steps)
+            if not two or not 0 <= steps[0] <= steps[1]:
+                found.append(f"logging.profile_steps={steps!r} must be (first, last) with 0 <= first <= last")
         return found
+
+
+_KINDS: dict[str, type] = {
+    "policy": Policy,
+    "learning_rate": LearningRate,
+    "losses": LossWeights,
+    "out": pathlib.Path,
+    "checkpoints": Checkpoints,
+    "logging": Logging,
+    "health": Health,
+}
+_KINDS_OR_NONE: dict[str, type] = {
+    "lora": Lora,
+    "tokenizer": pathlib.Path,
+    "mesh": str,
+    "validation": Validation,
+}

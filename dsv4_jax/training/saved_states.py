@@ -70,6 +70,7 @@ class SavedStates:
     def __init__(self, folder: pathlib.Path, keep: int) -> None:
         self.folder = folder.absolute()
         self._keep = keep
+        self._writing = ""  # the step that is being written, or was last
         self._manager = self._opened()
 
     def _opened(self) -> ocp.CheckpointManager:
@@ -108,6 +109,7 @@ class SavedStates:
             ProblemsError: this save, or the one before, which ran until now, could not be written.
         """
         step = int(fetched(state.step))
+        self._writing = f"/{step}"
         arrays = {**named(state), **{f"{BESIDE}/{name}": each for name, each in beside.items()}}
         sums = {name: int(each) for name, each in fetched(checksums(arrays)).items()}
         shapes = {name: [list(each.shape), each.dtype.name] for name, each in beside.items()}
@@ -131,7 +133,8 @@ class SavedStates:
             self._manager.wait_until_finished()
         except Exception as failure:
             self._give_up()
-            raise ProblemsError("cannot save the state", [f"{self.folder}: {reason(failure)}"]) from failure
+            problem = f"{self.folder}{self._writing}: {reason(failure)}"
+            raise ProblemsError("cannot save the state", [problem]) from failure
 
     def _give_up(self) -> None:
         """After a failure: what was half written is forgotten, so that the next save starts anew."""
@@ -271,11 +274,11 @@ def _checksum(array: jax.Array) -> jax.Array:
 
 
 def reason(failure: BaseException) -> str:
-    """The first sentence of what a library says, on one line."""
+    """What a library says, on one line; of a long text both ends, for TensorStore tells the cause last."""
     if isinstance(failure, OSError) and failure.strerror:
         return failure.strerror
     text = " ".join(str(failure).split()) or type(failure).__name__
-    return text if len(text) <= 300 else f"{text[:297]}..."
+    return text if len(text) <= 300 else f"{text[:110]} ... {text[-185:]}"
 
 
 def as_plain(value: Any) -> Any:

@@ -21,6 +21,7 @@ from dsv4_jax.training.balance import balanced_parameters
 from dsv4_jax.training.batch_losses import BatchTotals
 from dsv4_jax.training.batch_losses import forward_losses as forward_losses
 from dsv4_jax.training.data import Batch
+from dsv4_jax.training.gradient_exchange import over_data
 from dsv4_jax.training.loss import LossParts, mean_cross_entropy, shifted_targets
 from dsv4_jax.training.optimizer import Params, apply_updates, merge_params, split_trainable
 from dsv4_jax.training.step_settings import Optimizer as Optimizer
@@ -104,11 +105,13 @@ def train_step(
         The next state, and what the step measured before updating.
 
     Raises:
-        ValueError: for rows that cannot be split into `settings.accumulate` equal parts.
+        ValueError: for rows that cannot be split into `settings.accumulate` equal parts; for an exchange in
+            bfloat16 on another mesh than one of data alone.
     """
     moving, still = parted(state.trained, moved_by(settings.indexer))
     constant = merge_params(still, state.fixed)
-    measured, gradients = _gradients(network, settings, moving, constant, batch, rates, experts)
+    given = (state.step, moving, constant, batch, rates, experts)
+    measured, gradients = _gradients(network, settings, *given)
     total, parts, layers, tokens = measured
     rate = jnp.asarray(rates.learning_rate, jnp.float32)
     trained, moments = _updated(network, settings, state, still, gradients, rate)
@@ -147,20 +150,56 @@ class _Measured(NamedTuple):
 def _gradients(
     network: Network,
     settings: StepSettings,
+    step: Int32[Array, ""],
     moving: Params,
     still: Params,
     batch: Batch,
     rates: Rates,
     experts: jax.Array | None,
 ) -> tuple[_Measured, Params]:
-    """What the batch measures, and the gradients of `moving`; a part of the rows at a time."""
+    """What the batch measures, and the gradients of `moving`."""
     totals = BatchTotals.of(batch)
+    if settings.exchange_seed is None:
+        of_parts = settings.accumulate > 1
+        gradients, measured = _of_rows(
+            network, settings, (moving, still, rates, totals), batch, experts, of_parts=of_parts
+        )
+        return measured._replace(tokens=totals.tokens), gradients
+    if network.placement is None:
+        raise ValueError("exchange_seed is for a model on a mesh")
+    alone = network._replace(operations=None)  # each device computes the whole model, of its own rows
+    own = functools.partial(_of_rows, alone, settings, of_parts=True)
+    batch = Batch(*map(jnp.asarray, batch[:2]), *batch[2:])
+    key = jax.random.fold_in(jax.random.key(settings.exchange_seed), step)
+    whole = (moving, still, rates, totals)
+    gradients, measured = over_data(own, network.placement.mesh, key, whole, batch, experts)
+    return measured._replace(tokens=totals.tokens), gradients
+
+
+def _of_rows(
+    network: Network,
+    settings: StepSettings,
+    whole: tuple[Params, Params, Rates, BatchTotals],
+    batch: Batch,
+    experts: jax.Array | None,
+    *,
+    of_parts: bool,
+) -> tuple[Params, _Measured]:
+    """Gradients of some rows and what they measure, a part of the rows at a time.
+
+    Args:
+        network: the model. settings: of the step.
+        whole: what changes, what does not, rates, and the counts of the whole batch.
+        batch: the rows. experts: of their tokens.
+        of_parts: whether each term of the loss is a share of the whole batch's; if not, the rows are all.
+    """
+    moving, still, rates, totals = whole
     z_weight = jnp.asarray(rates.z, jnp.float32) if settings.z_loss else None
 
     def loss(moving: Params, batch: Batch, experts: jax.Array | None) -> tuple[jax.Array, _Measured]:
         model = network.holding(merge_params(moving, still))
-        whole = None if settings.accumulate == 1 else totals
-        parts, layers = forward_losses(model, batch, settings.mode, whole, experts, z_weight)
+        counts = totals if of_parts else None
+        parts, layers = forward_losses(model, batch, settings.mode, counts, experts, z_weight)
         objective = total = parts.total(rates)
         if settings.indexer == "warm-up":
             objective = rates.indexer * parts.indexer
@@ -168,8 +207,7 @@ def _gradients(
 
     differentiate = jax.grad(loss, has_aux=True)
     if settings.accumulate == 1:
-        gradients, measured = differentiate(moving, batch, experts)
-        return measured, gradients
+        return differentiate(moving, batch, experts)
     split = functools.partial(_split_rows, count=settings.accumulate)
     parts = jax.tree.map(split, batch), None if experts is None else split(experts, axis=1)
     shape = jax.eval_shape(differentiate, moving, *jax.tree.map(lambda part: part[0], parts))
@@ -180,8 +218,7 @@ def _gradients(
         return jax.tree.map(lambda a, b: a + b.astype(jnp.float32), sums, differentiate(moving, *part)), None
 
     (gradients, measured), _ = jax.lax.scan(add, start, parts)
-    gradients = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), gradients, shape[0])
-    return measured._replace(tokens=totals.tokens), gradients
+    return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), gradients, shape[0]), measured
 
 
 def _split_rows(x: jax.Array, count: int, axis: int = 0) -> jax.Array:

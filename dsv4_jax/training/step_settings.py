@@ -39,6 +39,8 @@ class StepSettings:
             "none": not at all, and not decayed either; "warm-up": they alone, everything else is frozen,
             under dense attention; "sparse": beside everything else, on the entries that they chose.
         z_loss: whether the mean squared log-sum-exp of the head's logits is part of the loss (`Rates.z`).
+        exchange_seed: devices exchange gradients in bfloat16, rounded stochastically by this seed and the
+            number of the step (`gradient_exchange`); None: the compiler adds them as they are.
 
     Raises:
         ConfigError: for values outside these, and for an indexer stage under the other attention; all
@@ -50,6 +52,7 @@ class StepSettings:
     attention: Literal["sparse", "dense"] = "sparse"
     indexer: Literal["none", "warm-up", "sparse"] = "none"
     z_loss: bool = False
+    exchange_seed: int | None = None
 
     def __post_init__(self) -> None:
         problems = []

@@ -83,8 +83,10 @@ class Spoken:
         """Writes what is left, and says what could not be written."""
         self.metrics.close()
         self.events.close()
+        files: list[RecordFile | TensorBoard] = [self.metrics, self.events]
         if self._tensorboard is not None:
             self._tensorboard.close()
-        for file in (self.metrics, self.events):
+            files.append(self._tensorboard)
+        for file in files:
             if file.num_lost:
                 self._display.say(f"WARNING: {file.num_lost} lines of {file.path} could not be written")

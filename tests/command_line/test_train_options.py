@@ -1,6 +1,7 @@
 """Run files, presets, what the command line changes, dry runs, and refusals before any work."""
 
 import dataclasses
+import json
 import pathlib
 
 import jax
@@ -15,8 +16,10 @@ from dsv4_jax.language_model import LanguageModel
 from dsv4_jax.numerics.policy import Policy
 from dsv4_jax.parameters import parameters
 from dsv4_jax.training import presets
+from dsv4_jax.training.keeping import AnotherRunError
 from dsv4_jax.training.lora import Lora, lora_parameters
-from dsv4_jax.training.run_config import RunConfig
+from dsv4_jax.training.run_config import Checkpoints, RunConfig
+from dsv4_jax.training.saved_states import as_plain
 from dsv4_jax.training.sources import ChatFiles
 from tests.training.tiny_run import CONFIG, config
 
@@ -42,7 +45,8 @@ def test_the_command_line_changes_a_run():
 BAD_FILES = {
     "run = 3": "no function run()",
     "def run(): return 3": "returned int, not a RunConfig",
-    "def run(x): return x": "run():",
+    "def run(x): return x": "run(): TypeError: run() missing 1 required positional argument",
+    "def run(): return 1 / 0": "run(): ZeroDivisionError: division by zero",
     "1 / 0": "ZeroDivisionError",
     "def run(": "SyntaxError",
 }
@@ -141,6 +145,43 @@ def test_a_folder_that_cannot_be_written_is_a_refusal(tmp_path, capsys):
     out = tmp_path / "file" / "out"
     assert cli.run(["train", "smallest", "--out", str(out), "--no-compilation-cache"]) == 2
     assert f"out={out}: cannot be written" in capsys.readouterr().err
+
+
+def test_data_that_is_not_there_is_said_before_a_model_is_made(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    missing = [str(tmp_path / "empty" / "*.jsonl"), str(tmp_path / "none.jsonl")]
+    line = ["train", "smallest", "--chats", *missing, "--out", str(tmp_path / "out")]
+    assert cli.run([*line, "--dry-run"]) == 0
+    shown = "".join(capsys.readouterr().out.split())
+    for each in missing:
+        assert "".join(f"NOT THERE YET: {each!r} names no file".split()) in shown
+    assert cli.run([*line, "--no-compilation-cache"]) == 2
+    assert capsys.readouterr().err == (
+        "dsv4: cannot read the training data: 2 problems\n"
+        f"  - {missing[0]!r} names no file\n  - {missing[1]!r} names no file\n"
+    )
+
+
+def test_what_changed_since_the_last_session_is_told_and_a_refused_one_leaves_no_trace(
+    tmp_path, capsys, monkeypatch
+):
+    before = config(tmp_path / "out")
+    before.out.mkdir()
+    (before.out / "run.json").write_text(json.dumps(as_plain(before)))
+    after = dataclasses.replace(before, seed=3, checkpoints=Checkpoints(every=7))
+
+    def refusing(*given, **options):
+        assert json.loads((after.out / "run.json").read_text()) == as_plain(after)
+        raise AnotherRunError("the saved state belongs to another run", ["seed is 3 now, and was 0"])
+
+    monkeypatch.setattr(train, "run", refusing)
+    with pytest.raises(ProblemsError, match="another run"):
+        train.train(after, resume=True)
+    said = capsys.readouterr().err
+    assert "changed since the last session: seed is 3 now, and was 0\n" in said
+    assert "changed since the last session: checkpoints.every is 7 now, and was 3\n" in said
+    assert said.count("changed since the last session: ") == 2
+    assert json.loads((after.out / "run.json").read_text()) == as_plain(before)
 
 
 def test_a_tokenizer_that_is_none_is_refused(tmp_path):

@@ -169,6 +169,27 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(whole, tmp_path, stop_
     assert int(last.state.fixed["count"]) == int(wanted.state.fixed["count"])
 
 
+def test_a_second_ctrl_c_ends_at_once_and_the_state_before_is_good(whole, tmp_path, capfd):
+    run_config, wanted = whole
+    cut = with_out(run_config, tmp_path / "cut")
+
+    class Impatient(Watching):
+        def step(self, record, loads):
+            super().step(record, loads)
+            if record["step"] >= 4:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    watching = Impatient()
+    with pytest.raises(KeyboardInterrupt):
+        go(cut, watching=watching)
+    assert [record["step"] for record in watching.records] == [1, 2, 3, 4, 5]
+    assert capfd.readouterr().err.count("saving the state and stopping") == 1
+    assert SavedStates(cut.out / STATES_FOLDER, 2).steps() == [3]
+    last, _ = go(cut, resume=True)
+    assert trace(cut) == trace(run_config)
+    np.testing.assert_array_equal(last.state.trained["seen"], wanted.state.trained["seen"])
+
+
 def test_records_of_steps_that_come_again_are_dropped(whole, tmp_path):
     """As after a kill: metrics reach further than the saved state."""
     run_config, _ = whole

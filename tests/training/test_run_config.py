@@ -80,6 +80,40 @@ def test_all_problems_at_once(tmp_path):
         config(tmp_path / "out", stages=())
 
 
+def test_fields_of_another_type_are_all_named(tmp_path):
+    """What is wrong elsewhere is told with them."""
+    with pytest.raises(ConfigError) as refused:
+        dataclasses.replace(
+            config(tmp_path / "out"),
+            learning_rate=1e-3, losses=0.3, checkpoints=5, logging=None, health="careful", out="here",
+            tokenizer="tokenizer.json", lora=8, mesh=4, validation="often", optimizer="adam",
+            policy="float32", stages=[Stage(1, 16, 2)], seed=-1,
+        )  # fmt: skip
+    words = "\n".join(refused.value.problems)
+    for part in (
+        "learning_rate=0.001 must be of type LearningRate", "losses=0.3 must be of type LossWeights",
+        "checkpoints=5 must be", "logging=None must be of type Logging", "health='careful' must be",
+        "out='here' must be of type Path", "tokenizer='tokenizer.json' must be of type Path or None",
+        "lora=8 must be of type Lora or None", "mesh=4 must be of type str or None", "validation='often'",
+        "optimizer='adam' must be AdamW(...)", "policy='float32' must be of type Policy",
+        "must be a tuple of Stage", "seed=-1",
+    ):  # fmt: skip
+        assert part in words, part
+    assert len(refused.value.problems) == 14
+    with pytest.raises(ConfigError) as refused:
+        config(
+            tmp_path / "out",
+            stages=(Stage("3", 16.5, 2, ramp=4, source="text"),),
+            logging=Logging(every="x", profile_steps=3),
+        )
+    words = "\n".join(refused.value.problems)
+    for part in (
+        "stages[0].num_steps='3'", "stages[0].seq_len=16.5", "stages[0].ramp=4 must be of type BatchRamp",
+        "stages[0].source='text' must have a method open", "logging.every='x'", "logging.profile_steps=3",
+    ):  # fmt: skip
+        assert part in words, part
+
+
 def test_a_ramp_and_a_stage_of_the_same_rows_go_on_with_the_stream(tmp_path):
     stages = (Stage(2, 16, 4, BatchRamp(2, 1)), Stage(2, 16, 2), Stage(1, 24, 2))
     run = config(tmp_path / "out", stages=stages)
