@@ -15,7 +15,6 @@ from jax.sharding import PartitionSpec
 from pallas_kernels.splits import Splits, letters
 from sharding.activations import Placement
 
-
 SECOND = "*"
 """The second of the dims that a starred word stands for."""
 

@@ -7,9 +7,9 @@ A device that has t consecutive tokens of a row computes everything of those tok
                 (`CompressOverMesh`), then the entries that all devices made
 
 so (W - 1 + 2 (2 m - 1)) rows and 1 / m of the tokens as entries travel, not every device's t rows. Documents
-may end anywhere: which rows make a block is what the lists of `model.span` say. The exchanges are written out,
-because the partitioner's own gave wrong gradients of keys (on a mesh whose axes context, expert and tensor are
-all larger than 1, with each of its two forms, GSPMD and Shardy).
+may end anywhere: which rows make a block is what the lists of `model.span` say. The exchanges are written
+out, because the partitioner's own gave wrong gradients of keys (on a mesh whose axes context, expert and
+tensor are all larger than 1, with each of its two forms, GSPMD and Shardy).
 """
 
 import dataclasses
@@ -30,8 +30,8 @@ from sharding.placement import ways
 def rows_before(
     x: Float[Array, "b t ..."], count: int, axes: tuple[str, ...], devices: int
 ) -> Float[Array, "b count ..."]:
-    """The `count` rows in front of this device's part of a row, inside a shard_map; zeros in front of the first
-    row of all. They come from as many devices as hold them.
+    """The `count` rows in front of this device's part of a row, inside a shard_map; zeros in front of the
+    first row of all. They come from as many devices as hold them.
 
     Args:
         x: this device's t rows of each sequence.
@@ -90,7 +90,7 @@ class LineOverMesh:
         def own(kv: jax.Array, past: jax.Array | None) -> jax.Array:
             front = rows_before(kv, before, axes, devices)
             if past is not None:
-                # Row k in front of device i is row i t + k of what was before the call, as long as there is one.
+                # Row k in front of device i is row i t + k of what was before the call, while there is one.
                 start = jnp.minimum(lax.axis_index(axes) * kv.shape[1], before)
                 filled = jnp.pad(past, ((0, 0), (0, before), (0, 0)))
                 front = front + lax.dynamic_slice_in_dim(filled, start, before, axis=1)
@@ -126,8 +126,8 @@ class CompressOverMesh:
         Args:
             kv: [B, T, w, Dc].
             operands: further ones of the operation, in its order.
-            by_tokens: the rows of a block are consecutive tokens, and blocks are listed in the order of tokens
-                (`span.blocks_packed`, `span.blocks_in_place`): T may then be split.
+            by_tokens: the rows of a block are consecutive tokens, and blocks are listed in the order of their
+                tokens (`span.blocks_packed`, `span.blocks_in_place`): T may then be split.
             more: operands and settings of the operation by name.
         """
         rows = self.placement.axes_for("B", kv.shape[0])

@@ -52,6 +52,16 @@ def received_bytes(
     return part * 2 * tokens * width * itemsize + (12 * tokens if parts > 1 else 0)
 
 
+def cheaper_head(
+    tokens: int, vocab: int, width: int, parts: int, itemsize: int
+) -> Literal["gathered", "split"]:
+    """The way by which a device receives fewer bytes; arguments as of `received_bytes`."""
+    split, gathered = (
+        received_bytes(way, tokens, vocab, width, parts, itemsize) for way in ("split", "gathered")
+    )
+    return "split" if split < gathered else "gathered"
+
+
 @dataclasses.dataclass(frozen=True)
 class CrossEntropyOverMesh:
     """`linear_cross_entropy.weighted_cross_entropy` of tokens that are split over all devices.
@@ -144,10 +154,8 @@ class CrossEntropyOverMesh:
         if parts == 1 or vocab % parts or self.head == "gathered":
             return ()
         group = -(-tokens * parts // mesh.size)
-        counted = {
-            way: received_bytes(way, group, vocab, width, parts, itemsize) for way in ("gathered", "split")
-        }
-        return axes if self.head == "split" or counted["split"] < counted["gathered"] else ()
+        way = self.head if self.head == "split" else cheaper_head(group, vocab, width, parts, itemsize)
+        return axes if way == "split" else ()
 
     def _of_rows(self, axes, hidden, head, ids, weights, z_weight=None):
         """The loss of a device's tokens; the devices along `axes` have the same ones, and other rows each."""

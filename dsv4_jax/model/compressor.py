@@ -70,7 +70,7 @@ class Compressor(nnx.Module):
             cache) and the cache after it.
         """
         product = project_float32 if self.grids.compressor_dtype else self.operations.linear
-        # Blocks take rows of tokens that a mesh may have split: with a cache every device gets all of a sequence.
+        # Blocks take rows of tokens that a mesh may have split. With a cache every device gets all of them.
         dims = "B T" if cache is None else "B"
         kv, gate = (self.operations.pinned(product(x, w[...]), dims) for w in (self.wkv, self.wgate))
         if cache is None:

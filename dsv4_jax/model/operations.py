@@ -124,7 +124,9 @@ def whole_compressor(*operands: Any, by_tokens: bool = False, **more: Any):
     return compressor(*operands, **more)
 
 
-def rows_cross_entropy(hidden: jax.Array, head: jax.Array, ids: jax.Array, weights: jax.Array, *more: Any, **how):
+def rows_cross_entropy(
+    hidden: jax.Array, head: jax.Array, ids: jax.Array, weights: jax.Array, *more: Any, **how
+):
     """`linear_cross_entropy.weighted_cross_entropy` of tokens with any number of dims."""
     flat = hidden.reshape(-1, hidden.shape[-1])
     return weighted_cross_entropy(flat, head, ids.reshape(-1), weights.reshape(-1), *more, **how)

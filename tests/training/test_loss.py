@@ -17,9 +17,7 @@ from dsv4_jax.training.step_settings import Rates
 
 def chunked(hidden, head, targets, chunk):
     settings = (("impl", "xla"), ("chunk", chunk))
-    return mean_cross_entropy(
-        hidden, head, targets, Operation("cross_entropy", rows_cross_entropy, settings)
-    )
+    return mean_cross_entropy(hidden, head, targets, Operation("cross_entropy", rows_cross_entropy, settings))
 
 
 jitted = jax.jit(chunked, static_argnums=3)
