@@ -15,6 +15,9 @@ from jax.sharding import PartitionSpec
 from pallas_kernels.splits import Splits, letters
 from sharding.activations import Placement
 
+SECOND = "*"
+"""The second of the dims that a starred word stands for."""
+
 
 @dataclasses.dataclass(frozen=True)
 class ByDevice:
@@ -26,6 +29,9 @@ class ByDevice:
         splits: the dims of its operands and results, from the `SPLITS` of its family.
         rows: the letter of the operation's rows: B, or the first of the `tokens`.
         heads: the letter that the rules for G split as well, or none.
+        tokens: the letter that the rules for T split as well, or none: T itself, whose dims `W-1+T` are then
+            lines of each device one behind the other (`context.LineOverMesh`), or * for the second of the
+            token dims where there are two.
 
     Raises:
         ValueError: for rows and heads that the table does not let devices share freely.
@@ -36,6 +42,7 @@ class ByDevice:
     splits: Splits
     rows: str
     heads: str = ""
+    tokens: str = ""
 
     def __post_init__(self) -> None:
         if whole := {self.rows, self.heads} - {"", *self.splits.free.split()}:
@@ -60,9 +67,12 @@ class ByDevice:
         given = dict(zip(names, operands, strict=False))
         given |= {name: more.pop(name) for name in names if name in more}
         axes = {self.rows: self.placement.axes_for("B", self._size(given, arguments, self.rows))}
+        if self.tokens and (size := self._found(given, arguments, self.tokens)) is not None:
+            axes[self.tokens] = self.placement.axes_for("T", size, axes[self.rows])
         if self.heads:
             size = self._size(given, arguments, self.heads)
-            axes[self.heads] = self.placement.axes_for("G", size, axes[self.rows])
+            used = [axis for each in axes.values() for axis in each]
+            axes[self.heads] = self.placement.axes_for("G", size, used)
         in_specs = tuple(_specs(arguments[name], value, axes) for name, value in given.items())
         results = tuple(_result(dims, axes) for dims in self.splits.results)
         positional = [name for name in names[: len(operands)] if name in given]
@@ -84,6 +94,13 @@ class ByDevice:
 
     def _size(self, given: dict[str, Any], arguments: Mapping[str, Any], letter: str) -> int:
         """Of the dim with this letter, from the first operand that has one."""
+        size = self._found(given, arguments, letter)
+        if size is None:
+            raise ValueError(f"no operand has a dim {letter}")
+        return size
+
+    def _found(self, given: dict[str, Any], arguments: Mapping[str, Any], letter: str) -> int | None:
+        """Likewise; None where no operand has one."""
         for name, value in given.items():
             dims = arguments[name]
             parts = [(dims, value)] if isinstance(dims, str) else list(zip(dims, value, strict=True))
@@ -92,15 +109,17 @@ class ByDevice:
                     at = _place(words, letter, jnp.ndim(leaf))
                     if at is not None:
                         return leaf.shape[at]
-        raise ValueError(f"no operand has a dim {letter}")
+        return None
 
 
 def _place(words: str, letter: str, rank: int) -> int | None:
     """Where a letter is in an array of this rank; None for arrays without it, scalars among them."""
     dims = words.split()
+    starred = [i for i, each in enumerate(dims) if each.startswith("*")]
+    if letter == SECOND:
+        return starred[0] + 1 if starred and rank > len(dims) else None
     for number, word in enumerate(dims):
-        if letter in letters(word):
-            starred = [i for i, each in enumerate(dims) if each.startswith("*")]
+        if letter in letters(word) or word.endswith(f"+{letter}"):
             behind = bool(starred) and starred[0] < number
             at = number + (rank - len(dims)) * behind
             return at if 0 <= at < rank else None
@@ -117,7 +136,7 @@ def _specs(dims: Any, value: Any, axes: dict[str, tuple[str, ...]]) -> Any:
 def _result(dims: Any, axes: dict[str, tuple[str, ...]]) -> Any:
     if not isinstance(dims, str):
         return type(dims)(*(_result(each, axes) for each in dims))
-    return _spec(dims, len(dims.split()), axes)
+    return _spec(dims, len(dims.split()) + (SECOND in axes and "*" in dims), axes)
 
 
 def _spec(words: str, rank: int, axes: dict[str, tuple[str, ...]]) -> PartitionSpec:

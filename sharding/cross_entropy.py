@@ -26,6 +26,7 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from sharding.activations import Placement
 from sharding.expert_parallel import TOKEN_AXES
+from sharding.placement import ways
 from sharding.rules import OPTIONAL, axis_names
 
 Head = Literal["by bytes", "gathered", "split"]
@@ -51,6 +52,16 @@ def received_bytes(
     return part * 2 * tokens * width * itemsize + (12 * tokens if parts > 1 else 0)
 
 
+def cheaper_head(
+    tokens: int, vocab: int, width: int, parts: int, itemsize: int
+) -> Literal["gathered", "split"]:
+    """The way by which a device receives fewer bytes; arguments as of `received_bytes`."""
+    split, gathered = (
+        received_bytes(way, tokens, vocab, width, parts, itemsize) for way in ("split", "gathered")
+    )
+    return "split" if split < gathered else "gathered"
+
+
 @dataclasses.dataclass(frozen=True)
 class CrossEntropyOverMesh:
     """`linear_cross_entropy.weighted_cross_entropy` of tokens that are split over all devices.
@@ -62,53 +73,77 @@ class CrossEntropyOverMesh:
         terms: on one device: nll and lse of each token, of any rows of the head
             (`linear_cross_entropy.linear_cross_entropy`).
         placement: mesh and rules.
-        head: whether a split head stays where it is; "by bytes": whichever receives less. Gathered unless
-            asked for: a training step over context=2,expert=2,tensor=2 had wrong gradients with "split".
+        head: whether a split head stays where it is; "by bytes": whichever receives less.
     """
 
     loss: Callable[..., jax.Array]
     terms: Callable[..., tuple[jax.Array, jax.Array]]
     placement: Placement
-    head: Head = "gathered"
+    head: Head = "by bytes"
 
     def __call__(
         self,
-        hidden: Float[Array, "T D"],
+        hidden: Float[Array, "*tokens D"],
         head: Float[Array, "V D"],
-        ids: Int32[Array, "T"],
-        weights: Float32[Array, "T"],
+        ids: Int32[Array, "*tokens"],
+        weights: Float32[Array, "*tokens"],
         z_weight: Float32[Array, ""] | None = None,
     ) -> Float32[Array, ""] | tuple[Float32[Array, ""], Float32[Array, ""]]:
         """The weighted sum of the negative log-likelihoods of all tokens, on every device.
 
         Args:
-            hidden: what the head multiplies; any number of tokens.
+            hidden: what the head multiplies; any number of tokens [T, D], or rows of them [B, T, D], which
+                stay where the rules have them and are cut further along T, over the other axes.
             head: output rows.
             ids: targets.
             weights: of the tokens.
             z_weight: of the squared log-sum-exps; there are two results then, as of the loss on one device.
         """
         mesh = self.placement.mesh
-        shared = self.shared_axes(len(hidden), *head.shape, head.dtype.itemsize)
-        tokens = tuple(axis for axis in TOKEN_AXES if axis not in shared)
-        filling = -len(hidden) % math.prod(mesh.shape[axis] for axis in tokens)  # tokens of weight 0
-        hidden = jnp.pad(hidden, ((0, filling), (0, 0)))
-        ids, weights = (jnp.pad(a, (0, filling)) for a in (ids, weights))
+        shared = self.shared_axes(ids.size, *head.shape, head.dtype.itemsize)
+        by_dim = self._token_axes(ids.shape, shared)
+        tokens = tuple(axis for axes in by_dim for axis in axes)
+        filling = -ids.shape[-1] % ways(mesh, by_dim[-1])  # tokens of weight 0
+        rows = ((0, 0),) * (ids.ndim - 1)
+        hidden = jnp.pad(hidden, (*rows, (0, filling), (0, 0)))
+        ids, weights = (jnp.pad(a, (*rows, (0, filling))) for a in (ids, weights))
         given = () if z_weight is None else (z_weight,)
-        own = functools.partial(self._of_rows, shared) if shared else self.loss
+        of_tokens = functools.partial(self._of_rows, shared) if shared else self.loss
+
+        def own(hidden, head, ids, weights, *given):
+            hidden = hidden.reshape(-1, hidden.shape[-1])
+            return lax.psum(of_tokens(hidden, head, ids.reshape(-1), weights.reshape(-1), *given), tokens)
+
         split = jax.shard_map(
-            lambda *parts: lax.psum(own(*parts), tokens),
+            own,
             mesh=mesh,
             in_specs=(
-                PartitionSpec(tokens),
+                PartitionSpec(*(axes or None for axes in by_dim)),
                 PartitionSpec(shared or None),
-                *[PartitionSpec(tokens)] * 2,
+                *[PartitionSpec(*(axes or None for axes in by_dim))] * 2,
                 *[PartitionSpec()] * len(given),
             ),
             out_specs=PartitionSpec(),
             check_vma=False,  # kernels do not say over which axes their results vary
         )
         return split(hidden, head, ids, weights, *given)
+
+    def _token_axes(self, shape: tuple[int, ...], shared: tuple[str, ...]) -> list[tuple[str, ...]]:
+        """The mesh axes that each dim of the tokens is split over; together all of size above 1 but `shared`.
+
+        Where those of the rules do not leave a whole number of tokens to each further device, tokens of a
+        split dim would have to move to fill it up: the further devices then work on the same tokens.
+        """
+        mesh = self.placement.mesh
+        every = [axis for axis in TOKEN_AXES if axis not in shared and mesh.shape[axis] > 1]
+        if len(shape) == 1:
+            return [tuple(every)]
+        rows = self.placement.axes_for("B", shape[0], shared)
+        tokens = self.placement.axes_for("T", shape[1], (*shared, *rows))
+        further = tuple(axis for axis in every if axis not in (*rows, *tokens))
+        if not tokens or shape[1] % ways(mesh, (*tokens, *further)) == 0:
+            tokens += further
+        return [rows, tokens]
 
     def shared_axes(self, tokens: int, vocab: int, width: int, itemsize: int) -> tuple[str, ...]:
         """The mesh axes over which a head of V rows is split and stays so; none where it is gathered."""
@@ -119,10 +154,8 @@ class CrossEntropyOverMesh:
         if parts == 1 or vocab % parts or self.head == "gathered":
             return ()
         group = -(-tokens * parts // mesh.size)
-        counted = {
-            way: received_bytes(way, group, vocab, width, parts, itemsize) for way in ("gathered", "split")
-        }
-        return axes if self.head == "split" or counted["split"] < counted["gathered"] else ()
+        way = self.head if self.head == "split" else cheaper_head(group, vocab, width, parts, itemsize)
+        return axes if way == "split" else ()
 
     def _of_rows(self, axes, hidden, head, ids, weights, z_weight=None):
         """The loss of a device's tokens; the devices along `axes` have the same ones, and other rows each."""

@@ -15,6 +15,7 @@ from dsv4_jax.parameters import WIDE_ROLES, Parameter, parameters
 from pallas_kernels.arithmetic import cdiv
 from pallas_kernels.formats.weights import is_quantized
 from sharding.activations import Placement
+from sharding.cross_entropy import cheaper_head
 from sharding.dispatch_cost import LINKS, Link, cheapest, dispatch_costs
 from sharding.placement import cuts_of, ways
 from sharding.rules import TRAIN
@@ -155,7 +156,10 @@ class _Step(NamedTuple):
         elif weight.sums_over(axes):
             result = "summed"
         elif row == "head" and self.placement.table.name == TRAIN.name:
-            result, way = "stays", "weights"  # of the loss (`sharding.cross_entropy`), whose logits stay
+            result = "stays"  # of the loss (`sharding.cross_entropy`), whose logits stay
+            group = -(-self.tokens * parts // mesh.size)
+            sizes = (self.config.vocab_size, self.config.hidden_size, parts, NUMBER_BYTES)
+            way = "rows" if cheaper_head(group, *sizes) == "split" else "weights"
         elif row in KEPT_IN_PARTS or (row in BY_HEADS and not apart):
             result = "stays"
         if row == "attn/wo_a":  # of one group in `sizes`: those of the groups that a device has

@@ -23,6 +23,7 @@ from dsv4_jax.model.training_mode import INFERENCE, TrainingMode
 from dsv4_jax.numerics import cache_formats
 from dsv4_jax.numerics.grids import grids
 from dsv4_jax.numerics.policy import Policy
+from sharding.context import line_of
 
 
 class Attention(nnx.Module):
@@ -96,13 +97,14 @@ class Attention(nnx.Module):
         """
         seen_x = self.grids.activation(x)
         q, latent = self.queries(seen_x, rotation)
-        kv = self.entry(seen_x, rotation)
+        kv = self.entry(seen_x, rotation, by_tokens=cache is None)
 
         new_cache = cache
+        before = self.window - 1
         if cache is None:
-            near = jnp.pad(kv, ((0, 0), (self.window - 1, 0), (0, 0)))
+            near, past = self.operations.line(kv, None, before=before), None
         else:
-            ring, near = self._through_ring(cache.window, kv, span, in_ring, repeat)
+            ring, near, past = self._through_ring(cache.window, kv, span, in_ring, repeat)
             new_cache = LayerCache(ring, cache.compressor, cache.indexer)
 
         row = jnp.int32(0) if cache is None else repeat  # without a cache the stack holds this layer only
@@ -144,7 +146,10 @@ class Attention(nnx.Module):
         else:
             o = self.operations.attend(*seen, **sizes, forward_only=cache is not None)
         asked = collect & {"selected", "attention"}
-        taps = self.operations.view(*seen, **sizes, collect=asked) if asked else {}
+        taps = {}
+        if asked:  # of whole rows, also where a mesh splits them
+            line = near if cache is not None and in_ring else line_of(kv, past, before=before)
+            taps = self.operations.view(queries, line, *seen[2:], **sizes, collect=asked)
         return self.output(o, rotation), new_cache, taps, index_losses
 
     def queries(
@@ -158,10 +163,13 @@ class Attention(nnx.Module):
         q = q.reshape(*q.shape[:2], -1, q.shape[-1])
         return rotate(rms_norm(q, None, self.eps), _by_head(rotation)), latent
 
-    def entry(self, seen_x: Float[Array, "B T D"], rotation: Rotation) -> Float[Array, "B T Dh"]:
-        """The rotated vector of each token that is key and value; `seen_x` is on the grid of activations."""
+    def entry(
+        self, seen_x: Float[Array, "B T D"], rotation: Rotation, *, by_tokens: bool = False
+    ) -> Float[Array, "B T Dh"]:
+        """The rotated vector of each token that is key and value; `seen_x` is on the grid of activations.
+        On a mesh every device gets all of a sequence, or `by_tokens` stays with the tokens."""
         kv = rms_norm(self.operations.linear(seen_x, self.wkv[...]), self.kv_norm[...], self.eps)
-        return self.operations.pinned(self.grids.entry(rotate(kv, rotation)), "B")
+        return self.operations.pinned(self.grids.entry(rotate(kv, rotation)), "B T" if by_tokens else "B")
 
     def output(self, o: Float[Array, "B T H Dh"], rotation: Rotation) -> Float[Array, "B T D"]:
         """What attention found, turned back and projected in groups."""
@@ -174,17 +182,18 @@ class Attention(nnx.Module):
         return self.operations.pinned(y, "B T")
 
     def _through_ring(self, ring, kv, span, in_ring, repeat):
-        """The ring after the call, and what holds the window entries before and of the call.
+        """The ring after the call, what holds the window entries before and of the call, and those before it.
 
-        That is the ring itself for a short call, else the entries in one line.
+        What holds them is the ring itself for a short call, else it is the entries in one line.
         """
         new = cache_formats.store_entries(kv, self.policy.cache_format, self.num_rotary)
         if in_ring:
             ring = self.operations.keep(ring, repeat, new, span.start, span.num_valid)
-            return ring, Entries(ring, repeat)
+            return ring, Entries(ring, repeat), None
         past = span.start[:, None] - (self.window - 1) + jnp.arange(self.window - 1, dtype=jnp.int32)
-        line = jnp.concatenate([Entries(ring, repeat).at_positions(past, kv.dtype), kv], axis=1)
-        return self.operations.keep(ring, repeat, new, span.start, span.num_valid), line
+        before = Entries(ring, repeat).at_positions(past, kv.dtype)
+        line = self.operations.line(kv, before, before=before.shape[1])
+        return self.operations.keep(ring, repeat, new, span.start, span.num_valid), line, before
 
 
 def _by_head(rotation: Rotation) -> Rotation:

@@ -70,10 +70,11 @@ class Compressor(nnx.Module):
             cache) and the cache after it.
         """
         product = project_float32 if self.grids.compressor_dtype else self.operations.linear
-        # Blocks take rows of tokens that a mesh may have split: every device gets all of a sequence.
-        kv, gate = (self.operations.pinned(product(x, w[...]), "B") for w in (self.wkv, self.wgate))
+        # Blocks take rows of tokens that a mesh may have split. With a cache every device gets all of them.
+        dims = "B T" if cache is None else "B"
+        kv, gate = (self.operations.pinned(product(x, w[...]), dims) for w in (self.wkv, self.wgate))
         if cache is None:
-            return self._emit(kv, gate, blocks)[None], None
+            return self._emit(kv, gate, blocks, by_tokens=True)[None], None
         rings = [
             self.operations.keep(ring, repeat, rows, span.start, span.num_valid)
             for ring, rows in ((cache.kv, kv), (cache.gate, gate))
@@ -98,7 +99,12 @@ class Compressor(nnx.Module):
         return cache_storage.in_rows(entries), CompressorCache(*rings, entries)
 
     def _emit(
-        self, kv: Float[Array, "B rows w Dc"], gate: Float[Array, "B rows w Dc"], blocks: Blocks
+        self,
+        kv: Float[Array, "B rows w Dc"],
+        gate: Float[Array, "B rows w Dc"],
+        blocks: Blocks,
+        *,
+        by_tokens: bool = False,
     ) -> Float[Array, "B P Dc"]:
         weights = self.ape[...], self.norm[...]
         dtype = self.policy.compute_dtype
@@ -107,6 +113,7 @@ class Compressor(nnx.Module):
             is_first=blocks.is_first,
             source=blocks.source,
             previous=blocks.previous,
+            by_tokens=by_tokens,
             eps=self.eps,
             dtype=dtype,
         )

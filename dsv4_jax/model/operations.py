@@ -26,6 +26,7 @@ from pallas_kernels.hyper_connection import xla as hyper_connection_xla
 from pallas_kernels.hyper_connection.tuning import HyperConnectionBlocks
 from pallas_kernels.linear_cross_entropy import weighted_cross_entropy
 from sharding.activations import Placement
+from sharding.context import line_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +66,7 @@ class Operations:
 
     linear: Operation  # x, weight, which dims a mesh may split: `block_matmul.linear`
     grouped_linear: Operation  # likewise: `block_matmul.grouped_linear`
+    line: Operation  # rows of a call, rows before it: `sharding.context.line_of`
     compress: Operation  # rows, gates, bias, norm, cos, sin: `compressor.compressor`
     keep: Operation  # ring, repeat, new rows, start, number of them: `cache.write_ring`
     store: Operation  # stack, repeat, new entries, first, count: `cache_storage.write_entries`
@@ -116,6 +118,20 @@ def whole_grouped_linear(x: jax.Array, weight: Weight, *, out: Any = (), **setti
     return block_matmul.grouped_linear(x, weight, **settings)
 
 
+def whole_compressor(*operands: Any, by_tokens: bool = False, **more: Any):
+    """`compressor.compressor`; whether a mesh may split the tokens (`sharding.context`) is nothing here."""
+    del by_tokens
+    return compressor(*operands, **more)
+
+
+def rows_cross_entropy(
+    hidden: jax.Array, head: jax.Array, ids: jax.Array, weights: jax.Array, *more: Any, **how
+):
+    """`linear_cross_entropy.weighted_cross_entropy` of tokens with any number of dims."""
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    return weighted_cross_entropy(flat, head, ids.reshape(-1), weights.reshape(-1), *more, **how)
+
+
 def whole_scores(x: jax.Array, weight: jax.Array, *, out: Any = (), by_rows: bool = False):
     """`linear.project_float32`, likewise."""
     del out, by_rows
@@ -123,6 +139,7 @@ def whole_scores(x: jax.Array, weight: jax.Array, *, out: Any = (), by_rows: boo
 
 
 EMBED = Operation("embed", tables.by_rows)
+LINE = Operation("line", line_of)
 SCORE = Operation("score", whole_scores)
 ATTEND_AMONG = Operation("attend_among", core_attention.softmax_attention)
 
@@ -150,7 +167,8 @@ def _bound(policy: Policy, hyper_connection_blocks: HyperConnectionBlocks | None
         return Operations(
             linear=Operation("linear", whole_linear, (("impl", "xla"),)),
             grouped_linear=Operation("grouped_linear", whole_grouped_linear, (("impl", "xla"),)),
-            compress=Operation("compress", compressor, (("impl", "xla"),)),
+            line=LINE,
+            compress=Operation("compress", whole_compressor, (("impl", "xla"),)),
             keep=Operation("keep", cache.write_ring),
             store=Operation("store", cache_storage.write_entries, (*columns, ("impl", "reference"))),
             attend=Operation("attend", core_attention.attend, (("impl", "xla"),)),
@@ -166,7 +184,7 @@ def _bound(policy: Policy, hyper_connection_blocks: HyperConnectionBlocks | None
             score=SCORE,
             look_up=Operation("look_up", tables.by_rows),
             experts=Operation("experts", expert_ffn, (("impl", "xla"),)),
-            cross_entropy=Operation("cross_entropy", weighted_cross_entropy, (("impl", "xla"),)),
+            cross_entropy=Operation("cross_entropy", rows_cross_entropy, (("impl", "xla"),)),
             weights_in_place=False,
             cache_of_bits=True,
         )
@@ -177,7 +195,8 @@ def _bound(policy: Policy, hyper_connection_blocks: HyperConnectionBlocks | None
     return Operations(
         linear=Operation("linear", whole_linear, (("impl", "pallas"), *how), **fp8),
         grouped_linear=Operation("grouped_linear", whole_grouped_linear, (("impl", "pallas"), *how), **fp8),
-        compress=Operation("compress", compressor, (("impl", "pallas"), *how), ("compressor",)),
+        line=LINE,
+        compress=Operation("compress", whole_compressor, (("impl", "pallas"), *how), ("compressor",)),
         keep=Operation("keep", cache.write_ring, (("choose_narrow", True),)),
         store=Operation(
             "store",
@@ -209,7 +228,7 @@ def _bound(policy: Policy, hyper_connection_blocks: HyperConnectionBlocks | None
         look_up=Operation("look_up", tables.by_columns),
         experts=Operation("experts", expert_ffn, (("impl", "pallas"), *how), ("grouped_matmul",)),
         cross_entropy=Operation(
-            "cross_entropy", weighted_cross_entropy, (("impl", "pallas"), *how), ("linear_cross_entropy",)
+            "cross_entropy", rows_cross_entropy, (("impl", "pallas"), *how), ("linear_cross_entropy",)
         ),
         weights_in_place=True,
         cache_of_bits=False,

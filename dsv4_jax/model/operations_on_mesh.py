@@ -3,7 +3,7 @@
 * Experts: `sharding.expert_parallel`, tokens travel.
 * Products with weights: `sharding.linear`, rows travel and weights stay; `sharding.embedding` likewise.
 * Operations whose rows do not meet (attention, compressors, caches, hyper-connections): `sharding.by_device`.
-  With `context` larger than 1 those of XLA are the compiler's to partition, because tokens of a row do meet.
+  With `context` larger than 1 tokens of a row do meet: `sharding.context` exchanges what they need.
 * The loss: `sharding.cross_entropy`, tokens over all devices, or over those that do not share the head.
 * The rest is partitioned by the compiler, along the pinned activations.
 """
@@ -19,7 +19,8 @@ from pallas_kernels.hyper_connection.op import SPLITS as STREAMS
 from pallas_kernels.linear_cross_entropy import linear_cross_entropy
 from pallas_kernels.splits import Splits
 from sharding.activations import Placement
-from sharding.by_device import ByDevice
+from sharding.by_device import SECOND, ByDevice
+from sharding.context import CompressOverMesh, LineOverMesh
 from sharding.cross_entropy import CrossEntropyOverMesh
 from sharding.embedding import EmbeddingOverMesh
 from sharding.expert_parallel import over_mesh
@@ -36,19 +37,18 @@ RING = Splits(
 )
 """Of `cache.write_ring`, whose rings may have more dims behind M."""
 
-BY_ROWS: dict[str, tuple[Splits, str, str]] = {
-    "compress": (COMPRESSOR["compressor"], "B", ""),
-    "keep": (RING, "B", ""),
-    "store": (ENTRIES["write_entries"], "B", ""),
-    "attend": (ATTENTION["attend"], "B", "H"),
-    "attend_cached": (ATTENTION["attend_cached"], "B", "H"),
-    "index_loss": (INDEX_LOSS["index_loss"], "B", ""),
-    "enter": (STREAMS["pre"], "tokens", ""),
-    "leave": (STREAMS["post"], "tokens", ""),
-    "advance": (STREAMS["post_pre"], "tokens", ""),
-    "collapse": (STREAMS["collapse"], "tokens", ""),
+BY_ROWS: dict[str, tuple[Splits, str, str, str]] = {
+    "keep": (RING, "B", "", ""),
+    "store": (ENTRIES["write_entries"], "B", "", ""),
+    "attend": (ATTENTION["attend"], "B", "H", "T"),
+    "attend_cached": (ATTENTION["attend_cached"], "B", "H", ""),
+    "index_loss": (INDEX_LOSS["index_loss"], "B", "", "T"),
+    "enter": (STREAMS["pre"], "tokens", "", SECOND),
+    "leave": (STREAMS["post"], "tokens", "", SECOND),
+    "advance": (STREAMS["post_pre"], "tokens", "", SECOND),
+    "collapse": (STREAMS["collapse"], "tokens", "", SECOND),
 }
-"""Operation -> its family's table, and the letters of its rows and heads there."""
+"""Operation -> its family's table, and the letters of its rows, heads and tokens of a row there."""
 
 
 def spread(chosen: "Operations", placement: Placement) -> "Operations":
@@ -67,10 +67,12 @@ def spread(chosen: "Operations", placement: Placement) -> "Operations":
         each = getattr(chosen, name)
         over = LinearOverMesh(each, placement, grouped, by_device=bool(each.kernels))
         found[name] = _through(each, over)
-    for name, (splits, rows, heads) in BY_ROWS.items():
+    for name, (splits, *letters) in BY_ROWS.items():
         each = getattr(chosen, name)
-        if each.kernels or placement.mesh.shape["context"] == 1:
-            found[name] = _through(each, ByDevice(each, placement, splits, rows, heads))
+        found[name] = _through(each, ByDevice(each, placement, splits, *letters))
+    found["line"] = _through(chosen.line, LineOverMesh(placement))
+    rows = ByDevice(chosen.compress, placement, COMPRESSOR["compressor"], "B")
+    found["compress"] = _through(chosen.compress, CompressOverMesh(chosen.compress, rows, placement))
     return dataclasses.replace(chosen, **found)
 
 

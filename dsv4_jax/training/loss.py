@@ -63,11 +63,10 @@ def mean_cross_entropy(
     z_weight: adds so many times the mean of the squared log-sum-exp, which is then returned too; without a
     gradient, as it is in the first result.
     """
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    weights = targets.valid.reshape(-1).astype(jnp.float32)
+    weights = targets.valid.astype(jnp.float32)
     weights = weights / jnp.maximum(weights.sum() if total is None else total, 1.0)
     given = () if z_weight is None else (z_weight,)
-    return cross_entropy(flat, head, targets.ids.reshape(-1), weights, *given)
+    return cross_entropy(hidden, head, targets.ids, weights, *given)
 
 
 USUAL = Rates(np.float32(0))
