@@ -52,7 +52,7 @@ def most_drafts(draft: Draft, config: ModelConfig) -> int:
 def widths_for(draft: Draft | None, config: ModelConfig) -> tuple[int, ...]:
     """Numbers of drafts that a step of the engine may verify, ascending; each is a compiled program.
 
-    Of a block of drafts a step may verify the first few: the block itself, and so every draft, stays the same.
+    Of a block of drafts a step may verify the first few: the block, and so every draft, stays the same.
     """
     if draft is None:
         return (0,)

@@ -290,8 +290,8 @@ class EngineCore:
         """Compiles everything that any request can need, and returns the seconds it took.
 
         A request goes through every program twice, so that the second finds the first one's prefix; with a
-        disk once more, to read it from there; then the prefix cache is emptied again. With drafts so for every
-        width, and the time of a step of each width is measured.
+        disk once more, to read it from there; then the prefix cache is emptied again. With drafts, so for
+        every width, and the time of a step of each width is measured.
 
         Raises:
             RuntimeError: if requests are being served.
@@ -327,7 +327,7 @@ class EngineCore:
     def _measure_widths(self) -> None:
         """Times a step of every width, with all slots drawing; nothing of it stays.
 
-        Programs of several processes must be the same everywhere, and times are not: the widest is used there.
+        Several processes must run the same programs, and their times differ: the widest is used there.
         """
         widths = self.widths.widths
         if len(widths) == 1 or jax.process_count() > 1:

@@ -13,8 +13,8 @@ class EngineSettings:
 
     Memory: `num_slots + num_lanes` rows of `max_length` tokens, `num_pages` blocks and `num_states` states.
 
-    A step that verifies more drafts computes in other shapes, and may round otherwise. In float32 no token was
-    ever seen to change by that. In bfloat16 two logits that are nearly equal can change places, and which
+    A step that verifies more drafts computes in other shapes, and may round otherwise. In float32 no token
+    was ever seen to change by that. In bfloat16 two logits that are nearly equal can change places, and which
     width a step has depends on measured times. One width, as in `draft_widths=(5,)`, makes the tokens of a
     request in bfloat16 the same in every run and company again.
     """
