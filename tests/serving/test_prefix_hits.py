@@ -186,7 +186,7 @@ def test_after_a_restart_and_after_torn_files(lm, tmp_path, length):
 
 
 def test_most_of_a_shared_system_prompt_is_found(lm):
-    """300 tokens that every prompt begins with, in blocks of 128: two of them in all requests but the first."""
+    """300 tokens that every prompt begins with, in blocks of 128: two of them, of all but the first."""
     core = EngineCore(lm, SHORT)
     system, cached = prompt(300), []
     for number in range(40):
