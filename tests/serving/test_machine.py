@@ -133,8 +133,10 @@ class Machine(RuleBasedStateMachine):
             number = self.core.add(ids, sampling, salt=salt, priority=priority)
         self.requests[number] = (ids, sampling, rules, [])
 
-    @rule(count=st.integers(1, 6))
-    def step(self, count):
+    @rule(count=st.integers(1, 6), width=st.integers(0, 2))
+    def step(self, count, width):
+        widths = self.core.widths.widths
+        self.core.widths.forced = widths[width % len(widths)]  # measured times might choose any
         for _ in range(count):
             self.take(self.stepped())
 
