@@ -49,6 +49,19 @@ def most_drafts(draft: Draft, config: ModelConfig) -> int:
     return 1 if draft == "mtp" else LOOKUP_WIDTHS[-1]
 
 
+def widths_for(draft: Draft | None, config: ModelConfig) -> tuple[int, ...]:
+    """Numbers of drafts that a step of the engine may verify, ascending; each is a compiled program.
+
+    Of a block of drafts a step may verify the first few: the block, and so every draft, stays the same.
+    """
+    if draft is None:
+        return (0,)
+    if draft == "lookup":
+        return LOOKUP_WIDTHS
+    most = most_drafts(draft, config)
+    return tuple(sorted({0, most // 2, most}))
+
+
 def rewind_for(draft: Draft | None, config: ModelConfig) -> int:
     """`max_rewind` of a cache for this drafter: a verifying step then finds its rows in the rings, as one
     token does, and a cache is of the size it has without drafts, where that is enough."""

@@ -6,6 +6,7 @@ Everything happens in the caller's thread. `engine` runs it in one of its own fo
 import collections
 import dataclasses
 import functools
+import itertools
 import time
 from typing import Any
 
@@ -25,9 +26,13 @@ from dsv4_jax.serving.prefix_cache import PrefixCache
 from dsv4_jax.serving.requests import FinishReason, Output, Sampling, checked_request
 from dsv4_jax.serving.scheduler import Scheduler, Sequence
 from dsv4_jax.serving.settings import EngineSettings
-from dsv4_jax.serving.slots import empty_slots, interrupt, new_slot, place, stop_slots
+from dsv4_jax.serving.slots import Slots, empty_slots, interrupt, new_slot, place, stop_slots
+from dsv4_jax.serving.widths import DraftWidths
 
 NOTHING = Output()
+
+MEASURED_STEPS = 5
+"""Steps of every width that are timed when the engine starts; the shortest counts."""
 
 NO_WAY = "the grammar of this answer has come to a place where it allows no token"
 
@@ -37,6 +42,7 @@ class _Pending:
     """A step whose tokens are still on the device, and who was in which slot."""
 
     drawn: Drawn
+    width: int  # drafts that it verified at most
     served: list[Sequence | None]
     holds: bool  # some of them drew under a grammar: their next masks depend on what they drew
 
@@ -76,10 +82,9 @@ class EngineCore:
         self.steps = 0
         self._lanes = Lanes(lm, settings, self.block)
         self._cache = rows_for(lm, settings, settings.num_slots)
-        history = settings.max_length if settings.draft == "lookup" else 0
-        empty = empty_slots(settings.num_slots, lm.config.vocab_size, history)
+        self._slots = self._empty_slots()
         self.acceptance = DraftAcceptance(settings.draft)
-        self._slots = jax.tree.map(lambda leaf: lm.network.put(leaf, "B"), empty)
+        self.widths = DraftWidths(settings.widths(lm.config))
         put = functools.partial(lm.network.put, dims="B")
         self._masks = Masks(put, settings.num_slots, lm.config.vocab_size)
         self._sequences: dict[int, Sequence] = {}
@@ -169,12 +174,10 @@ class EngineCore:
                 self._finish(served[slot], "error", Output(is_stuck=True), error=NO_WAY)
             served = self._served()
         if any(served):
-            lm = self.lm
-            drawn, self._cache, self._slots = decode(
-                lm.network, self.settings.draft, lm.parameters, self._cache, self._slots, masks, given
-            )
+            width = self.widths.next()
+            drawn = self._decode(width, masks, given)
             holds = any(each and each.guide and each.guide.is_open for each in served)
-            self._pending = _Pending(drawn, served, holds)
+            self._pending = _Pending(drawn, width, served, holds)
             self.steps += 1
         if previous is not None:
             self._read(previous)
@@ -200,6 +203,19 @@ class EngineCore:
         self.scheduler.preempt(sequence)
         return True
 
+    def _decode(self, width: int, masks: jax.Array, given: jax.Array) -> Drawn:
+        lm = self.lm
+        drawn, self._cache, self._slots = decode(
+            lm.network, self.settings.draft, width, lm.parameters, self._cache, self._slots, masks, given
+        )
+        return drawn
+
+    def _empty_slots(self) -> Slots:
+        settings, put = self.settings, self.lm.network.put
+        history = settings.max_length if settings.draft == "lookup" else 0
+        empty = empty_slots(settings.num_slots, self.lm.config.vocab_size, history)
+        return jax.tree.map(lambda leaf: put(leaf, "B"), empty)
+
     def _served(self) -> list[Sequence | None]:
         return [each if each and each.stage == "running" else None for each in self.scheduler.slots]
 
@@ -215,11 +231,13 @@ class EngineCore:
     def _read(self, pending: _Pending) -> None:
         drawn = jax.device_get(pending.drawn)
         stopped = np.zeros(self.settings.num_slots, bool)
+        kept: list[int] = []
         for slot, sequence in enumerate(pending.served):
             if sequence is None or sequence.stage != "running":
                 continue
             count = int(drawn.count[slot])
             if count:
+                kept.append(count - 1)
                 self.acceptance.add(int(drawn.drafted[slot]), count - 1)
             for place_in_row in range(count):
                 token = int(drawn.token[slot, place_in_row])
@@ -242,6 +260,7 @@ class EngineCore:
                     self._finish(sequence, output.finish_reason, output)
                     break
                 self._outputs.append((sequence.id, output))
+        self.widths.add(pending.width, kept)
         if stopped.any():
             self._slots = stop_slots(self._slots, stopped)
 
@@ -271,7 +290,8 @@ class EngineCore:
         """Compiles everything that any request can need, and returns the seconds it took.
 
         A request goes through every program twice, so that the second finds the first one's prefix; with a
-        disk once more, to read it from there; then the prefix cache is emptied again.
+        disk once more, to read it from there; then the prefix cache is emptied again. With drafts, so for
+        every width, and the time of a step of each width is measured.
 
         Raises:
             RuntimeError: if requests are being served.
@@ -279,12 +299,15 @@ class EngineCore:
         if self.has_work:
             raise RuntimeError("warm_up must come before the first request")
         start = time.monotonic()
+        self._measure_widths()
         # Longer than one step can draw with all its guesses right: there must be something to interrupt.
         count = num_drafts(self.settings.draft, self.lm.config) + 2
         prompt = (0,) * max(1, min(self.block + 2, self.settings.max_length - count))
         count = min(count, self.settings.max_length - len(prompt))
         sampling = Sampling(max_tokens=count, temperature=0.5, ignore_eos=True)
-        for turn in range(2 if self.settings.disk is None else 3):
+        turns = 2 if self.settings.disk is None else 3
+        for turn, width in itertools.product(range(turns), self.widths.widths):
+            self.widths.forced = width
             if turn == 2:
                 self._lanes.forget()
             number = self.add(prompt, sampling)
@@ -299,5 +322,36 @@ class EngineCore:
             self.prefixes.queries = self.prefixes.hits = self.prefixes.evictions = 0
         self.steps = self.scheduler.num_preemptions = 0
         self.acceptance = DraftAcceptance(self.settings.draft)
+        measured, self.widths = self.widths.seconds, DraftWidths(self.widths.widths)
+        self.widths.seconds = measured
         jax.block_until_ready(self._slots)
         return time.monotonic() - start
+
+    def _measure_widths(self) -> None:
+        """Times a step of every width, with all slots drawing; nothing of it stays.
+
+        Several processes must run the same programs, and their times differ: the widest is used there.
+        """
+        widths = self.widths.widths
+        if len(widths) == 1 or jax.process_count() > 1:
+            return
+        masks, given, _ = self._masks.of([None] * self.settings.num_slots)
+        slots = self._empty_slots()
+        put = functools.partial(self.lm.network.put, dims="B")
+        last = self.settings.max_length - 1
+        self._slots = slots._replace(
+            running=put(np.ones(self.settings.num_slots, bool)),
+            temperature=put(np.full(self.settings.num_slots, 0.5, np.float32)),
+            last=put(np.full(self.settings.num_slots, last, np.int32)),
+        )
+        # Every width after every other, so that no pair of programs meets for the first time later.
+        for width in (*widths, *reversed(widths), *widths):
+            jax.block_until_ready(self._decode(width, masks, given))
+            timed = []
+            for _ in range(MEASURED_STEPS):
+                begun = time.perf_counter()
+                jax.block_until_ready((self._decode(width, masks, given), self._cache, self._slots))
+                timed.append(time.perf_counter() - begun)
+            self.widths.seconds[width] = min(timed + [self.widths.seconds.get(width, timed[0])])
+        self._slots = self._empty_slots()
+        self._cache = rows_for(self.lm, self.settings, self.settings.num_slots)

@@ -14,9 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32, Int32, UInt32
 
-from dsv4_jax.config import ModelConfig
 from dsv4_jax.inference import steps
-from dsv4_jax.inference.drafters import LONGEST_MATCH, SHORTEST_MATCH, Draft, most_drafts
+from dsv4_jax.inference.drafters import LONGEST_MATCH, SHORTEST_MATCH, Draft
 from dsv4_jax.inference.logit_rules import LogitRules, applied
 from dsv4_jax.inference.sampling import NO_TOKEN, keys_at, sample
 from dsv4_jax.model import span as spans
@@ -40,15 +39,11 @@ class Drawn(NamedTuple):
     likeliest_logprobs: Float32[Array, "S W k"]
 
 
-def num_drafts(draft: Draft | None, config: ModelConfig) -> int:
-    """W - 1."""
-    return 0 if draft is None else most_drafts(draft, config)
-
-
-@compiled_step(static_argnums=(0, 1), donate_argnums=(3, 4))
+@compiled_step(static_argnums=(0, 1, 2), donate_argnums=(4, 5))
 def decode(
     network: Network,
     draft: Draft | None,
+    width: int,
     parameters: Parameters,
     cache: Cache,
     slots: Slots,
@@ -63,16 +58,17 @@ def decode(
     Args:
         network, parameters: the model; static and data.
         draft: who guesses; its head must be in the model, and its slot in the cache. None: nobody.
+        width: W - 1, guesses that are tried: of those that `draft` makes the first. 0: none are made.
         cache: of S rows, donated. slots: donated.
         masks: a bit a token, the first in the lowest; of slots that are not given, without meaning.
         given: slots whose mask is given.
     """
     model = network.holding(parameters)
-    start, width = cache.length, 1 + num_drafts(draft, network.config)
+    start, draft, num_places = cache.length, draft if width else None, 1 + width
     running, masked = slots.running & (~slots.held | given), slots.held & given
     token = _draw(_masked(slots.logits, masks, masked), slots, slots.rules, start)
     first = jnp.where(running, jnp.maximum(token, 0), 0)
-    guesses, meant = _guesses(network, draft, parameters, cache, slots, first)
+    guesses, meant = _guesses(network, draft, width, parameters, cache, slots, first)
     meant = jnp.where(running & ~masked, jnp.clip(jnp.minimum(meant, slots.last - start), 0), 0)
     ids = jnp.concatenate([first[:, None], guesses], axis=1)
     after = model(spans.appended(ids, start, jnp.where(running, meant + 1, 0)), cache)
@@ -82,7 +78,7 @@ def decode(
     drawn, rules = [token], slots.rules.counting(first, running)
     right = running
     accepted = jnp.zeros_like(start)
-    for place in range(1, width):
+    for place in range(1, num_places):
         right = right & (token != slots.gate)  # what follows is drawn under a mask, which is not here yet
         token = _draw(logits[:, place - 1], slots, rules, start + place)
         right = right & (token == guesses[:, place - 1]) & (place <= meant)
@@ -92,8 +88,8 @@ def decode(
     tokens = jnp.stack(drawn, axis=1)
 
     ends = _ends(tokens, slots, start)
-    places = jnp.arange(width, dtype=jnp.int32)
-    first_end = jnp.min(jnp.where(ends, places, width), axis=1)
+    places = jnp.arange(num_places, dtype=jnp.int32)
+    first_end = jnp.min(jnp.where(ends, places, num_places), axis=1)
     count = jnp.where(running, jnp.minimum(accepted, first_end) + 1, 0)
     ended = first_end <= accepted
     opened = jnp.any((tokens == slots.gate[:, None]) & (places < count[:, None]), axis=1)
@@ -166,6 +162,7 @@ def _ends(tokens: Int32[Array, "S W"], slots: Slots, start: Int32[Array, "S"]) -
 def _guesses(
     network: Network,
     draft: Draft | None,
+    width: int,
     parameters: Parameters,
     cache: Cache,
     slots: Slots,
@@ -178,11 +175,12 @@ def _guesses(
         case None:
             return jnp.zeros((len(token), 0), jnp.int32), every(0)
         case "lookup":
-            return looked_up(slots.history, cache.length, token, num_drafts(draft, network.config))
+            return looked_up(slots.history, cache.length, token, width)
         case "mtp":
             guesses = steps.draft_further(network, parameters, cache, token, *numbers)
         case "dspark":
             guesses = steps.draft_block(network, parameters, cache, token, *numbers)[0]
+    guesses = guesses[:, :width]
     # Nothing is guessed from a row without tokens, and nothing of what was no number.
     broken = jnp.argmax(jnp.pad(guesses < 0, ((0, 0), (0, 1)), constant_values=True), axis=1)
     meant = jnp.where(cache.length > 0, broken.astype(jnp.int32), 0)

@@ -79,6 +79,7 @@ class EngineStatus:
     steps: int
     drafts: tuple[tuple[int, int], ...] = ()  # (kept, tried) at each place behind a token
     guesses: int = 0  # of drafts, whether or not one before them was wrong
+    draft_steps: tuple[tuple[int, int], ...] = ()  # (drafts that a step verified, such steps)
     tokens_held: int = 0  # in the rows of slots
     prefix_pages: int = 0  # that hold something
 
@@ -227,6 +228,7 @@ class Engine:
                 steps=core.steps,
                 drafts=core.acceptance.by_place(),
                 guesses=core.acceptance.guesses,
+                draft_steps=tuple(sorted(core.widths.steps.copy().items())),
                 tokens_held=core.scheduler.tokens_held,
                 prefix_pages=len(prefixes) if prefixes else 0,
             )
