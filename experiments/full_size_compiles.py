@@ -66,8 +66,8 @@ CASES = {
     "tpu7x-decode-1M": Case("tpu7x:2x2x2", "expert=8,tensor=2", "decode", 8, 2**20),
     "v6e-prefill": Case("v6e:4x8", "expert=16,tensor=2", "prefill", 16, 2**16),
     "tpu7x-pro-decode": Case("tpu7x:4x4x4", "expert=64,tensor=2", "decode", 128, 2**16, "pro"),
-    "v5p-train-adamw": Case("v5p:8x8x4", "fsdp=32,expert=8", "train", 256, 4096),
-    "v5p-train-muon": Case("v5p:8x8x4", "fsdp=32,expert=8", "train", 256, 4096, optimizer="muon"),
+    "v5p-train-adamw": Case("v5p:8x8x4", "fsdp=8,expert=32", "train", 256, 4096),
+    "v5p-train-muon": Case("v5p:8x8x4", "fsdp=8,expert=32", "train", 256, 4096, optimizer="muon"),
 }
 
 

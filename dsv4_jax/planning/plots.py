@@ -1,14 +1,21 @@
 """Pictures of a plan: what a device holds, the roofs of its chip, tokens over rows, cost over context."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dsv4_jax.config import ModelConfig
-from dsv4_jax.inspection.context_cost import context_cost
+from dsv4_jax.inspection.context_cost import (
+    GQA_BYTES_PER_LAYER,
+    V32_BYTES_PER_TOKEN,
+    token_flops,
+    v32_flops,
+)
+from dsv4_jax.numerics.cache_formats import CACHE_FORMATS
+from dsv4_jax.planning.held import row_bytes
+from dsv4_jax.planning.job import Job
 from dsv4_jax.planning.plan import Plan, plan
 
 if TYPE_CHECKING:
@@ -41,10 +48,10 @@ def drawn(made: Plan, folder: Path, found: "Compiled | None" = None) -> list[Pat
     """
     folder.mkdir(parents=True, exist_ok=True)
     pictures: dict[str, Callable[[Any], None]] = {
-        "hbm": lambda figure: _hbm(figure, made, found),
-        "roofline": lambda figure: _roofline(figure, made),
-        "rows": lambda figure: _rows(figure, made),
-        "context": lambda figure: _context(figure, made.job.config),
+        "hbm": lambda figure: draw_memory(figure, made, found),
+        "roofline": lambda figure: draw_roofline(figure, made),
+        "rows": lambda figure: draw_rows(figure, made),
+        "context": lambda figure: draw_context(figure, made.job),
     }
     if made.job.work == "train":
         del pictures["context"]
@@ -77,7 +84,8 @@ def memory_bars(made: Plan, found: "Compiled | None" = None) -> dict[str, dict[s
     return bars
 
 
-def _hbm(figure: Any, made: Plan, found: "Compiled | None") -> None:
+def draw_memory(figure: Any, made: Plan, found: "Compiled | None" = None) -> None:
+    """What a device holds, by kind, against what a program may use; on an empty figure of matplotlib."""
     axes, limit = figure.subplots(), made.limit / 2**30
     bars = memory_bars(made, found)
     for at, parts in enumerate(bars.values()):
@@ -118,7 +126,8 @@ def _sum(amounts: dict[str, float], kinds: tuple[str, ...]) -> float:
     return sum(amounts.get(kind, 0.0) for kind in kinds)
 
 
-def _roofline(figure: Any, made: Plan) -> None:
+def draw_roofline(figure: Any, made: Plan) -> None:
+    """The parts of a step under the roof of its chip, and the range of the whole step."""
     axes, chip = figure.subplots(), made.job.slice.chip
     points = roofline_points(made)
     ridge = chip.bf16_flops / chip.hbm_bytes_per_second
@@ -160,7 +169,8 @@ def over_rows(made: Plan) -> list[Plan]:
     return found
 
 
-def _rows(figure: Any, made: Plan) -> None:
+def draw_rows(figure: Any, made: Plan) -> None:
+    """Tokens a second of the slice, and the step, over rows."""
     axes, plans = figure.subplots(), over_rows(made)
     if not plans:
         axes.text(0.5, 0.5, "not even one row fits", ha="center", transform=axes.transAxes)
@@ -186,23 +196,37 @@ def _rows(figure: Any, made: Plan) -> None:
     axes.grid(alpha=0.2)
 
 
-def _context(figure: Any, config: ModelConfig) -> None:
+def cache_lines(job: Job, contexts: Sequence[int]) -> dict[str, list[float]]:
+    """Name -> bytes of one sequence at each context: of this model as its arrays are allocated, rings of
+    recent rows included, in each format; of DeepSeek-V3.2 and of a plain cache of 8 key-value heads the
+    entries alone."""
+    lines = {}
+    for form in CACHE_FORMATS:
+        rows = [row_bytes(dataclasses.replace(job, cache=form, context=each)) for each in contexts]
+        name = "bf16" if form == "plain" else form
+        lines[f"this model, {name}"] = [float(row.entries + row.state) for row in rows]
+    layers = job.config.num_hidden_layers
+    lines["DeepSeek-V3.2, fp8"] = [float(V32_BYTES_PER_TOKEN * each) for each in contexts]
+    lines["GQA, 8 heads of 128, bf16"] = [float(GQA_BYTES_PER_LAYER * layers * each) for each in contexts]
+    return lines
+
+
+def draw_context(figure: Any, job: Job) -> None:
+    """Bytes of one sequence's cache and work of one token over the context, beside V3.2 and a plain cache."""
+    config = job.config
     longest = min(LONGEST, config.max_position_embeddings)
-    contexts = np.unique(np.geomspace(max(1, longest / 1024), longest, 33).astype(int))
-    costs = [context_cost(config, int(each)) for each in contexts]
+    contexts = [
+        int(each) for each in np.unique(np.geomspace(max(1, longest / 1024), longest, 33).astype(int))
+    ]
     memory, flops = figure.subplots(1, 2)
-    for at, cache in enumerate(costs[0].caches):
-        ours = cache.allocated is not None
-        sizes = [(c.caches[at].allocated if ours else c.caches[at].at_context) / 2**30 for c in costs]
-        style = {"lw": 1.8} if ours else {"lw": 1.4, "ls": "--"}
-        memory.loglog(contexts, sizes, label=f"{cache.name}: {sizes[-1]:.3g}", **style)
-    memory.set(
-        xlabel="tokens of context", ylabel="GiB of one sequence", title="Cache, as its shapes allocate it"
-    )
-    for name, of in (("this model", "flops"), ("DeepSeek-V3.2", "v32_flops")):
-        totals = [getattr(cost, of).total / 1e9 for cost in costs]
-        style = {"lw": 1.8} if of == "flops" else {"lw": 1.4, "ls": "--"}
-        flops.loglog(contexts, totals, label=f"{name}: {totals[-1]:.4g}", **style)
+    for name, sizes in cache_lines(job, contexts).items():
+        style = {"lw": 1.8} if name.startswith("this") else {"lw": 1.4, "ls": "--"}
+        memory.loglog(contexts, np.array(sizes) / 2**30, label=f"{name}: {sizes[-1] / 2**30:.3g}", **style)
+    memory.set(xlabel="tokens of context", ylabel="GiB of one sequence", title="Cache, as it is allocated")
+    ours = [token_flops(config, each).total / 1e9 for each in contexts]
+    flops.loglog(contexts, ours, label=f"this model: {ours[-1]:.4g}", lw=1.8)
+    theirs = [v32_flops(each).total / 1e9 for each in contexts]
+    flops.loglog(contexts, theirs, label=f"DeepSeek-V3.2: {theirs[-1]:.4g}", lw=1.4, ls="--")
     flops.set(xlabel="tokens of context", ylabel="GFLOP of one decoded token", title="Work of one token")
     for axes in (memory, flops):
         axes.legend(fontsize=7, loc="upper left", title=f"at {longest:,} tokens", title_fontsize=7)
