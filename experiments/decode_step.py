@@ -11,88 +11,20 @@ listed with the bytes of their results. Needs libtpu (extra `test` or `tpu`).
 import dataclasses
 import json
 import os
-import time
 from pathlib import Path
-from typing import Any
 
-import jax
-import jax.numpy as jnp
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
 import tyro
-from jax.sharding import NamedSharding
 
-from dsv4_jax.config import ModelConfig, v4_flash
-from dsv4_jax.inspection.native_shapes import native_shapes
-from dsv4_jax.model import span as spans
-from dsv4_jax.model.cache import new_cache
-from dsv4_jax.model.initial import Network
+from dsv4_jax.config import v4_flash
 from dsv4_jax.model.operations import operations
 from dsv4_jax.numerics.policy import Policy
-from dsv4_jax.parameter_shardings import parameter_shardings
-from experiments.step_operations import Cost, collectives, costs, result_bytes
+from dsv4_jax.planning.compiled import compiled
+from dsv4_jax.planning.job import Job
+from dsv4_jax.planning.program_text import Cost, collectives, costs, result_bytes
+from dsv4_jax.planning.slices import parse_slice
 from experiments.study_record import stamp, table, write
-from pallas_kernels.formats.weights import is_quantized
-from sharding.activations import Placement
-from sharding.mesh import mesh_of
-from sharding.rules import DECODE, RuleTable
-
-CLOCK_HZ = {"v6e": 1.75e9, "tpu7x": 2.2e9, "v5e": 1.5e9, "v5p": 1.75e9}
-"""Inferred from published peak rates: no vendor publishes them."""
-
-
-def shapes(
-    config: ModelConfig, topology: str, spelling: str, batch: int, context: int, table: RuleTable = DECODE
-) -> tuple[Any, ...]:
-    """The network on a mesh of described chips, and shapes of its weights, cache and tokens, placed there."""
-    from jax.experimental import topologies
-
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    placement = Placement(mesh_of(spelling, devices), table)
-    policy = Policy.of("bfloat16", kernels="pallas", cache="fp8+mxfp4")
-    chosen = operations(policy, placement=placement)
-    network = Network(config, policy, chosen)
-    stored = (jnp.bfloat16, 8, policy.row_dtype, policy.cache_format, chosen.cache_of_bits)
-    cache = jax.eval_shape(lambda: new_cache(config, batch, context, *stored))
-    weights, rules = native_shapes(config), placement.table.parameters
-    leaves = jax.tree_util.tree_leaves_with_path(weights, is_leaf=is_quantized)
-    blocks = {keys_of(path): leaf.blocks.block for path, leaf in leaves if is_quantized(leaf)}
-    shardings = parameter_shardings(config, placement.mesh, rules, "the model", blocks)
-
-    def held(leaf, sharding):
-        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), leaf)
-
-    def rows(leaf, dims):
-        return held(leaf, NamedSharding(placement.mesh, placement.spec(dims, leaf.shape)))
-
-    return (
-        network,
-        jax.tree_util.tree_map_with_path(
-            lambda path, leaf: held(leaf, shardings[keys_of(path)]), weights, is_leaf=is_quantized
-        ),
-        jax.tree.map(lambda leaf: rows(leaf, "B" if leaf.ndim == 1 else "R B"), cache),
-        rows(jax.ShapeDtypeStruct((batch, 1), jnp.int32), "B"),
-    )
-
-
-def program(config: ModelConfig, topology: str, spelling: str, batch: int, context: int) -> Any:
-    """The compiled decode step on a mesh of described chips, and its seconds."""
-    network, *arguments = shapes(config, topology, spelling, batch, context)
-
-    def step(weights, cache, tokens):
-        ones = jnp.ones((tokens.shape[0],), jnp.int32)
-        model = network.holding(weights)
-        after = model(spans.appended(tokens, cache.length, ones), cache)
-        return model.logits(model.hidden(after.streams)), after.cache
-
-    started = time.monotonic()
-    lowered = jax.jit(step, donate_argnums=1).lower(*arguments)
-    lowering, started = time.monotonic() - started, time.monotonic()
-    compiled = lowered.compile()
-    return compiled, {"lower_s": lowering, "compile_s": time.monotonic() - started}
-
-
-def keys_of(path: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A path of `jax.tree_util` as one of the parameter table."""
-    return tuple(key.key for key in path)
 
 
 def by_operation(found: list[Cost]) -> dict[str, tuple[int, int]]:
@@ -133,10 +65,6 @@ def main(
         out: JSON; a table goes beside it as Markdown.
         text: where to keep the compiled program.
     """
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     config = v4_flash()
     config = dataclasses.replace(
         config,
@@ -144,17 +72,18 @@ def main(
         router_kinds=config.router_kinds[:layers],
         num_nextn_predict_layers=0,
     )
-    compiled, seconds = program(config, topology, mesh, batch, context)
-    written = compiled.as_text()
+    place, problems = parse_slice(topology)
+    if place is None:
+        raise SystemExit(problems[0])
+    texts: list[str] = []
+    step = compiled(Job(config, place, "decode", batch, context, mesh), texts)
+    seconds = {"lower_s": step.lower_seconds, "compile_s": step.compile_seconds}
+    written, clock = texts[0], place.chip.clock_hz
     if text:
         text.write_text(written)
-    clock = CLOCK_HZ[topology.split(":")[0]]
     found, moved = costs(written), collectives(written)
-    memory = compiled.memory_analysis()
     gib = {
-        name: getattr(memory, f"{name}_size_in_bytes") / 2**30
-        for name in ("argument", "output", "alias", "temp")
-        if hasattr(memory, f"{name}_size_in_bytes")
+        name: getattr(step, f"{name}_bytes") / 2**30 for name in ("argument", "output", "alias", "temporary")
     }
     total, summed = sum(cost.cycles for cost in found), by_operation(found)
     record = stamp("decode_step") | {
@@ -166,7 +95,7 @@ def main(
         "seconds": seconds,
         "gib_a_chip": gib,
         "xla_ms": total / clock * 1e3,
-        "kernel_calls": written.count('custom_call_target="tpu_custom_call"'),
+        "kernel_calls": step.kernel_calls,
         "ms_by_operation": {name: cycles / clock * 1e3 for name, (cycles, _) in summed.items()},
         "collectives": [
             {

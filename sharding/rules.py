@@ -73,6 +73,10 @@ SMALL_WHOLE = {"attn/attn_sink:G": (), "attn/attn_sink:J": (), "attn/q_norm:Q": 
 """A few numbers, all of which every device of a decode step uses: gathering them would cost a message a
 layer."""
 
+_WITHOUT_D = {"attn/wq_b:Q": "fsdp?", "attn/indexer/wq_b:Q": "fsdp?", "attn/wo_a:J": "fsdp?"}
+"""Matrices that have no D: whole over fsdp, masters, gradients and moments of those of V4-Flash would take 46
+GiB of every device that trains with AdamW."""
+
 _MODEL = ("expert?", "tensor?")
 """Dense weights are split over the devices that share the experts too, where they divide: copied whole they
 would be the larger part of what a chip reads in a decode step."""
@@ -92,6 +96,7 @@ TRAIN = RuleTable(
             "F": "tensor?",
             "V": "tensor?",
             "D": "fsdp?",
+            **_WITHOUT_D,
             **ROUTER_WHOLE,
         }
     ),

@@ -58,7 +58,7 @@ ROOM_ARROWS = {
     "language_model": {*_BELOW_MODEL, "model", "inference", "checkpoint"},
     "serving": {*_BELOW_MODEL, "model", "inference", "checkpoint", "language_model", "reading", "training"},
     "inspection": {*_BELOW_MODEL, "model", "checkpoint"},
-    "planning": {*_BELOW_MODEL, "model", "checkpoint", "inspection", "training", "serving"},
+    "planning": {*_BELOW_MODEL, "model", "checkpoint", "inference", "inspection", "training", "serving"},
     "command_line": {*ROOMS.values()},
     "top": {"training", "language_model", *_BELOW_MODEL},  # the public names
 }

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
@@ -13,8 +15,6 @@ from dsv4_jax.errors import ProblemsError
 
 if TYPE_CHECKING:
     from dsv4_jax.config import ModelConfig
-    from dsv4_jax.planning.money import Money
-    from dsv4_jax.planning.plan import Plan
 
 Model = Annotated[
     tyro.conf.Positional[str],
@@ -23,6 +23,7 @@ Model = Annotated[
 SliceName = Annotated[
     str, tyro.conf.arg(name="slice", metavar="KIND:SIDES", help="such as v6e:4x8, v5p:4x4x4, tpu7x:2x2x1")
 ]
+CompileStep = Annotated[bool, tyro.conf.arg(name="compile")]
 Cache = Literal["plain", "fp8+fp8", "fp8+mxfp4"]
 
 
@@ -38,17 +39,21 @@ def plan(
     auto: bool = False,
     cache: Cache | None = None,
     weights: Literal["native", "bfloat16"] = "native",
+    optimizer: Literal["muon", "adamw"] = "muon",
     draft: Literal["none", "mtp", "dspark"] = "none",
     tokens_a_pass: float = 1.0,
     usd_per_chip_hour: float | None = None,
     utilisation: float = 0.5,
+    compile_step: CompileStep = False,
+    plot: Path | None = None,
     allow_links: AllowLinks = None,
     as_json: Json = False,
 ) -> None:
     """Show what a model would take on a TPU slice: memory, step time, tokens a second, money.
 
-    Computed from shapes, published rates and stated shares of them; nothing is measured or compiled, and
-    no device is needed. A job that does not fit is refused, exit code 2, with what would fit.
+    Computed from shapes, published rates and stated shares of them; nothing is measured, and no device is
+    needed. A job that does not fit is refused, exit code 2, with what would fit. With --compile the TPU
+    compiler makes the step for the slice, and its figures stand beside the formulas.
 
     examples:
       dsv4 plan flash --slice v6e:4x8 --work decode --batch 64 --context 65536
@@ -56,6 +61,7 @@ def plan(
       dsv4 plan flash --slice v6e:4x8 --work prefill --chunk 4096 --mesh expert=16,tensor=2
       dsv4 plan config.json --slice v5p:4x4x4 --work train --length 4096 --json
       dsv4 plan flash --slice v6e:4x4 --usd-per-chip-hour 2.7 --utilisation 0.5
+      dsv4 plan flash --slice v6e:4x8 --mesh expert=16,tensor=2 --compile
 
     Args:
         work: what a step does: one token a row, a chunk of every prompt, or an update.
@@ -66,16 +72,23 @@ def plan(
         auto: try meshes, and formats of the cache if none is given, and take the fastest that fits.
         cache: format of the cache; fp8+mxfp4 if neither this nor --auto is given.
         weights: how they are held for inference; training has float32 masters.
+        optimizer: of training: Muon for matrices and AdamW for the rest, or AdamW for all.
         draft: who guesses further tokens in decode.
         tokens_a_pass: tokens that a decode step appends to a row on average.
         usd_per_chip_hour: also what a million tokens cost, at this price of a chip.
         utilisation: share of the rented time in which such steps run.
+        compile_step: also compile the step for the slice, which takes minutes; needs libtpu (extra `plan`).
+        plot: a folder for pictures: memory by kind, roofline, tokens a second over rows, cost over context.
     """
+    if compile_step:  # for chips that are not here: JAX's own backend is the CPU, whatever else is installed
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
     require(devices.settings_problem)  # no device: everything is computed from shapes
+    from dsv4_jax.command_line import plan_tables
     from dsv4_jax.numerics.cache_formats import CACHE_FORMATS
+    from dsv4_jax.planning import compiled as compiled_of
+    from dsv4_jax.planning import described, plots, search, slices
     from dsv4_jax.planning import money as money_of
     from dsv4_jax.planning import plan as planning
-    from dsv4_jax.planning import search, slices
     from dsv4_jax.planning.job import Job
 
     place, problems = slices.parse_slice(slice_name)
@@ -85,13 +98,17 @@ def plan(
         problems.append(f"--context {context}: training has --length")
     if work != "train" and length is not None:
         problems.append(f"--length {length}: only training has it; {work} has --context")
+    if work != "train" and optimizer != "muon":
+        problems.append(f"--optimizer {optimizer}: only training has one, not {work}")
     if place is None or problems:
         raise ProblemsError("cannot plan that", problems)
     tokens = (4096 if length is None else length) if work == "train" else context
     job = Job(
         _config(checkpoint, allow_links), place, work, batch, 65536 if tokens is None else tokens,
-        mesh or "data=1", chunk, cache or "fp8+mxfp4", weights, draft, tokens_a_pass,
+        mesh or "data=1", chunk, cache or "fp8+mxfp4", weights, draft, tokens_a_pass, optimizer,
     )  # fmt: skip
+    if compile_step:
+        described.devices(place)  # refuses before anything long begins
     formats = CACHE_FORMATS if auto and cache is None and work != "train" else (job.cache,)
     why = "as given"
     if mesh is None:
@@ -102,21 +119,33 @@ def plan(
         why = "the shortest step, by the middle of its range, of the meshes that fit"
         made = search.best(job, formats) or made
         smaller = slices.rented_slices(place.kind, place.chips)
-        others = search.front(job, formats, {each: None for each in (*smaller, place)})
-    if not made.fits:
+        others = search.front(job, formats, {each: None for each in (*smaller, place)}, search.batches(job))
+    if not made.fits and not (compile_step and made.fits_without_estimates):
         raise planning.refusal(made, search.smallest(made.job, formats))
     cost = None
     if usd_per_chip_hour is not None:
         cost = money_of.money(made, usd_per_chip_hour, utilisation, checkpoint)
+    found = None
+    if compile_step:
+        note(f"compiling {made.job.work} for {made.job.slice}, mesh {made.job.mesh}: takes minutes")
+        found = compiled_of.compiled(made.job)
+    pictures = [] if plot is None else plots.drawn(made, plot, found)
     if as_json:
         plain: dict[str, Any] = made.to_json() | {"why_this_mesh": why}
         if auto:
             plain["front"] = [each.to_json() for each in others]
         if cost is not None:
             plain["money"] = cost.to_json()
+        if found is not None:
+            plain["compiled"] = found.to_json()
+            plain["basis"] = planning.COMPILED_BASIS
+        if pictures:
+            plain["pictures"] = [str(each) for each in pictures]
         print(json.dumps(plain))
         return
-    _print(made, why, others, cost, checkpoint)
+    plan_tables.show(made, why, others, cost, checkpoint, found)
+    for each in pictures:
+        note(f"wrote {each}")
 
 
 def _config(checkpoint: str, allow_links: Any) -> "ModelConfig":
@@ -132,71 +161,3 @@ def _config(checkpoint: str, allow_links: Any) -> "ModelConfig":
     for remark in file.notes:
         note(f"note: {remark}")
     return file.config
-
-
-def _print(made: "Plan", why: str, others: list["Plan"], cost: "Money | None", name: str) -> None:
-    """The tables of a plan."""
-    from rich.table import Table
-
-    from dsv4_jax.command_line import terminal
-    from dsv4_jax.planning.plan import BASIS
-
-    job, console = made.job, terminal.Tables()
-    what = f"{job.batch} rows of {job.context} tokens"
-    table = Table(title=f"{name} on {job.slice} ({job.slice.chips} chips), {job.work}: {what}")
-    table.add_column("of one device")
-    table.add_column("by formula", justify="right")
-    for part, size in dataclasses.asdict(made.held).items():
-        if size:
-            table.add_row(f"{part}, GiB" + (" (estimate)" if part == "temporaries" else ""), _gib(size))
-    table.add_row(
-        "together, of what a program may use, GiB", f"{_gib(made.held.total)} of {_gib(made.limit)}"
-    )
-    table.add_section()
-    for part, amount in made.demand.flops.items():
-        table.add_row(f"{part}, GFLOP a step", f"{amount / 1e9:.3f}")
-    for part, amount in made.demand.hbm_bytes.items():
-        table.add_row(f"HBM: {part}, GiB a step", _gib(amount))
-    for axes, amount in made.link_bytes_by_axes.items():
-        table.add_row(f"links: along {axes}, GiB a step", _gib(amount))
-    table.add_section()
-    for resource, seconds in made.time.floors.items():
-        bound = " (the highest)" if resource == made.time.bound else ""
-        table.add_row(f"floor of {resource}{bound}, ms", f"{1e3 * seconds:.3f}")
-    table.add_row("step, ms", _range(1e3 * made.time.shortest, 1e3 * made.time.longest))
-    table.add_row("tokens a second a chip", _range(*made.tokens_a_second_a_chip))
-    table.add_row("model FLOPs of the bf16 peak (MFU), %", _range(*(100 * x for x in made.model_flops_share)))
-    table.add_row("HBM bytes of its rate, %", _range(*(100 * x for x in made.hbm_share)))
-    table.add_section()
-    table.add_row(f"largest batch at {job.context} tokens", str(made.largest_batch))
-    table.add_row(f"largest context at {job.batch} rows", str(made.largest_context))
-    if cost is not None:
-        table.add_section()
-        table.add_row("dollars of a million tokens", _range(cost.least, cost.most))
-        if cost.published is not None and cost.break_even is not None:
-            table.add_row("the published API asks, dollars", f"{cost.published:.2f}")
-            table.add_row("break-even, dollars a chip and hour", _range(*cost.break_even))
-    console.print(table)
-    console.print(f"mesh {job.mesh}: {why}. cache {job.cache}, weights {job.weights}.")
-    if others:
-        table = Table(
-            title=f"{job.slice.kind} slices up to this one that no other beats, middle of the ranges"
-        )
-        for column in ("slice", "mesh", "cache", "chips", "step, ms", "tokens/s a chip"):
-            table.add_column(column)
-        for each in others:
-            rate = each.job.useful_tokens / each.job.slice.chips / each.time.middle
-            table.add_row(
-                str(each.job.slice), each.job.mesh, each.job.cache, str(each.job.slice.chips),
-                f"{1e3 * each.time.middle:.2f}", f"{rate:.1f}",
-            )  # fmt: skip
-        console.print(table)
-    console.print(BASIS)
-
-
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.3f}"
-
-
-def _range(low: float, high: float) -> str:
-    return f"{low:.4g} to {high:.4g}"

@@ -82,7 +82,8 @@ def demand(job: Job) -> Demand:
     flops |= {"attention": attention[0], "indexer": attention[1]}
     if job.work == "train":
         flops = {name: FORWARD_AND_BACKWARD * RECOMPUTED * amount for name, amount in flops.items()}
-        flops["Newton-Schulz"] = newton_schulz_flops(job) / job.slice.devices
+        if job.optimizer == "muon":
+            flops["Newton-Schulz"] = newton_schulz_flops(job) / job.slice.devices
     expert = next((p for p in parts_of(job) if p.parameter.role == "expert" and not p.is_draft), None)
     pairs = 0.0
     if expert is not None:

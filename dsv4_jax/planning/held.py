@@ -16,6 +16,7 @@ from dsv4_jax.numerics.cache_formats import CacheFormat
 from dsv4_jax.parameters import Parameter, parameters
 from dsv4_jax.planning.job import Job
 from dsv4_jax.training.muon import Muon
+from dsv4_jax.training.optimizer import AdamW
 from dsv4_jax.training.optimizer_groups import partition
 from sharding.activations import Placement
 from sharding.report import axes_of
@@ -151,8 +152,9 @@ def held(job: Job) -> Held:
 
 def moments(job: Job) -> int:
     """Bytes of Muon's momentum and AdamW's two moments, which lie where their parameters do (report, section
-    2.4: Muon for matrices, AdamW for the rest)."""
-    groups = {each.path: each.group for each in partition(job.model, Muon())}
+    2.4: Muon for matrices, AdamW for the rest; or AdamW for all)."""
+    settings = Muon() if job.optimizer == "muon" else AdamW()
+    groups = {each.path: each.group for each in partition(job.model, settings)}
     numbers = {"/".join(map(str, part.parameter.path)): part.elements for part in parts_of(job)}
     return round(sum(4 * MOMENTS[groups[path]] * count for path, count in numbers.items()))
 

@@ -16,6 +16,7 @@ from sharding.rules import TABLES
 Work = Literal["decode", "prefill", "train"]
 Draft = Literal["none", "mtp", "dspark"]
 Weights = Literal["native", "bfloat16"]
+Optimizer = Literal["muon", "adamw"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Job:
         weights: how they are held for inference; training has float32 masters.
         draft: who guesses further tokens in decode. Its head then takes memory and time.
         tokens_a_pass: tokens that a decode step appends to a row on average, 1 without a draft.
+        optimizer: of training: Muon for matrices and AdamW for the rest, or AdamW for all.
     """
 
     config: ModelConfig
@@ -48,6 +50,7 @@ class Job:
     weights: Weights = "native"
     draft: Draft = "none"
     tokens_a_pass: float = 1.0
+    optimizer: Optimizer = "muon"
 
     @functools.cached_property
     def placement(self) -> Placement:

@@ -66,11 +66,33 @@ def default_mesh(job: Job) -> str:
     return allowed[0]
 
 
-def front(job: Job, caches: Iterable[CacheFormat], slices: Iterable[Slice]) -> list[Plan]:
+BATCHES = (1 / 4, 1, 4)
+"""Of the rows that were asked for, as many are tried too, where a step takes longer and gives more."""
+
+
+def batches(job: Job) -> tuple[int, ...]:
+    """Rows to try, from the fewest: training keeps its own, which decide what is learned."""
+    if job.work == "train":
+        return (job.batch,)
+    return tuple(sorted({max(1, round(job.batch * times)) for times in BATCHES}))
+
+
+def front(
+    job: Job, caches: Iterable[CacheFormat], slices: Iterable[Slice], rows: Iterable[int] = ()
+) -> list[Plan]:
     """Best plans on slices that no other beats in latency, tokens a second a chip, and chips, all three at
-    the middle of their ranges; from the fewest chips."""
-    formats = tuple(caches)
-    found = [best(dataclasses.replace(job, slice=each), formats) for each in slices]
+    the middle of their ranges; from the fewest chips, and there from the fewest rows.
+
+    Args:
+        job: whose slice, mesh, cache and rows are replaced.
+        caches: formats to try.
+        slices: to try.
+        rows: batches to try; none: the job's own.
+    """
+    formats, sizes = tuple(caches), tuple(rows) or (job.batch,)
+    found = [
+        best(dataclasses.replace(job, slice=each, batch=size), formats) for each in slices for size in sizes
+    ]
     return pareto([each for each in found if each is not None])
 
 
@@ -90,4 +112,5 @@ def pareto(plans: list[Plan]) -> list[Plan]:
             for other in plans
         )
 
-    return sorted((each for each in plans if not beaten(each)), key=lambda each: each.job.slice.chips)
+    kept = (each for each in plans if not beaten(each))
+    return sorted(kept, key=lambda each: (each.job.slice.chips, each.job.batch))

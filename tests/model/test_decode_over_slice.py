@@ -6,16 +6,15 @@ One CSA layer, which has every kind of weight and cache. `experiments/decode_ste
 import dataclasses
 import re
 
-import jax
-import jax.numpy as jnp
 import pytest
-from jax.sharding import NamedSharding
 
 from dsv4_jax.config import v4_flash
-from dsv4_jax.inference import steps
 from dsv4_jax.inspection.movement import traffic
-from experiments import decode_step
-from experiments.step_operations import collectives, result_bytes
+from dsv4_jax.planning.described import placement_on
+from dsv4_jax.planning.program_text import collectives, result_bytes
+from dsv4_jax.planning.slices import Slice
+from dsv4_jax.planning.step_shapes import lowered_serving, serving_shapes
+from sharding.rules import DECODE
 from tests.kernels.ahead_of_time import compiled, devices
 
 CONFIG = dataclasses.replace(
@@ -29,11 +28,9 @@ PARTS = 16
 def program():
     """The step that `LanguageModel.extend` runs, and its placement."""
     devices("v6e 4x4")  # skips without libtpu
-    network, weights, cache, tokens = decode_step.shapes(CONFIG, "v6e:4x4", MESH, BATCH, CONTEXT)
-    placement = network.placement
-    rows = NamedSharding(placement.mesh, placement.spec("B", (BATCH,)))
-    count = jax.ShapeDtypeStruct((BATCH,), jnp.int32, sharding=rows)
-    return compiled(steps.extend.lower(network, weights, cache, tokens, count)).as_text(), placement
+    placement = placement_on(Slice("v6e", (4, 4)), MESH, DECODE)
+    held = serving_shapes(CONFIG, placement, BATCH, CONTEXT)
+    return compiled(lowered_serving(held, BATCH)).as_text(), placement
 
 
 def test_no_weight_cache_or_query_is_gathered_whole(program):

@@ -7,7 +7,7 @@ import pytest
 
 from dsv4_jax.config import v4_flash
 from dsv4_jax.model import tables
-from experiments.step_operations import costs
+from dsv4_jax.planning.program_text import costs
 from tests.kernels.ahead_of_time import compile_for
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments.step_operations import ProgramError, costs, parse
+from dsv4_jax.planning.program_text import ProgramError, costs, parse
 
 
 def cycles(number: int) -> str:
