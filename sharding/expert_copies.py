@@ -66,7 +66,7 @@ class Copies:
 
 @dataclasses.dataclass(frozen=True)
 class LayerCopies:
-    """The tables of all layers of a model, by where their experts' parameters are; hashable, as a part of what
+    """The tables of all layers of a model, by where their experts' parameters are; hashable, a part of what
     compiled programs are keyed by.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""A model with copies of its hot experts decodes and serves like the one without; the fullest device has less."""
+"""A model with copies of its hot experts serves like the one without; the fullest device has less."""
 
 import jax
 import numpy as np
@@ -40,6 +40,12 @@ def test_tokens_and_logits_are_the_same_and_hot_experts_are_served_by_several(sp
         assert table.device_loads(row, 4).max() < row.reshape(4, -1).sum(axis=1).max()
     want, got = (jax.device_get(lm.logits(tokens, num_valid)) for lm in (spread, copied))
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
+
+
+@pytest.mark.slow  # two engines are compiled
+def test_an_engine_answers_the_same(spread):
+    loads = 100.0 / np.arange(1, 17)
+    copied = with_copies(spread, np.stack([loads, loads[::-1]]), spare=2)
     assert served(copied, prompts()) == served(spread, prompts())
 
 
