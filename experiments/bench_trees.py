@@ -4,10 +4,10 @@
     python experiments/bench_trees.py --old ../old                # prefill, decode, training steps
     python experiments/bench_trees.py --old ../old --cases prefill-512 --repeats 9
 
-Each tree runs in a process of its own that stays: it compiles a case once, then does one piece of work when it
-is told to, and waits while the other works. The ratio is the median of the repeats' ratios (old / new: above 1
-the new tree is faster); beside wall time there is the CPU time of the process, which others on the machine
-disturb less. Weights are random and the same in both. A case that a tree cannot run is said and left out.
+Each tree runs in a process of its own that stays: it compiles a case once, then does one piece of work when
+it is told to, and waits while the other works. The ratio is the median of the repeats' ratios (old / new:
+above 1 the new tree is faster); beside wall time there is the CPU time of the process, which others on the
+machine disturb less. Weights are random and the same in both. A case that a tree cannot run is said so.
 """
 
 import dataclasses
@@ -41,29 +41,45 @@ def work_of(case: str) -> Callable[[], object]:
     random = np.random.default_rng(0)
     if kind == "train":
         from dsv4_jax.model.initial import Network, initial_parameters
+        from dsv4_jax.training import optimizer as optimizers
         from dsv4_jax.training.data import Batch
-        from dsv4_jax.training.muon import Muon
-        from dsv4_jax.training.optimizer import AdamW
         from dsv4_jax.training.recipe import QUICKSTART
-        from dsv4_jax.training.step import Rates, StepSettings, initial_state, train_step
+        from dsv4_jax.training.step import initial_state, train_step
 
-        optimizer = Muon() if what == "muon" else AdamW()
+        optimizer = optimizers.AdamW() if what == "adamw" else _muon()
         network = Network(QUICKSTART.config, QUICKSTART.policy)
         tokens = random.integers(0, QUICKSTART.config.vocab_size, (4, 256)).astype(np.int32)
         batch = Batch(tokens, np.ones_like(tokens))
         held = [initial_state(initial_parameters(QUICKSTART.config, QUICKSTART.policy, 0), optimizer)]
 
+        settings, rates = _told(optimizer, np.float32(1e-4))
+
         def step() -> None:
-            rates = Rates(np.float32(1e-4))
-            held[0], _ = jax.block_until_ready(
-                train_step(network, StepSettings(optimizer), held[0], batch, rates)
-            )
+            held[0], _ = jax.block_until_ready(train_step(network, settings, held[0], batch, rates))
 
         return step
     lm = LanguageModel.random(bench_config(), Policy.of("float32"))
     rows, length = (1, int(what)) if kind == "prefill" else (int(what), 512)
     tokens = random.integers(0, lm.config.vocab_size, (rows, length))
     return our_prefill(lm, tokens) if kind == "prefill" else our_decode(lm, tokens, DECODE_STEPS)
+
+
+def _muon() -> object:
+    """Where the tree has it."""
+    try:
+        from dsv4_jax.training.muon import Muon
+    except ModuleNotFoundError:
+        from dsv4_jax.training.optimizer import Muon
+    return Muon()
+
+
+def _told(optimizer: Any, rate: Any) -> tuple[Any, Any]:
+    """What a step is told; older trees took the optimiser and the rate themselves."""
+    try:
+        from dsv4_jax.training.step import Rates, StepSettings
+    except ImportError:
+        return optimizer, rate
+    return StepSettings(optimizer), Rates(rate)
 
 
 def child(tree: Path) -> None:

@@ -14,6 +14,8 @@ add up their gradients.
 """
 
 import dataclasses
+import functools
+import math
 from typing import Any
 
 import jax
@@ -52,10 +54,61 @@ class Copies:
         slot = jnp.asarray(self.slots_of, jnp.int32).reshape(-1)[known * copies + copy]
         return jnp.where(ids < 0, ids, jnp.where(ids < experts, slot, len(self.expert_of)))
 
+    def slots_in(self, most: int) -> Int32[np.ndarray, "E most"]:
+        """`slots_of` with more columns, the last one again."""
+        return self.slots_of[:, np.minimum(np.arange(most), self.slots_of.shape[1] - 1)]
+
     def device_loads(self, loads: Float[np.ndarray, " E"], devices: int) -> np.ndarray:
         """[n] what each device has to do if an expert's tokens are dealt out evenly."""
         share = np.asarray(loads, float) / self.count
         return share[self.expert_of].reshape(devices, -1).sum(axis=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerCopies:
+    """The tables of all layers of a model, by where their experts' parameters are; hashable, a part of what
+    compiled programs are keyed by.
+
+    Attributes:
+        tables: (path of the feed-forward sublayer, tables of its repeats); equal numbers of slots in all.
+    """
+
+    tables: tuple[tuple[tuple[str | int, ...], tuple[Copies, ...]], ...]
+
+    def __hash__(self) -> int:
+        """Equal tables are one key."""
+        return hash(self._key)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether every expert has the same slots."""
+        return isinstance(other, LayerCopies) and self._key == other._key
+
+    @functools.cached_property
+    def _key(self) -> tuple[Any, ...]:
+        return tuple((path, tuple(each.expert_of.tobytes() for each in own)) for path, own in self.tables)
+
+    def slots(
+        self, path: tuple[str | int, ...], repeat: Int32[Array, ""], ids: Int32[Array, "*tokens Ke"]
+    ) -> Int32[Array, "*tokens Ke"]:
+        """`Copies.slots` of one layer; the ids themselves where the layer has no table.
+
+        Args:
+            path: of its feed-forward sublayer.
+            repeat: which one of its stack.
+            ids: of experts, any number of dims of tokens.
+        """
+        own = dict(self.tables).get(path)
+        if own is None:
+            return ids
+        most = max(each.slots_of.shape[1] for each in own)
+        wide = [each.slots_in(most) for each in own]
+        slots_of, count = (np.stack(each).astype(np.int32) for each in (wide, [each.count for each in own]))
+        token = jnp.arange(math.prod(ids.shape[:-1]), dtype=jnp.int32).reshape(*ids.shape[:-1], 1)
+        known = jnp.clip(ids, 0, slots_of.shape[1] - 1)
+        copy = jax.lax.rem(token, jnp.asarray(count)[repeat][known])
+        slot = jnp.asarray(slots_of)[repeat].reshape(-1)[known * most + copy]
+        beyond = jnp.int32(len(own[0].expert_of))
+        return jnp.where(ids < 0, ids, jnp.where(ids < slots_of.shape[1], slot, beyond))
 
 
 def place_copies(loads: Float[np.ndarray, " E"], devices: int, slots: int) -> Copies:

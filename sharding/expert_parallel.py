@@ -39,7 +39,8 @@ from sharding.dispatch_cost import (
 )
 from sharding.mesh import AXES
 from sharding.rules import OPTIONAL
-from sharding.transports import Experts, Group, Plan, dense, exchanged, gathered, ragged, scattered
+from sharding.sums import scattered
+from sharding.transports import Experts, Group, Plan, dense, exchanged, gathered, ragged
 
 TOKEN_AXES = ("data", "fsdp", "expert", "context", "tensor")
 """Tokens are split over all axes, in this order: what is whole along `tensor` is then cut, and not moved."""

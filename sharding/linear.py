@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
@@ -20,6 +19,7 @@ from jaxtyping import Array, Float
 from pallas_kernels.formats.weights import QuantizedWeight, Weight, is_quantized
 from sharding.activations import Placement
 from sharding.placement import Axis, cuts_of, ways
+from sharding.sums import scattered, whole
 
 Letters = tuple[tuple[str, int], ...]
 """Letters that the rules may split; of outputs with the places of their dims, else with their sizes."""
@@ -58,8 +58,7 @@ class LinearOverMesh:
             weight: [*out, D].
             out: letters of output dims, and which ones they are; what comes out is split along them.
             over: letters of the first dims that are folded into what is summed over, and their sizes. Partial
-                sums are added in float32, after each was rounded to the dtype of x; of bfloat16 ones XLA's
-                compiler for TPUs makes a sum in bfloat16 (seen in a decode step for v6e).
+                sums are added in float32, after each was rounded to the dtype of x (`sharding.sums`).
             by_rows: what comes out is split along rows again, by all axes, and whole along its outputs.
         """
         by_letter = self.axes(weight, out, over)
@@ -97,10 +96,7 @@ class LinearOverMesh:
                         y = lax.all_to_all(y, axes, 0, num_tokens + place, tiled=True)
             if not over or not cut:
                 return y
-            wide = y.astype(jnp.float32)
-            if scatters:
-                return lax.psum_scatter(wide, cut, scatter_dimension=0, tiled=True).astype(y.dtype)
-            return lax.psum(wide, cut).astype(y.dtype)
+            return scattered(y, cut).astype(y.dtype) if scatters else whole(y, cut)
 
         split = jax.shard_map(
             own,

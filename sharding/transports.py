@@ -34,6 +34,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from pallas_kernels.arithmetic import cdiv, quotient, remainder
 from pallas_kernels.formats.blocks import format_of
+from sharding.sums import scattered
 
 LANES = 128
 """Numbers of a row of a TPU's tile."""
@@ -386,8 +387,3 @@ def gathered(x: Float[Array, "t D"], axes: tuple[str, ...]) -> Float[Array, "n*t
 
     gather.defvjp(lambda x: (gather(x), None), pull)
     return gather(x)
-
-
-def scattered(y: Float32[Array, "n*t D"], axes: tuple[str, ...]) -> Float32[Array, "t D"]:
-    """The sums over the devices along some axes of the own tokens: what undoes `gathered`."""
-    return lax.psum_scatter(y, axes, scatter_dimension=0, tiled=True) if axes else y

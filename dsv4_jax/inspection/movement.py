@@ -141,7 +141,10 @@ class _Step(NamedTuple):
         product = Product(parts, weight.num_bytes / others, inputs, outputs, result, apart)
         expert = weight.parameter.role == "expert"
         rows = self.config.num_experts_per_tok if expert and result == "summed" else 1
-        yield "weights", axes, product, self._of_rows(axes, product, rows)
+        moved, way = self._of_rows(axes, product, rows), "weights"
+        if weight.parameter.role == "embedding" and moved <= product.of_weight():
+            way = "rows"  # (`sharding.embedding`)
+        yield way, axes, product, moved
 
     def kept(self, weight: _Weight) -> Found:
         """Over the other axes: rows travel."""

@@ -18,13 +18,16 @@ from sharding.rules import without_axis
 
 GATHERED = "fsdp"
 
+OF_OPERATIONS = ("expert", "embedding")
+"""Roles of parameters whose operations bring together what they need themselves."""
+
 
 def gathered(weights: Any, root: Path, config: ModelConfig, placement: Placement | None) -> Any:
     """The same weights, whole over fsdp and split over the other axes as the rules say.
 
     Args:
         weights: the part of the parameter tree below `root`, with or without the axis R of repeats. Routed
-            experts are left as they are: their operation gathers them itself.
+            experts and embeddings are left as they are: their operations gather them, or what is needed.
         root: path of that part.
         config: of the model.
         placement: of the model; nothing is done without one, or where fsdp has size 1.
@@ -37,7 +40,7 @@ def gathered(weights: Any, root: Path, config: ModelConfig, placement: Placement
     def one(path: tuple[Any, ...], leaf: Any) -> Any:
         place = (*root, *(key.key for key in path))
         parameter = table[place]
-        if parameter.role == "expert":
+        if parameter.role in OF_OPERATIONS:
             return leaf
         block = leaf.blocks.block if is_quantized(leaf) else None
         axes = placed_axes(parameter, block)

@@ -71,6 +71,7 @@ class MixtureOfExperts(nnx.Module):
         self.limit = config.swiglu_limit
         self.grids = grids(policy, config.qk_rope_head_dim)
         self.operations = operations
+        self.place = declared.root
 
     def __call__(
         self,
@@ -92,11 +93,14 @@ class MixtureOfExperts(nnx.Module):
             given = given.reshape(-1, *given.shape[rows:]).astype(jnp.int32)
         routing = self.gate(tokens, ids, given)
         gate_up, down = (self.grids.expert(w[...]) for w in (self.experts.gate_up, self.experts.down))
+        chosen, copies = routing.experts, self.operations.copies
+        if copies is not None:
+            chosen = copies.slots(self.place, repeat, chosen)
         routed = self.operations.experts(
             self.grids.activation(tokens),
             matrices(gate_up),
             matrices(down),
-            routing.experts,
+            chosen,
             routing.weights,
             swiglu_limit=self.limit,
             valid=valid,

@@ -27,6 +27,7 @@ from pallas_kernels.hyper_connection.tuning import HyperConnectionBlocks
 from pallas_kernels.linear_cross_entropy import weighted_cross_entropy
 from sharding.activations import Placement
 from sharding.context import line_of
+from sharding.expert_copies import LayerCopies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +88,9 @@ class Operations:
     weights_in_place: bool  # quantised weights are read inside their stacks; if not, a layer is sliced out
     cache_of_bits: bool  # caches keep FP8 and bfloat16 numbers as integers (`numerics.cache_formats`)
     placement: Placement | None = None  # the mesh that the model is spread over, and how; None: one device
+    copies: LayerCopies | None = (
+        None  # slots of the experts, where some have several; None: one each, in order
+    )
 
     @property
     def merges_tokens(self) -> bool:

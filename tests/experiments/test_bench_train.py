@@ -26,7 +26,7 @@ def test_different_losses_are_refused():
 def test_the_ratio_is_the_median_of_the_repeats_ratios():
     repeats = [
         {
-            "peak": 1e9,
+            "peak": (1e9, 1e9),
             "ours": (ours, ours),
             "theirs": (theirs, 2 * theirs),
             "our_parts": {"forward": (0.1, 0.1), "forward and backward": (0.3, 0.3)},

@@ -2,14 +2,18 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 
 from dsv4_jax.errors import ProblemsError
 from dsv4_jax.inference.drafters import widths_for
+from dsv4_jax.language_model import LanguageModel
+from dsv4_jax.numerics.policy import Policy
 from dsv4_jax.serving.core import EngineCore
 from dsv4_jax.serving.requests import Sampling
 from dsv4_jax.serving.widths import FIRST_PAUSE, LONGEST_PAUSE, LOOK_STEPS, DraftWidths
 from tests.inference.test_speculative import with_memory
+from tests.models import compressed_kinds
 from tests.serving.test_core import nothing_compiled
 from tests.serving.test_machine import DSPARK, MTP, SIZES, V, model, oracle, prompt
 
@@ -137,3 +141,30 @@ def test_one_width_is_kept():
     core = warm_core("lookup", draft_widths=(3,))
     served(core, [prompt(0, 30, 5)] * 3, Sampling(max_tokens=10, temperature=0.0, ignore_eos=True))
     assert set(core.widths.steps) == {3} and not core.widths.seconds
+
+
+def test_with_one_width_bfloat16_answers_do_not_depend_on_company():
+    """Logprobs bit for bit: alone, and beside rows that are much longer, from a later slot."""
+    config = compressed_kinds(vocab_size=V, initializer_range=0.3)
+    lm = LanguageModel.random(config, Policy.of("bfloat16"))
+    sizes = dataclasses.replace(
+        SIZES, max_length=640, chunk=64, num_pages=0, draft="lookup", draft_widths=(3,)
+    )
+    core = EngineCore(lm, sizes)
+    sampling = Sampling(max_tokens=20, temperature=1.0, seed=1, ignore_eos=True, logprobs=2)
+    repeating = dataclasses.replace(sampling, logit_bias={7: 100.0})
+    rng = np.random.default_rng(0)
+    long = tuple(rng.integers(0, V, 610).tolist())
+
+    def answers(*requests):
+        numbers = [core.add(ids, how) for ids, how in requests]
+        got = {number: [] for number in numbers}
+        while core.has_work:
+            for number, output in core.step():
+                got[number] += output.logprobs
+        return [got[number] for number in numbers]
+
+    for how in (sampling, repeating):
+        (alone,) = answers((prompt(0, 20, 5), how))
+        *_, together = answers((long, sampling), (long[::-1], how), (prompt(0, 20, 5), how))
+        assert len(alone) == 20 and together == alone
