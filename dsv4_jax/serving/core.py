@@ -73,7 +73,7 @@ class EngineCore:
         self.lm, self.settings = lm, settings
         self.block = settings.chunk or -(-128 // smallest) * smallest
         self.scheduler = Scheduler(settings.num_slots, settings.num_lanes, self.block)
-        self.steps = 0
+        self.steps = self.prefilled = 0
         self._lanes = Lanes(lm, settings, self.block)
         self._cache = rows_for(lm, settings, settings.num_slots)
         history = settings.max_length if settings.draft == "lookup" else 0
@@ -156,6 +156,7 @@ class EngineCore:
                 self._place(sequence, cache, logits, 0)
         if chunks := self.scheduler.chunks():
             self._lanes.append(chunks)
+            self.prefilled += sum(chunk.count for chunk in chunks)
             for chunk in chunks:
                 if chunk.is_last:
                     lane = chunk.sequence.lane
@@ -297,7 +298,7 @@ class EngineCore:
         self._lanes.forget()
         if self.prefixes is not None:
             self.prefixes.queries = self.prefixes.hits = self.prefixes.evictions = 0
-        self.steps = self.scheduler.num_preemptions = 0
+        self.steps = self.prefilled = self.scheduler.num_preemptions = 0
         self.acceptance = DraftAcceptance(self.settings.draft)
         jax.block_until_ready(self._slots)
         return time.monotonic() - start
