@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 from typing import Literal
 
+from dsv4_jax.checkpoint.files import Progress
 from dsv4_jax.checkpoint.load import load_checkpoint
 from dsv4_jax.language_model import LanguageModel
 from dsv4_jax.numerics.policy import Policy
@@ -28,6 +29,7 @@ def load(
     allow_links: str | Path | None = None,
     mesh: MeshLike | None = None,
     rules: RulesLike | None = None,
+    progress: Progress | None = None,
 ) -> LanguageModel:
     """Loads any supported checkpoint folder: official or transformers layout, plain or quantised.
 
@@ -50,6 +52,7 @@ def load(
             `sharding.mesh`; None: the default device. It changes where numbers are, and the order of sums.
         rules: which dims are split over which axes: the name of a table of `sharding.rules` ("decode" by
             default, "prefill", "train"), or rules for the parameters' letters such as {"E": "expert"}.
+        progress: called after each tensor with (its name, bytes read, bytes of all tensors).
 
     Raises:
         ProblemsError: a mesh that cannot be, or rules that do not fit it or the parameters, all problems at
@@ -60,7 +63,7 @@ def load(
     accepted = {"draft_head": draft_head, "text_only": text_only, "allow_links": allow_links}
     placement = placement_of(mesh, rules)
     where = {} if placement is None else {"mesh": placement.mesh, "rules": placement.table.parameters}
-    how = {"weights": weights, "tokenizer": tokenizer, **accepted, **where}
+    how = {"weights": weights, "tokenizer": tokenizer, "progress": progress, **accepted, **where}
     loaded = refused_together(lambda: load_checkpoint(Path(path), policy, **how))
     for warning in loaded.warnings:
         LOGGER.warning("%s: %s", path, warning)

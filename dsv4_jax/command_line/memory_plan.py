@@ -18,7 +18,7 @@ USABLE = 0.95
 
 @dataclasses.dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes of a server on one device.
+    """Bytes of a server on one device: of a mesh, on each.
 
     Attributes:
         weights: of the checkpoint's files. row: of the cache of one sequence. num_rows: of slots, lanes and
@@ -49,13 +49,22 @@ class MemoryPlan:
 
 
 def memory_plan(
-    directory: Path, config: "ModelConfig", settings: "EngineSettings", dtype: str, cache: str
+    directory: Path,
+    config: "ModelConfig",
+    settings: "EngineSettings",
+    dtype: str,
+    cache: str,
+    mesh: str | None = None,
 ) -> MemoryPlan:
     """The plan of a server. Compiled programs and intermediate values come on top.
 
     Args:
         directory: of the checkpoint. config: of its model. settings: of the engine.
         dtype: of activations and a plain cache. cache: format of the cache.
+        mesh: that it is spread over; None: one device.
+
+    Raises:
+        ProblemsError: for a mesh that cannot be or does not fit the model or the slots.
     """
     from dsv4_jax.inspection import costs
     from dsv4_jax.model.cache_blocks import block_length
@@ -67,24 +76,46 @@ def memory_plan(
     block = settings.chunk or -(-128 // smallest) * smallest
     state = costs.state_bytes(config)
     states = settings.num_states * sum(dataclasses.astuple(state))
+    of_weights, of_rows = (1.0, 1.0) if mesh is None else _shares(config, settings, mesh)
     return MemoryPlan(
-        weights=sum(file.stat().st_size for file in directory.glob("*.safetensors")),
-        row=row,
+        weights=int(of_weights * sum(file.stat().st_size for file in directory.glob("*.safetensors"))),
+        row=int(of_rows * row),
         num_rows=settings.num_slots + settings.num_lanes + 1,
         prefixes=row * settings.num_pages * block // length + states,
         logits=2 * (settings.num_slots + settings.num_lanes) * config.vocab_size * 4,
     )
 
 
-def free_memory() -> int | None:
-    """Bytes that the first device, or this machine, has to give; None if nobody knows."""
+def _shares(config: "ModelConfig", settings: "EngineSettings", mesh: str) -> tuple[float, float]:
+    """(share of the weights, share of the rows of slots) that each device of a mesh holds."""
+    from dsv4_jax.inspection.spread import spread
+
+    held = spread(config, mesh, "decode", "native", settings.num_slots, settings.max_length, "plain")
+    return tuple(
+        sum(each.bytes_a_device for each in arrays)
+        / sum(each.bytes_a_device * held.num_devices / each.copies for each in arrays)
+        for arrays in (held.parameters, held.cache)
+    )
+
+
+def free_memory(mesh: str | None = None) -> int | None:
+    """Bytes that the first device, or this machine, has to give; None if nobody knows.
+
+    Devices of a mesh that are no devices of their own (of a CPU) share what the machine has.
+    """
+    import math
+
     import jax
+
+    from sharding.mesh import parse
+
+    sharers = 1 if mesh is None else math.prod(parse(mesh).values())
 
     numbers = jax.devices()[0].memory_stats() or {}
     if "bytes_limit" in numbers:
         return numbers["bytes_limit"] - numbers.get("bytes_in_use", 0)
     try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // sharers
     except (AttributeError, OSError, ValueError):
         return None
 

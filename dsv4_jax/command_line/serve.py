@@ -8,13 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dsv4_jax.command_line.standard_streams import note
-from dsv4_jax.command_line.start import AllowLinks, Checkpoint, CompilationCache, prepare
+from dsv4_jax.command_line.start import AllowLinks, Checkpoint, CompilationCache, Mesh, prepare
 from dsv4_jax.errors import ProblemsError
 
 if TYPE_CHECKING:
     from dsv4_jax.serving.http.service import Model, Service
 
 GiB = 1 << 30
+LINE_SECONDS = 5.0
+"""Between two lines about a load."""
+LONG_COMPILE_SECONDS = 1.0
+"""Programs that take longer are told one by one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,38 +84,85 @@ def checked_place(place: Place) -> list[str]:
     return keys
 
 
+class Progress:
+    """Tells how a start goes on: the bytes of a checkpoint as they come, and each program of the compiler.
+
+    Args:
+        service: whose `/ready` tells it. announce: to the operator, from time to time.
+    """
+
+    def __init__(self, service: "Service", announce: Callable[[str], None]) -> None:
+        self._service, self._announce = service, announce
+        self._what = ""
+        self._start = self._told = time.monotonic()
+        self._count = 0
+
+    def begin(self, what: str) -> None:
+        """A part of the start begins."""
+        self._what = self._service.doing = what
+        self._announce(what)
+        self._start = self._told = time.monotonic()
+        self._count = 0
+
+    def read(self, name: str, done: int, total: int) -> None:
+        """A tensor of the checkpoint is there (`loading.load`)."""
+        now = time.monotonic()
+        share, seconds = done / max(total, 1), now - self._start
+        self._service.doing = f"{self._what}: {share:.0%}"
+        if now - self._told >= LINE_SECONDS:
+            self._told = now
+            left = seconds / max(share, 1e-9) - seconds
+            rate = done / GiB / max(seconds, 1e-9)
+            size = f"{done / GiB:.2f} of {total / GiB:.2f} GiB"
+            self._announce(f"{self._what}: {share:.0%}, {size}, {rate:.2f} GiB/s, {left:.0f} s left")
+
+    def compiled(self, name: str, seconds: float | None) -> None:
+        """A program is being compiled, or was in so many seconds (`serving.compiles`)."""
+        if seconds is None:
+            self._service.doing = f"{self._what}: {name}, program {self._count + 1}"
+            return
+        self._count += 1
+        if seconds >= LONG_COMPILE_SECONDS:
+            self._announce(f"compiled {name} in {seconds:.1f} s (program {self._count})")
+
+
 def loader(
-    load: Callable[[], Any], settings: Any, most_waiting: int, profile: Any, announce: Callable[[str], None]
+    load: Callable[[Callable[[str, int, int], None]], Any],
+    settings: Any,
+    most_waiting: int,
+    profile: Any,
+    announce: Callable[[str], None],
 ) -> Callable[["Service"], "Model"]:
     """What the server's loading thread does: load, compile, and be ready.
 
     Args:
-        load: gives the language model. settings: of the engine. most_waiting: requests that may wait.
+        load: gives the language model, and tells its argument what it has read.
+        settings: of the engine. most_waiting: requests that may wait.
         profile: of the chat format. announce: tells the operator.
     """
 
     def work(service: "Service") -> "Model":
+        from dsv4_jax.serving.compiles import compiles
         from dsv4_jax.serving.engine import Engine
         from dsv4_jax.serving.http.service import Model
 
-        def doing(what: str) -> None:
-            service.doing = what
-            announce(what)
-
+        progress = Progress(service, announce)
         start = time.monotonic()
-        doing("loading the checkpoint")
-        lm = load()
+        progress.begin("loading the checkpoint")
+        lm = load(progress.read)
         seconds = time.monotonic() - start
         size = sum(leaf.nbytes for leaf in _leaves(lm.parameters))
         announce(
             f"loaded {size / GiB:.2f} GiB in {seconds:.1f} s ({size / GiB / max(seconds, 1e-9):.2f} GiB/s)"
         )
-        doing("warm-up 1/2: compiling the engine's steps (kept for the next start)")
-        engine: Engine = Engine(lm, settings, most_waiting=most_waiting)
+        progress.begin("warm-up 1/2: compiling the engine's steps (kept for the next start)")
+        with compiles().watched(progress.compiled):
+            engine: Engine = Engine(lm, settings, most_waiting=most_waiting)
         announce(f"compiled in {engine.warm_up_seconds:.1f} s")
-        doing("warm-up 2/2: compiling the scores of prompts")
+        progress.begin("warm-up 2/2: compiling the scores of prompts")
         start = time.monotonic()
-        model = Model.of(engine, profile)
+        with compiles().watched(progress.compiled):
+            model = Model.of(engine, profile)
         announce(f"compiled in {time.monotonic() - start:.1f} s")
         return model
 
@@ -148,6 +199,7 @@ def serve(
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
     numerics: Literal["reference", "qat"] = "reference",
     cache: Literal["plain", "fp8+fp8", "fp8+mxfp4"] = "plain",
+    mesh: Mesh = None,
     allow_links: AllowLinks = None,
     compilation_cache: CompilationCache = True,
 ) -> None:
@@ -159,6 +211,7 @@ def serve(
     examples:
       dsv4 serve quickstart
       dsv4 serve DIRECTORY --port 9000 --max-length 32768 --slots 16
+      dsv4 serve DIRECTORY --mesh expert=4,tensor=2
       dsv4 serve DIRECTORY --host 0.0.0.0 --api-key-file keys.txt
       curl http://127.0.0.1:8000/v1/chat/completions -H 'content-type: application/json'
         -d '{"messages": [{"role": "user", "content": "Hello"}]}'
@@ -221,9 +274,9 @@ def serve(
         raise ProblemsError("cannot serve", problems)
     profile, why = choose_profile(directory, chat_profile)
     note(why)
-    plan = memory_plan.memory_plan(directory, config, settings, dtype, cache)
-    note(plan.line())
-    memory_plan.check_plan(plan, memory_plan.free_memory(), settings)
+    plan = memory_plan.memory_plan(directory, config, settings, dtype, cache, mesh)
+    note(plan.line() + ("" if mesh is None else f" on each device of {mesh}"))
+    memory_plan.check_plan(plan, memory_plan.free_memory(mesh), settings)
     service = Service(
         name or directory.resolve().name,
         limits,
@@ -233,7 +286,9 @@ def serve(
     )
     numbers = {"dtype": dtype, "numerics": numerics, "cache": cache}
     load = loader(
-        lambda: loading.load(directory, **numbers, allow_links=allow_links),
+        lambda progress: loading.load(
+            directory, **numbers, allow_links=allow_links, mesh=mesh, progress=progress
+        ),
         settings,
         limits.waiting,
         profile,

@@ -120,10 +120,15 @@ class Spread:
     tokens: int = 0
     traffic: tuple[Traffic, ...] = ()
 
+    @property
+    def num_devices(self) -> int:
+        """Of the mesh."""
+        return math.prod(self.placement.mesh.shape.values())
+
     def by_part(self) -> dict[str, tuple[int, int, int]]:
         """Part of the model -> bytes of one copy, bytes that each device holds, and how much of these are
         beyond its even share of one copy."""
-        devices = math.prod(self.placement.mesh.shape.values())
+        devices = self.num_devices
         sums: dict[str, tuple[int, int, int]] = {}
         for row in (*self.parameters, *self.cache):
             # All devices together hold `copies` times the array.

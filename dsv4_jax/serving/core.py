@@ -79,7 +79,7 @@ class EngineCore:
         self.lm, self.settings = lm, settings
         self.block = settings.chunk or -(-128 // smallest) * smallest
         self.scheduler = Scheduler(settings.num_slots, settings.num_lanes, self.block)
-        self.steps = 0
+        self.steps = self.prefilled = 0
         self._lanes = Lanes(lm, settings, self.block)
         self._cache = rows_for(lm, settings, settings.num_slots)
         self._slots = self._empty_slots()
@@ -161,6 +161,7 @@ class EngineCore:
                 self._place(sequence, cache, logits, 0)
         if chunks := self.scheduler.chunks():
             self._lanes.append(chunks)
+            self.prefilled += sum(chunk.count for chunk in chunks)
             for chunk in chunks:
                 if chunk.is_last:
                     lane = chunk.sequence.lane
@@ -320,7 +321,7 @@ class EngineCore:
         self._lanes.forget()
         if self.prefixes is not None:
             self.prefixes.queries = self.prefixes.hits = self.prefixes.evictions = 0
-        self.steps = self.scheduler.num_preemptions = 0
+        self.steps = self.prefilled = self.scheduler.num_preemptions = 0
         self.acceptance = DraftAcceptance(self.settings.draft)
         measured, self.widths = self.widths.seconds, DraftWidths(self.widths.widths)
         self.widths.seconds = measured

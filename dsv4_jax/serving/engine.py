@@ -21,6 +21,7 @@ from dsv4_jax.language_model import LanguageModel
 from dsv4_jax.serving.core import EngineCore
 from dsv4_jax.serving.requests import FinishReason, Output, Sampling, TokenLogprob
 from dsv4_jax.serving.settings import EngineSettings
+from dsv4_jax.serving.step_tokens import StepTokens
 
 LOGGER = logging.getLogger(__name__)
 
@@ -82,6 +83,8 @@ class EngineStatus:
     draft_steps: tuple[tuple[int, int], ...] = ()  # (drafts that a step verified, such steps)
     tokens_held: int = 0  # in the rows of slots
     prefix_pages: int = 0  # that hold something
+    steps_by_tokens: tuple[int, ...] = ()  # by `step_tokens.BOUNDS`
+    step_tokens: int = 0  # of all steps
 
 
 Listener = Callable[[Output], None]
@@ -122,6 +125,7 @@ class Engine:
         self._failure: BaseException | None = None
         self._num_open = 0  # accepted and not finished
         self._finished = self._prompt_tokens = self._generated = 0
+        self._step_tokens = StepTokens()
         self._thread = threading.Thread(target=self._run, name="dsv4-engine", daemon=True)
         self._thread.start()
 
@@ -231,6 +235,8 @@ class Engine:
                 draft_steps=tuple(sorted(core.widths.steps.copy().items())),
                 tokens_held=core.scheduler.tokens_held,
                 prefix_pages=len(prefixes) if prefixes else 0,
+                steps_by_tokens=tuple(self._step_tokens.counts),
+                step_tokens=self._step_tokens.total,
             )
 
     @property
@@ -328,7 +334,10 @@ class Engine:
                         command()
                     except _Ended:
                         ended = True
+                before = self._core.prefilled
                 outputs = self._core.step() if self._core.has_work else []
+                drawn = sum(len(output.token_ids) for _, output in outputs)
+                self._step_tokens.add(self._core.prefilled - before + drawn)
                 self._deliver(outputs)
                 if ended:
                     return

@@ -18,6 +18,7 @@ from dsv4_jax.serving.chat.answer import (
 )
 from dsv4_jax.serving.chat.from_openai import conversation_from_openai
 from dsv4_jax.serving.chat.messages import Conversation
+from dsv4_jax.serving.chat.parser import MAX_CALLS
 from dsv4_jax.serving.http import samplings
 from dsv4_jax.serving.http.asked_grammar import grammar_of
 from dsv4_jax.serving.http.choices import Choices
@@ -43,6 +44,11 @@ class ChatRequest:
     prompt: Prompt
     sampling: Sampling
     warnings: tuple[str, ...]
+
+    @property
+    def max_calls(self) -> int:
+        """Calls of tools that each answer may have."""
+        return 1 if self.fields.parallel_tool_calls is False else MAX_CALLS
 
     @property
     def num_choices(self) -> int:
@@ -81,7 +87,9 @@ def read_chat(service: Service, model: Model, body: Mapping[str, Any]) -> ChatRe
     wanted = (fields.top_logprobs or 0) if fields.logprobs else None
     samplings.check_logprobs(service.limits, room * (fields.n or 1), wanted)
     sampling = samplings.sampling_of(fields, max_tokens=room, logprobs=wanted)
-    if (grammar := grammar_of(model, conversation, prompt.reasons)) is not None:
+    most_calls = 1 if fields.parallel_tool_calls is False else None
+    grammar = grammar_of(model, conversation, prompt.reasons, most_calls=most_calls)
+    if grammar is not None:
         sampling = dataclasses.replace(sampling, grammar=grammar)
     samplings.check_served(model, prompt.ids, sampling)
     return ChatRequest(fields, prompt, sampling, conversation.warnings)

@@ -1,12 +1,15 @@
 """Numbers for Prometheus, under vLLM's names with our prefix. Labels never come from clients."""
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
+from dsv4_jax.serving.compiles import compiles
 from dsv4_jax.serving.engine import EngineStatus
 from dsv4_jax.serving.settings import EngineSettings
+from dsv4_jax.serving.step_tokens import BOUNDS
 
 PREFIX = "dsv4:"
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
@@ -29,6 +32,7 @@ class Metrics:
     ) -> None:
         self.registry = CollectorRegistry()
         self._model, self._status, self._sizes = model, status, sizes
+        self._compiles = compiles()
         self.registry.register(self)
         self.first_token = self._histogram("time_to_first_token_seconds", "From arrival", SECONDS)
         self.between_tokens = self._histogram("inter_token_latency_seconds", "Between outputs", SECONDS)
@@ -43,6 +47,7 @@ class Metrics:
         self.recoveries = self._counter("parser_recoveries", "Mended answers", "kind")
         self.disconnects = self._counter("disconnect_aborts", "Clients that left")
         self.slow_readers = self._counter("slow_reader_aborts", "Streams that nobody read")
+        self.leak_guard = self._counter("dsml_leak_guard", "Markers of calls kept out of contents")
         self.corrupted = self._counter("corrupted_requests", "Answers whose logits were no numbers")
 
     def text(self) -> bytes:
@@ -54,7 +59,17 @@ class Metrics:
         return ()
 
     def collect(self) -> Iterator[Metric]:
-        """The engine's own numbers of this moment."""
+        """The engine's own numbers of this moment, and the compiler's."""
+        found = self._compiles.count, self._compiles.seconds
+        for name, text, value in zip(
+            ("compile_events", "compile_seconds"),
+            ("Compiled programs", "Spent with them"),
+            found,
+            strict=True,
+        ):
+            metric = CounterMetricFamily(PREFIX + name, text, labels=["model"])
+            metric.add_metric([self._model], value)
+            yield metric
         status = self._status()
         if status is None:
             return
@@ -83,7 +98,18 @@ class Metrics:
         for place, (kept, _) in enumerate(status.drafts):
             places.add_metric([self._model, str(place)], kept)
         yield places
+        yield self._steps(status)
         yield self._usage(status)
+
+    def _steps(self, status: EngineStatus) -> Metric:
+        name = PREFIX + "iteration_tokens_total"
+        steps = HistogramMetricFamily(name, "Steps by the tokens they computed and drew", labels=["model"])
+        if status.steps_by_tokens:
+            bounds = [*map(float, BOUNDS), float("inf")]
+            so_far = itertools.accumulate(status.steps_by_tokens)
+            words = ["+Inf" if bound == float("inf") else str(bound) for bound in bounds]
+            steps.add_metric([self._model], list(zip(words, so_far, strict=True)), status.step_tokens)
+        return steps
 
     def _usage(self, status: EngineStatus) -> Metric:
         """Shares of memory in use: a slot owns its window and state whole, its other rows token by token."""

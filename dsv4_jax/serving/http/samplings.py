@@ -3,6 +3,7 @@
 import hashlib
 import secrets
 
+from dsv4_jax.errors import ProblemsError
 from dsv4_jax.serving.http.errors import HttpProblem, invalid
 from dsv4_jax.serving.http.limits import Limits
 from dsv4_jax.serving.http.schemas import Sampled
@@ -79,7 +80,20 @@ def check_served(model: Model, ids: tuple[int, ...], sampling: Sampling) -> None
     """Raises ProblemsError for what the engine would refuse, before any choice of the request is served."""
     lm = model.engine.lm
     sizes = (lm.config.vocab_size, model.engine.settings.max_length)
-    checked_request(ids, sampling, lm.stop_token_ids, lm.tokenizer is not None, *sizes)
+    try:
+        checked_request(ids, sampling, lm.stop_token_ids, lm.tokenizer is not None, *sizes)
+    except ProblemsError as refused:
+        raise ProblemsError(refused.what, [_with_field(problem) for problem in refused.problems]) from None
+
+
+_FIELDS = {"token ids": "prompt", "a token id of logit_bias": "logit_bias", "a stop token id": "stop_token_ids"}
+
+
+def _with_field(problem: str) -> str:
+    """A problem of the engine's with the field that it is about, where it begins otherwise."""
+    return next(
+        (f"{field}: {problem}" for words, field in _FIELDS.items() if problem.startswith(words)), problem
+    )
 
 
 def check_logprobs(limits: Limits, num_tokens: int, wanted: int | None) -> None:

@@ -53,6 +53,12 @@ def _biases(value: object) -> dict[int, float]:
     return found
 
 
+def _nothing(value: object) -> str | None:
+    if value not in (None, ""):
+        raise ValueError("is not offered")
+    return None
+
+
 def _is_ids(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(id, int) and not isinstance(id, bool) for id in value)
 
@@ -110,6 +116,7 @@ class ChatFields(Sampled):
     max_completion_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    parallel_tool_calls: bool | None = None
 
 
 class Thinking(_Fields):
@@ -147,7 +154,7 @@ class CompletionFields(Sampled):
     logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     echo: bool | None = None
     best_of: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
-    suffix: Annotated[str, Field(max_length=0)] | None = None
+    suffix: Annotated[Any, PlainValidator(_nothing)] = None
     add_special_tokens: bool | None = None
 
 
@@ -171,5 +178,7 @@ def _path(location: tuple[int | str, ...]) -> str:
 
 
 def _rule(message: str) -> str:
+    if message.startswith("Input should be a valid dictionary"):  # which names a class of ours
+        return "must be an object"
     rule = message.removeprefix("Value error, ").replace("Input should", "should")
     return rule[:1].lower() + rule[1:]

@@ -114,6 +114,7 @@ async def steps(choices: Choices, turns: Sequence[Turn], metrics: Metrics) -> As
                 choices.stop(index)
                 for kind, count in turn.parser.recoveries.items():
                     metrics.recoveries.labels(kind).inc(count)
+                metrics.leak_guard.inc(turn.parser.recoveries["marker_in_words"])
             yield step
 
 

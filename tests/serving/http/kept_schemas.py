@@ -70,8 +70,9 @@ SCHEMAS = {
     "names of unicode": closed(**{"名": SHORT, "ключ ☃": {"type": "null"}, '"\\': {"const": 1}}),
     "optional properties": {"type": "object", "additionalProperties": False, "properties": {
         "a": {"type": "null"}, "b": {"type": "boolean"}, "c": integer(0, 9)}},
-    "optional among needed": {"type": "object", "required": ["b"], "additionalProperties": False, "properties":
-        {"a": {"type": "null"}, "b": {"type": "boolean"}, "c": integer(0, 9)}},
+    "optional among needed": {
+        "type": "object", "required": ["b"], "additionalProperties": False,
+        "properties": {"a": {"type": "null"}, "b": {"type": "boolean"}, "c": integer(0, 9)}},
     "needed without a schema": {"type": "object", "required": ["z"], "additionalProperties": integer(0, 1),
                                 "maxProperties": 1},
     "additional properties": {"type": "object", "properties": {"a": {"const": 1}}, "required": ["a"],
@@ -96,7 +97,7 @@ SCHEMAS = {
     "recursion of the root": {"type": "object", "additionalProperties": False, "properties": {
         "next": {"$ref": "#"}}},
     "a whole record": {
-        "$schema": "https://json-schema.org/draft/2020-12/schema", "title": "Order", "description": "a shop's",
+        "$schema": "https://json-schema.org/draft/2020-12/schema", "title": "Order", "description": "x",
         "$defs": {"address": ADDRESS},
         **closed(id={"type": "string", "format": "uuid"}, when={"type": "string", "format": "date"},
                  to={"$ref": "#/$defs/address"}, state={"enum": ["open", "paid"]},

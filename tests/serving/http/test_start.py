@@ -13,7 +13,9 @@ import httpx
 import pytest
 
 from dsv4_jax.command_line.main import run
-from dsv4_jax.command_line.memory_plan import GiB, MemoryPlan, check_plan
+from dsv4_jax.command_line.memory_plan import GiB, MemoryPlan, check_plan, free_memory, memory_plan
+from dsv4_jax.command_line.serve import Progress
+from dsv4_jax.config import io as config_io
 from dsv4_jax.errors import ProblemsError
 from dsv4_jax.serving.settings import EngineSettings
 from tests.serving.http import served
@@ -163,6 +165,10 @@ def test_what_cannot_be_served_is_said_before_anything_is_loaded(folder, tmp_pat
     ):
         assert run(["serve", str(folder), *arguments]) == 2
         assert rule in capsys.readouterr().err
+    assert run(["serve", str(folder), "--mesh", "expert=x"]) == 2
+    assert "expert=x" in capsys.readouterr().err
+    assert run(["serve", str(folder), "--mesh", "expert=3"]) == 2
+    assert capsys.readouterr().err.count("cannot") >= 1
     assert run(["serve", str(tmp_path)]) == 2
 
 
@@ -174,6 +180,60 @@ def test_a_failed_start_ends_with_its_reason(folder, tmp_path, started):
     server = started(tmp_path)
     assert server.end(120) == 2, server.said
     assert weights.name in server.said
+
+
+def test_a_plan_over_a_mesh_is_of_one_device(folder):
+    config = config_io.read_config_file(folder).config
+    sizes = EngineSettings(num_slots=4, max_length=512)
+    one, four = (memory_plan(folder, config, sizes, "float32", "plain", mesh) for mesh in (None, "expert=4"))
+    assert one.weights / 4 < four.weights < one.weights, "experts are split, other weights are not all"
+    assert four.row * 4 <= one.row * 1.01 and four.prefixes == one.prefixes
+    assert free_memory("expert=4") <= free_memory() / 3
+
+
+def test_progress_of_a_start_is_told(monkeypatch):
+    service, said = served.Service("m"), []
+    progress = Progress(service, said.append)
+    progress.begin("loading the checkpoint")
+    progress.read("a", 25, 100)
+    assert service.doing == "loading the checkpoint: 25%" and said == ["loading the checkpoint"]
+    monkeypatch.setattr("dsv4_jax.command_line.serve.LINE_SECONDS", 0.0)
+    progress.read("b", 3 << 29, 3 << 30)
+    assert re.fullmatch(
+        r"loading the checkpoint: 50%, 1\.50 of 3\.00 GiB, [\d.]+ GiB/s, \d+ s left", said[-1]
+    )
+    progress.begin("warm-up")
+    for number, seconds in enumerate((0.1, 12.34)):
+        progress.compiled("decode", None)
+        assert service.doing == f"warm-up: decode, program {number + 1}"
+        progress.compiled("decode", seconds)
+    assert said[-2:] == ["warm-up", "compiled decode in 12.3 s (program 2)"]
+
+
+DEVICES = "--xla_force_host_platform_device_count=2"
+
+
+@pytest.mark.slow
+def test_answers_over_a_mesh_are_those_of_one_device(folder, started, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", DEVICES)
+    found = []
+    for more in ((), ("--mesh", "expert=2")):
+        server = started(folder, *more)
+        url = server.url()
+        until(lambda url=url: httpx.get(f"{url}/ready").status_code == 200, 560)
+        answers = []
+        for fields in ({"temperature": 0}, {"seed": 4}, {"seed": 5, "temperature": 0.5}):
+            asked = {"prompt": "hello wörld", "max_tokens": 24, "logprobs": 1, **fields}
+            choice = httpx.post(f"{url}/v1/completions", json=asked, timeout=60).json()["choices"][0]
+            answers.append(choice["text"])
+        scored = {"prompt": "hello wörld", "max_tokens": 0, "echo": True, "logprobs": 1}
+        lists = httpx.post(f"{url}/v1/completions", json=scored, timeout=60).json()["choices"][0]["logprobs"]
+        found.append((answers, lists["token_logprobs"][1:]))
+        assert ("expert=2" in server.said) == bool(more), server.said
+        server.process.send_signal(signal.SIGTERM)
+        assert server.end() == 0, server.said
+    (alone, scores), (spread, others) = found
+    assert spread == alone and others == pytest.approx(scores, abs=1e-4)
 
 
 def test_a_plan_that_does_not_fit_says_what_would():
