@@ -84,7 +84,8 @@ def print_model(config: RunConfig, model: ModelConfig, console: Console) -> None
         f" {model.num_hidden_layers} layers, {origin}; {config.policy.param_dtype.name} parameters,"
         f" {config.policy.compute_dtype.name} arithmetic, remat {config.policy.remat}"
     )
-    console.print(f"mesh: {config.mesh or 'one device'}; {amount(config.num_tokens)} tokens in all")
+    sent = "; gradients travel in bfloat16" if config.exchange == "bfloat16" else ""
+    console.print(f"mesh: {config.mesh or 'one device'}{sent}; {amount(config.num_tokens)} tokens in all")
 
 
 def _groups(config: RunConfig, model: ModelConfig) -> Table:

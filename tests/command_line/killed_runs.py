@@ -69,14 +69,19 @@ def ended(running: Command, seconds: float = 600) -> tuple[int, str, str]:
     return running.process.returncode, *texts
 
 
-def wait_for_steps(running: Command, out: pathlib.Path, more_than: int, seconds: float = 120) -> None:
-    """Returns when the run has told of another step, or has ended."""
+def wait_for_steps(running: Command, out: pathlib.Path, more_than: int, seconds: float = 900) -> None:
+    """Returns when the run has told of another step, or has ended; before that it notices no signal.
+
+    Raises:
+        AssertionError: it has done neither for so long, on a machine that is busy.
+    """
     limit = time.monotonic() + seconds
     while running.process.poll() is None and time.monotonic() < limit:
         records = read_lines(out / METRICS_FILE)
         if records and records[-1].get("step", 0) > more_than:
             return
         time.sleep(0.01)
+    assert running.process.poll() is not None, f"no step after {more_than} in {seconds} seconds"
 
 
 def kill(running: Command, out: pathlib.Path, chance: random.Random) -> str:
