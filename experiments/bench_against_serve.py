@@ -6,7 +6,8 @@
 Both servers run on this machine, float32, and answer the same texts over `/v1/completions`, greedily; while
 one serves, the other sleeps. Rounds alternate, and the ratio is the median of the rounds' ratios. CPU seconds
 of the servers' processes are beside the wall time: on a shared machine they say what a token costs.
-transformers' server runs as it comes; its continuous batching, an option, only if `--batching` is given.
+transformers' server runs as it comes; its continuous batching, an option, only if `--batching` is given. It
+needs fastapi, uvicorn and accelerate beside the `test` extra.
 """
 
 import concurrent.futures
@@ -45,6 +46,8 @@ class Options:
     """At once, and in a round."""
     prompt_characters: int = 200
     answer_tokens: int = 32
+    max_length: int = 1024
+    """Of our engine. Prompts that wait may have a few times as many tokens together; more get a 429."""
     batching: bool = False
     """transformers' continuous batching."""
     patience: float = 900.0
@@ -119,9 +122,8 @@ def both(options: Options, folder: Path) -> Iterator[tuple[Server, Server]]:
     load_model(options.checkpoint, dtype="float32").save(converted, layout="transformers")
     ports = free_port(), free_port()
     name = str(options.checkpoint)
-    longest = options.prompt_characters + options.answer_tokens + 1  # a character is at most a token
     ours = [sys.executable, "-m", "dsv4_jax", "serve", name, "--dtype", "float32", "--port", str(ports[0])]
-    ours += ["--max-length", str(longest), "--slots", str(options.requests), "--lanes", "4"]
+    ours += ["--max-length", str(options.max_length), "--slots", str(options.requests), "--lanes", "4"]
     ours += ["--prefix-blocks", "0", "--name", "model"]  # no prompt is sent without being computed
     theirs = [str(Path(sys.executable).with_name("transformers")), "serve", str(converted), "--port"]
     theirs += [str(ports[1]), "--device", "cpu", "--dtype", "float32"]

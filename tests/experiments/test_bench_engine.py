@@ -42,5 +42,5 @@ def test_the_benchmark_runs(tmp_path, monkeypatch):
     )
     bench_engine.main(rounds=1, slots=4, lanes=2, max_length=256, answer_tokens=4, out=out)
     record = json.loads(out.read_text())
-    assert [pair["equal"] for pair in record["pairs"]] == [16, 1, 16]
+    assert [pair["equal"] for pair in record["pairs"]] == [16, 16, 1, 16]
     assert out.with_suffix(".png").stat().st_size > 10_000

@@ -7,6 +7,7 @@ import pytest
 from experiments import bench_train
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs(tmp_path):
     out = tmp_path / "bench.json"
     bench_train.main(bench_train.Options(sizes=("tiny",), repeats=2, muon=False, out=out))
