@@ -3,7 +3,7 @@
     python -m experiments.plan_check                    # an hour on two shared cores
     python -m experiments.plan_check --cases train-adamw
 
-A case is two units of V4-Flash (a CSA and an HCA layer each), the second a repeat of the first, on a slice
+A case is four units of V4-Flash, repeats of one (a CSA and an HCA layer), on a slice
 that is not here; nothing runs. Arguments (weights, optimizer, cache and state: what formulas can know) must
 be within 3 % of the compiler's, padding included. Temporaries stand beside their estimate; in training the
 compiler counts gradients among them. Rows of full-size steps are taken from
@@ -29,7 +29,7 @@ from dsv4_jax.planning.slices import parse_slice
 from experiments import full_size_compiles, study_record
 
 TOLERANCE = 0.03
-UNITS = 2
+UNITS = 4
 
 CASES: dict[str, dict[str, Any]] = {
     "train-adamw": {"at": "v5p:4x4x4 fsdp=8,expert=8", "work": "train", "batch": 64, "context": 4096}
@@ -118,8 +118,8 @@ def markdown(rows: list[dict[str, Any]], command: str) -> str:
     head = ("case", "slice", "mesh", "work", "arguments, GiB, formula", "compiler", "formula is off by")
     head += ("temporaries, formula", "compiler")
     return (
-        f"# Formulas against the compiler's memory\n\n`{command}`. Of one device. Arguments must agree within "
-        f"{100 * TOLERANCE:g} %; gradients count as temporaries, which are an estimate.\n\n"
+        f"# Formulas against the compiler's memory\n\n`{command}`. Of one device. Arguments must agree "
+        f"within {100 * TOLERANCE:g} %; gradients count as temporaries, which are an estimate.\n\n"
         f"{study_record.table(head, lines)}"
     )
 

@@ -121,7 +121,7 @@ def _compiled_table(made: "Plan", found: "Compiled") -> "Table":
     for axes in dict.fromkeys((*formula_links, *found.moved_by_axes)):
         said = _gib(formula_links[axes]) if axes in formula_links else ""
         seen = _gib(found.moved_by_axes[axes]) if axes in found.moved_by_axes else ""
-        table.add_row(f"along {axes}, GiB a step (received; results)", said, seen)
+        table.add_row(f"along {axes}, GiB (received; results)", said, seen)
     table.add_section()
     total = sum(made.demand.flops.values())
     xla = "" if found.flops is None else f"{found.flops / 1e9:.3f}"

@@ -192,7 +192,9 @@ def _hbm_bytes(job: Job) -> dict[str, float]:
     for part in parts_of(job):
         role, num_bytes = part.parameter.role, float(part.num_bytes)
         all_bytes += num_bytes
-        if GATHERED in part.axes:
+        if GATHERED in part.axes and job.work == "train":
+            num_bytes *= 1 + gathered  # float32 is read; what arrives, bfloat16, is written and read
+        elif GATHERED in part.axes:
             num_bytes *= 2 * gathered - 1  # what arrives is written and read
         if role == "expert":
             experts += num_bytes * hit_share(job, part)

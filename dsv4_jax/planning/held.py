@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from dsv4_jax.config import ModelConfig
+from dsv4_jax.config.layer_stacks import layer_stacks
 from dsv4_jax.inspection.spread import Weights, parameter_rows
 from dsv4_jax.model.cache import new_cache
 from dsv4_jax.model.gathering import GATHERED
@@ -170,7 +171,7 @@ def temporaries(job: Job) -> int:
 
     and in training, where every layer is computed again in the backward pass:
 
-    kept     2 t N D (L + 1)      streams between layers
+    kept     2 t N D (U + 1)      streams between the U units of layers that are computed again as one
     twice    of queries and rows: values and their gradients; logits of at most 1024 tokens at a time
 
     What the compiler really takes is beside it wherever a plan is compiled.
@@ -184,7 +185,8 @@ def temporaries(job: Job) -> int:
     total += t * rows
     if job.work == "train":
         total *= 2
-        total += 2 * t * streams * (config.num_hidden_layers + 1)
+        units = sum(stack.repeats for stack in layer_stacks(config))
+        total += 2 * t * streams * (units + config.num_nextn_predict_layers + 1)
     scored = {"decode": t, "prefill": job.rows_a_device, "train": min(t, 1024)}[job.work]
     split = next((part.ways for part in parts_of(job) if part.parameter.role == "head"), 1)
     total += 8 * max(scored, job.tokens / split / ways if job.work == "decode" else 0) * config.vocab_size

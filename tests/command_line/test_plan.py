@@ -5,6 +5,7 @@ import json
 import pytest
 
 from dsv4_jax.command_line import main as cli
+from dsv4_jax.planning import compiled, described
 
 
 def plan(capsys, *arguments):
@@ -57,6 +58,11 @@ def test_what_does_not_fit_is_refused_with_what_would(capsys):
         (("--slice", "v6e:4x8", "--length", "9"), "only training has it"),
         (("--slice", "v6e:4x8", "--mesh", "expert=16"), "takes 16 devices"),
         (("--slice", "v6e:4x8", "--batch", "0"), "--batch 0: must be at least 1"),
+        (("--slice", "v6e:4x8", "--optimizer", "adamw"), "--optimizer adamw: only training has one"),
+        (("--slice", "v6e:4x8", "--draft", "dspark"), "--draft dspark: this model has no DSpark head"),
+        (("--slice", "v6e:4x8", "--draft", "mtp", "--work", "prefill"), "only decode drafts, not prefill"),
+        (("--slice", "v6e:4x8", "--draft", "mtp", "--tokens-a-pass", "3"), "a step computes 2 tokens a row"),
+        (("--slice", "v6e:4x8", "--tokens-a-pass", "0.5"), "a step appends at least 1 token"),
         (("--slice", "v6e:4x8", "--usd-per-chip-hour", "-1"), "must be more than 0"),
     ],
 )
@@ -71,3 +77,88 @@ def test_other_work_is_planned(capsys, work):
     plain = json.loads(out)
     assert code == 0 and plain["job"]["work"] == work
     assert plain["job"]["tokens_of_a_row"] == {"prefill": 2048, "train": 4096}[work]
+
+
+def test_a_draft_costs_memory_and_time_and_gives_tokens(capsys):
+    def planned(*more):
+        wanted = ("flash", "--slice", "v6e:4x8", "--mesh", "expert=16,tensor=2", "--json", *more)
+        code, out, _ = plan(capsys, *wanted)
+        assert code == 0
+        return json.loads(out)
+
+    bare, drafting = planned(), planned("--draft", "mtp", "--tokens-a-pass", "1.8")
+    assert drafting["job"]["draft"] == "mtp" and drafting["job"]["tokens_of_a_row"] == 2
+    assert drafting["held_bytes"]["weights"] > bare["held_bytes"]["weights"]
+    assert drafting["held_bytes"]["state"] > bare["held_bytes"]["state"]
+    assert drafting["step_seconds"][0] > bare["step_seconds"][0]
+    # 1.8 tokens of a row in a step that is not 1.8 times as long.
+    assert drafting["tokens_a_second_a_chip"][1] > bare["tokens_a_second_a_chip"][1]
+    assert drafting["tokens_a_second_a_chip"][1] * drafting["step_seconds"][0] == pytest.approx(1.8 * 64 / 32)
+
+
+def test_adamw_keeps_two_moments_of_everything(capsys):
+    def optimizer(name):
+        wanted = ("--slice", "v5p:4x8x8", "--mesh", "fsdp=8,expert=32", "--work", "train", "--batch", "256")
+        _, out, _ = plan(capsys, "flash", *wanted, "--json", "--optimizer", name)
+        plain = json.loads(out)
+        assert plain["job"]["optimizer"] == name
+        return plain["held_bytes"]["optimizer"] / plain["held_bytes"]["weights"], "Newton-Schulz" in plain[
+            "flops"
+        ]
+
+    assert optimizer("adamw") == (pytest.approx(2, rel=0.01), False)
+    share, orthogonalises = optimizer("muon")
+    assert 1 < share < 1.2 and orthogonalises
+
+
+GIB = 2**30
+FOUND = compiled.Compiled(
+    libtpu="9.9", lower_seconds=1.5, compile_seconds=62.25,
+    arguments={"weights": 7 * GIB, "cache": GIB}, argument_bytes=9 * GIB, output_bytes=GIB, alias_bytes=GIB,
+    temporary_bytes=GIB // 2, peak_bytes=9 * GIB, flops=5e9, kernel_calls=83, xla_seconds=0.0125,
+    whole={"weights['head']": GIB},
+    moved=(
+        compiled.Collective("all-gather", "expert", GIB // 4, 2, "bf16[8]", "linear"),
+        compiled.Collective("all-reduce", "expert+tensor", GIB, 1, "f32[8]", "experts"),
+    ),
+)  # fmt: skip
+
+
+@pytest.fixture
+def a_compiler(monkeypatch):
+    """One that says the same of every job."""
+    monkeypatch.setattr(described, "devices", lambda place: ())
+    monkeypatch.setattr(compiled, "compiled", lambda job: FOUND)
+
+
+def test_compiled_figures_stand_beside_formulas(capsys, a_compiler, tmp_path):
+    wanted = ("flash", "--slice", "v6e:4x8", "--mesh", "expert=16,tensor=2", "--compile")
+    code, out, err = plan(capsys, *wanted, "--plot", str(tmp_path))
+    assert code == 0 and "compiling decode for v6e:4x8, mesh expert=16,tensor=2" in err
+    assert "compiled by libtpu 9.9" in out and "nothing was measured or compiled" not in out
+    for row in (
+        "cache and state, GiB │ 0.449 │ 1.000",
+        "all arguments, with padding, GiB │ 7.838 │ 9.000",
+        "temporaries (formula: estimate), GiB │ 0.003 │ 0.500",
+        "│ 9.500",  # arguments and temporaries: the results take the place of arguments
+        "XLA's own operations, estimated, ms │ │ 12.500",
+        "to compile, s │ │ 62.2",
+    ):
+        assert row in out, row
+    assert "held whole by every device: weights['head'], 1.000 GiB" in out
+    assert {path.stem for path in tmp_path.iterdir()} == {"hbm", "roofline", "rows", "context"}
+    assert str(tmp_path / "hbm.png") in err.replace("\n", "")
+
+
+def test_json_holds_what_the_compiler_says(capsys, a_compiler):
+    wanted = ("--slice", "v6e:4x8", "--mesh", "expert=16,tensor=2", "--compile", "--json")
+    plain = json.loads(plan(capsys, "flash", *wanted)[1])
+    assert plain["compiled"]["moved_by_axes"] == {"expert+tensor": GIB, "expert": GIB // 2}
+    assert plain["compiled"]["held_bytes"] == 9.5 * GIB and "Nothing ran" in plain["basis"]
+
+
+def test_what_cannot_be_compiled_is_refused_before_anything_long(capsys, monkeypatch):
+    monkeypatch.setattr(described.importlib.util, "find_spec", lambda name: None)
+    code, out, err = plan(capsys, "flash", "--slice", "v6e:4x8", "--compile")
+    assert code == 2 and not out
+    assert "the TPU compiler (libtpu) is not installed; pip install 'dsv4_jax[plan]' brings it" in err
