@@ -16,13 +16,15 @@ README = (ROOT / "README.md").read_text()
 def test_the_commands_are_the_ones_ci_runs():
     blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
     marked = re.findall(r"<!-- ci:(\w+) -->\n```bash\n(.*?)```", README, re.DOTALL)
-    assert [name for name, _ in marked] == ["quickstart", "tests", "mesh", "serve", "curl"]
+    assert [name for name, _ in marked] == ["quickstart", "tests", "mesh", "train", "serve", "curl"]
     assert [text for _, text in marked] == blocks
     for text in blocks[:2]:
         assert text.startswith("python3 -m venv .venv && .venv/bin/pip install -e ")
         assert "-c constraints.txt" in text
     script = (ROOT / ".ci" / "run").read_text()
-    assert 'run quickstart " --minutes' in script and "\nrun tests\n" in script and "\nrun mesh\n" in script
+    assert 'run quickstart " --minutes' in script and all(
+        f"\nrun {name}\n" in script for name in ("mesh", "train", "tests")
+    )
 
 
 def test_ci_script_is_sound_bash():
