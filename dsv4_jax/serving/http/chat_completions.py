@@ -132,7 +132,7 @@ class ChatAnswer:
         self._choices = Choices(service, model, request.asked(), salt, cut)
         fields = request.fields
         self._turns = [
-            Turn(model, request.prompt, fields.stop, bool(fields.ignore_eos))
+            Turn(model, request.prompt, fields.stop, bool(fields.ignore_eos), request.max_calls)
             for _ in range(request.num_choices)
         ]
         self._head = {

@@ -100,6 +100,7 @@ async def _serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
     sockets = [server.config.bind_socket()]
+    sockets[0].listen(server.config.backlog)  # what is announced takes connections, if not answers yet
     host, port = sockets[0].getsockname()[:2]
     announce(f"listening on http://{host}:{port} (not ready yet)")
     serving = asyncio.create_task(server.serve(sockets))

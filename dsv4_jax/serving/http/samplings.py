@@ -86,7 +86,11 @@ def check_served(model: Model, ids: tuple[int, ...], sampling: Sampling) -> None
         raise ProblemsError(refused.what, [_with_field(problem) for problem in refused.problems]) from None
 
 
-_FIELDS = {"token ids": "prompt", "a token id of logit_bias": "logit_bias", "a stop token id": "stop_token_ids"}
+_FIELDS = {
+    "token ids": "prompt",
+    "a token id of logit_bias": "logit_bias",
+    "a stop token id": "stop_token_ids",
+}
 
 
 def _with_field(problem: str) -> str:

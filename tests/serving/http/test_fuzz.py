@@ -17,7 +17,7 @@ FIELDS = (
     "top_logprobs", "echo",
     "best_of", "suffix", "tools", "tool_choice", "response_format", "reasoning_effort", "thinking",
     "chat_template_kwargs", "user", "cache_salt", "add_special_tokens", "system", "metadata",
-    "stop_sequences", "output_config",
+    "stop_sequences", "output_config", "parallel_tool_calls",
 )  # fmt: skip
 WORDS = (
     "role", "content", "user", "assistant", "system", "tool", "type", "text", "function", "name",

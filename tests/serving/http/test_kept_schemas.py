@@ -52,7 +52,7 @@ def drawn(grammar, seed, most=1500):
         hurries = len(tokens) > HURRY
         if state.may_end() and (not allowed or hurries or chance.random() < 0.3):
             return tokens
-        if hurries and MARKER in allowed:
+        if hurries and MARKER in allowed and chance.random() < 0.7:
             allowed = [MARKER]
         elif hurries:
             allowed = [id for id in allowed if TOKENIZER.id_to_token(id) in ENDS] or allowed
@@ -238,6 +238,18 @@ def server():
     yield running
     served.until(running.idle)
     running.close()
+
+
+def test_one_call_at_a_time_is_part_of_the_grammar(server):
+    tool = {"type": "function", "function": {"name": "g", "parameters": {"type": "object"}}}
+    most = {}
+    for parallel in (False, True):
+        asked = {"tools": [tool], "tool_choice": "required", "parallel_tool_calls": parallel}
+        assert server.chat(**asked).status_code == 200
+        grammar = server.engine.asked[-1][1].grammar
+        drawn_calls = [calls_of(drawn(grammar, seed), (Tool({"name": "g"}),)) for seed in range(8)]
+        most[parallel] = max(map(len, drawn_calls))
+    assert most[False] == 1 < most[True]
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
