@@ -37,8 +37,9 @@ from dsv4_jax.serving.settings import EngineSettings
 from experiments.study_record import stamp, table, write
 
 SHOWN = (
-    "output_tokens_per_second", "cpu_ms_a_token", "first_token_ms_p50", "first_token_ms_p90", "first_token_ms_p99",
-    "token_gap_ms_p50", "token_gap_ms_p90", "token_gap_ms_p99", "whole_answer_ms_p50", "whole_answer_ms_p99",
+    "output_tokens_per_second", "cpu_ms_a_token", "first_token_ms_p50", "first_token_ms_p90",
+    "first_token_ms_p99", "token_gap_ms_p50", "token_gap_ms_p90", "token_gap_ms_p99", "whole_answer_ms_p50",
+    "whole_answer_ms_p99",
 )  # fmt: skip
 
 
