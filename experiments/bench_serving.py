@@ -7,13 +7,15 @@
 Every load goes to both in turn, in rounds that alternate, with the same prompts and seeds: the overhead is
 the median of the rounds' ratios. Over HTTP each token is an event (`logprobs: 0`, also asked of the bare
 engine). Times are a client's. The clients need the processor, too: on few cores they are part of the
-overhead.
+overhead. CPU milliseconds a token are of all processes together, clients included: on a machine that others
+use they say what HTTP costs, and the rates say what others left.
 """
 
 import asyncio
 import contextlib
 import dataclasses
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -35,8 +37,9 @@ from dsv4_jax.serving.settings import EngineSettings
 from experiments.study_record import stamp, table, write
 
 SHOWN = (
-    "output_tokens_per_second", "first_token_ms_p50", "first_token_ms_p90", "first_token_ms_p99",
-    "token_gap_ms_p50", "token_gap_ms_p90", "token_gap_ms_p99", "whole_answer_ms_p50", "whole_answer_ms_p99",
+    "output_tokens_per_second", "cpu_ms_a_token", "first_token_ms_p50", "first_token_ms_p90",
+    "first_token_ms_p99", "token_gap_ms_p50", "token_gap_ms_p90", "token_gap_ms_p99", "whole_answer_ms_p50",
+    "whole_answer_ms_p99",
 )  # fmt: skip
 
 
@@ -109,6 +112,11 @@ class Server:
             with contextlib.suppress(ConnectionError):
                 await writer.wait_closed()
 
+    def cpu_seconds(self) -> float:
+        """Of its process so far, all threads."""
+        fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
     def close(self) -> None:
         """Ends the process."""
         self._process.terminate()
@@ -165,6 +173,7 @@ def main(
         raise ProblemsError("this load cannot be sent", problems)
     kinds = [(way, long) for long in (0, max_length - 8) for way in ("engine", "HTTP")]
     found: dict[str, list[dict[str, float]]] = {_name(*kind): [] for kind in kinds}
+    load_before = os.getloadavg()[0]
     with serving(checkpoint, settings) as (engine, server):
         vocab_size = engine.lm.config.vocab_size
 
@@ -175,13 +184,19 @@ def main(
         for number in range(-1, rounds):  # one that does not count
             seeded = dataclasses.replace(load, seed=number + 1)
             for way, long in kinds if number % 2 else kinds[::-1]:
+                cpu = time.process_time() + server.cpu_seconds()
                 if long:
                     seen, seconds, prompts = asyncio.run(
                         beside_long_prompts(ways[way], vocab_size, seeded, long)
                     )
                 else:
                     (seen, seconds), prompts = asyncio.run(send(ways[way], vocab_size, seeded)), 0
-                row = summary(seen, seconds) | {"long_prompts": prompts}
+                cpu = time.process_time() + server.cpu_seconds() - cpu
+                tokens = sum(len(one.arrived) for one in seen)
+                row = summary(seen, seconds) | {
+                    "long_prompts": prompts,
+                    "cpu_ms_a_token": 1e3 * cpu / max(tokens, 1),
+                }
                 if number >= 0:
                     found[_name(way, long)].append(row)
                 print(number, _name(way, long), f"{row['output_tokens_per_second']:.1f} tokens/s")
@@ -201,9 +216,20 @@ def main(
         for name, row in rows.items()
     ]
     lines.append(["HTTP / engine, median of pairs", *(f"{overhead[key]:.3f}" for key in SHOWN), ""])
-    text = f"# HTTP over the bare engine, {streams} streams\n\n{table(head, lines)}"
+    load_after = os.getloadavg()[0]
+    text = (
+        f"# HTTP over the bare engine, {streams} streams\n\nMedians of {rounds} rounds; load average "
+        f"{load_before:.1f} before and {load_after:.1f} after.\n\n{table(head, lines)}"
+    )
     sizes = dataclasses.asdict(settings)
-    record = {"engine": sizes, "rounds": rounds, "rows": rows, "http_over_engine": overhead, "each": found}
+    record = {
+        "load": [load_before, load_after],
+        "engine": sizes,
+        "rounds": rounds,
+        "rows": rows,
+        "http_over_engine": overhead,
+        "each": found,
+    }
     write(out, stamp("bench_serving") | record, text)
     Console().print(text)
 
