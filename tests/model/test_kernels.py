@@ -81,7 +81,7 @@ SEGMENTS = np.stack([np.repeat([1, 2, 3], [21, 1, 22]), np.repeat([1, 2, 0], [9,
 def test_no_other_choice_is_taken():
     assert not any(each.kernels for each in operations(XLA).each())
     without = {each.name for each in operations(KERNELS).each() if not each.kernels}
-    assert without == {"attend_among", "embed", "keep", "look_up", "score", "view"}
+    assert without == {"attend_among", "embed", "keep", "line", "look_up", "score", "view"}
     with pytest.raises(Exception, match="kernels='cuda' must be one of xla, pallas, pallas-interpret"):
         Policy.of("float32", kernels="cuda")
 

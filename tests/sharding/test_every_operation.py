@@ -179,6 +179,7 @@ def test_every_operation_is_here():
         "placement",
         "weights_in_place",
         "cache_of_bits",
+        "copies",
     }
     assert {name.split(",")[0] for name in CASES} == names - WITHOUT_GRADIENTS.keys()
 
