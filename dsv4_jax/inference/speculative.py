@@ -3,14 +3,16 @@
 A drafter guesses, one compiled step verifies (`steps.verify`), and rejected drafts are taken back from the
 cache. Rows go on at their own pace; columns are handed out when every row has reached them.
 
-Every accepted token is the one that the model draws in that step. A step of several positions may round other
-than a step of one, as any two shapes may: in float32 the tests find no token changed, in bfloat16 two logits
-that are nearly equal can change places. It is the order of sums that differs, not what is summed: on a CPU a
-single row is multiplied in a loop of its own, and so is each row of an expert that has few of them
-(`grouped_matmul.tuning`: one way for all counts would take 1.3 to 1.7 times as long there), while more rows
-go through a matrix product. Sums are float32, but the bfloat16 numbers they round to are then not always the
-same ones. Two steps of the same shape agree in every bit, whatever the other rows hold: an engine with one
-width of drafts (`EngineSettings.draft_widths`) gives the same tokens in any company, in bfloat16 too.
+Every accepted token is the one that the model draws in that step. A step of several positions may round
+other than a step of one, as any two shapes may: in float32 the tests find no token changed, in bfloat16 two
+logits that are nearly equal can change places. It is the order of sums that differs, not what is summed. On
+a CPU each row of an expert that has few of them is multiplied in a loop of its own, as is a single row
+everywhere, while more rows go through a matrix product; sums are float32, and now and then one is rounded to
+the other bfloat16 number. With one way of multiplying for all counts of an expert's rows, steps of one and
+of eight positions of four rows were equal in every bit; experts take 1.3 to 1.7 times as long then (the
+table in `grouped_matmul.tuning`), so it is not done. Two steps of the same shape agree in every bit,
+whatever the other rows hold: an engine with one width of drafts (`EngineSettings.draft_widths`) gives the
+same answers in any company, in bfloat16 too.
 """
 
 import dataclasses

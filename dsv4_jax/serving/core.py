@@ -62,7 +62,8 @@ class EngineCore:
 
     A request's tokens are the same alone, in any batch, in any slot, after a prefix hit and after it was
     interrupted: prompts are always cut at the same places, programs have fixed shapes, and a draw depends on
-    the request's seed and position alone.
+    the request's seed and position alone. In bfloat16 this needs steps of one width, if there are drafts
+    (`EngineSettings`).
 
     Args:
         lm: the model. settings: sizes.
