@@ -176,7 +176,9 @@ def temporaries(job: Job) -> int:
                                   and their gradients, bfloat16 both
     twice    of queries and rows: values and their gradients; logits of at most 1024 tokens at a time
 
-    What the compiler really takes is beside it wherever a plan is compiled.
+    What the compiler really takes is beside it wherever a plan is compiled. Of whole decode steps of V4-Flash
+    it took 0.03 GiB on v6e where this says 0.003, and 0.67 on tpu7x where this says 0.01: leave a GiB free.
+    No whole training step was compiled yet.
     """
     config, placement = job.model, job.placement
     ways = math.prod(placement.mesh.shape[axis] for axis in job.row_axes)

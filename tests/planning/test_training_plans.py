@@ -1,4 +1,4 @@
-"""Training on a slice: what is split over fsdp, what it brings together, and that V4-Flash fits a v6e slice."""
+"""Training on a slice: what fsdp splits, what it brings together, and that V4-Flash fits a v6e slice."""
 
 import dataclasses
 
@@ -47,6 +47,6 @@ def test_moments_are_one_or_two_numbers_of_each_parameter():
 def test_more_ways_over_fsdp_bring_more_together():
     few, many = held(job("fsdp=8,expert=32")), held(job("fsdp=256"))
     assert many.weights < few.weights and many.temporaries > few.temporaries
-    # Of as many numbers: float32 is read, and twice as many that arrive, in half as many bytes, written and read.
+    # float32 is read; twice as many numbers arrive, in half as many bytes each, and are written and read.
     alone = demand(job("expert=256")).hbm_bytes["experts"]
     assert demand(job("fsdp=2,expert=128")).hbm_bytes["experts"] == pytest.approx(3 * alone)
