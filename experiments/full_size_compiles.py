@@ -166,7 +166,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
         has = f"{CHIPS[row['topology'].split(':')[0]].hbm_bytes / 2**30:.2f}"
         formula = ", ".join(f"{kind} {value:.2f}" for kind, value in by_formula(row).items())
         if "failed" in row:
-            lines.append([*begin, "does not compile", "", formula, has])
+            lines.append([*begin, row.get("ended", "does not compile"), "", formula, has])
             parts.append(f"## {row['case']}\n\n`{row['command']}`\n\n```\n{row['failed'][:1500]}\n```\n")
             continue
         gib = ", ".join(f"{kind} {value:.2f}" for kind, value in row["gib"].items())

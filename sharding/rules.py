@@ -73,7 +73,7 @@ SMALL_WHOLE = {"attn/attn_sink:G": (), "attn/attn_sink:J": (), "attn/q_norm:Q": 
 """A few numbers, all of which every device of a decode step uses: gathering them would cost a message a
 layer."""
 
-_WITHOUT_D = {"attn/wq_b:Q": "fsdp?", "attn/indexer/wq_b:Q": "fsdp?", "attn/wo_a:J": "fsdp?"}
+_WITHOUT_D = {"attn/wq_b:Q": "fsdp?", "attn/indexer/wq_b:Q": "fsdp?", "attn/wo_a:O": "fsdp?"}
 """Matrices that have no D: whole over fsdp, masters, gradients and moments of those of V4-Flash would take 46
 GiB of every device that trains with AdamW."""
 
