@@ -20,7 +20,7 @@ from dsv4_jax.model import cache_blocks
 from dsv4_jax.serving.acceptance import DraftAcceptance
 from dsv4_jax.serving.answers import AnswerText, logprob
 from dsv4_jax.serving.constraints import Guide, Masks
-from dsv4_jax.serving.decode import Drawn, decode, num_drafts
+from dsv4_jax.serving.decode import Drawn, decode
 from dsv4_jax.serving.lanes import Lanes, rows_for
 from dsv4_jax.serving.prefix_cache import PrefixCache
 from dsv4_jax.serving.requests import FinishReason, Output, Sampling, checked_request
@@ -303,7 +303,7 @@ class EngineCore:
         start = time.monotonic()
         self._measure_widths()
         # Longer than one step can draw with all its guesses right: there must be something to interrupt.
-        count = num_drafts(self.settings.draft, self.lm.config) + 2
+        count = self.widths.widths[-1] + 2
         prompt = (0,) * max(1, min(self.block + 2, self.settings.max_length - count))
         count = min(count, self.settings.max_length - len(prompt))
         sampling = Sampling(max_tokens=count, temperature=0.5, ignore_eos=True)
