@@ -115,6 +115,11 @@ def train_step(
     total, parts, layers, tokens = measured
     rate = jnp.asarray(rates.learning_rate, jnp.float32)
     trained, moments = _updated(network, settings, state, still, gradients, rate)
+    if network.placement is not None and getattr(network, "lora", None) is not None:
+        # Left alone, the compiler splits what LoRA trains like the matrices that it is added to: the state
+        # would lie elsewhere than before, and the next step would be compiled again.
+        everywhere = NamedSharding(network.placement.mesh, PartitionSpec())
+        trained, moments = jax.lax.with_sharding_constraint((trained, moments), everywhere)
     of_indexers, of_backbone = parted(gradients, of_indexer)
     by_layer = layers.by_layer()
     config = network.config

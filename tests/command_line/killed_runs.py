@@ -54,7 +54,7 @@ def command(*arguments: str, cache: pathlib.Path) -> Command:
     return Command(process, *printed)
 
 
-def ended(running: Command, seconds: float = 600) -> tuple[int, str, str]:
+def ended(running: Command, seconds: float = 1500) -> tuple[int, str, str]:
     """(code, standard output, standard error) of a process; killed if it takes too long."""
     try:
         running.process.wait(timeout=seconds)

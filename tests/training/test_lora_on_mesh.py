@@ -15,8 +15,8 @@ from tests.training.test_on_mesh import FLOOR, packed
 
 CONFIG = all_kinds(
     vocab_size=64,
-    attention_kinds=("csa", "hca"),
-    router_kinds=("hash", "learned"),
+    attention_kinds=("csa",),
+    router_kinds=("learned",),
     num_nextn_predict_layers=0,
 )
 # Matrices that the mesh splits by experts, by both of their dims, and not at all.
@@ -34,7 +34,7 @@ def trained(mesh):
         lambda drawn, held: jax.device_put(drawn, held.sharding), random_factors(network), state.trained[LORA]
     )
     state = state._replace(trained={LORA: factors})
-    kept = [leaf.sharding for leaf in jax.tree.leaves(state)]
+    kept, before = [leaf.sharding for leaf in jax.tree.leaves(state)], train_step._cache_size()
     rates, reports, gradients = Rates(np.float32(1e-3), bias_speed=np.float32(0)), [], None
     for _ in range(3):
         state, report = train_step(network, StepSettings(optimizer), state, packed(8, 16), rates)
@@ -44,6 +44,7 @@ def trained(mesh):
         ):  # the first moment of a first step is the gradient, times what AdamW makes of it
             mu = next(part.mu for part in jax.tree.leaves(state.moments, is_leaf=is_adam) if is_adam(part))
             gradients = jax.tree.map(lambda leaf: leaf / (1 - optimizer.beta1), jax.device_get(mu))
+    assert train_step._cache_size() == before + 1
     for leaf, sharding in zip(jax.tree.leaves(state), kept, strict=True):
         assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
     return reports, gradients, jax.device_get(state.trained)
@@ -63,6 +64,9 @@ def test_steps_of_lora_on_a_mesh_are_those_of_one_device():
     leaves = jax.tree_util.tree_leaves_with_path(wanted)
     for (path, want), got in zip(leaves, jax.tree.leaves(gradients), strict=True):
         name = jax.tree_util.keystr(path)
+        if "indexer" in name:  # has none by the losses of text
+            assert not np.any(got) and not np.any(want), name
+            continue
         assert np.abs(want).max() > 1e-6, name
         assert np.abs(got - want).max() <= 1e-5 * np.abs(want).max() + FLOOR, name
     for got, want in zip(jax.tree.leaves(after), jax.tree.leaves(wanted_after), strict=True):
