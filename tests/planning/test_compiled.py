@@ -38,6 +38,7 @@ def decode():
     return job, compiled(job, texts), texts[0]
 
 
+@pytest.mark.slow
 def test_bytes_of_arguments_are_those_of_the_formulas(decode):
     job, found, _ = decode
     said = held(job)
@@ -48,6 +49,7 @@ def test_bytes_of_arguments_are_those_of_the_formulas(decode):
     assert found.held_bytes >= found.argument_bytes
 
 
+@pytest.mark.slow
 def test_what_is_moved_goes_along_the_mesh(decode):
     job, found, text = decode
     assert set(found.moved_by_axes) == {"expert"} and found.moved_by_axes["expert"] > 0
