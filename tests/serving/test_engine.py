@@ -54,6 +54,15 @@ def test_text_in_and_text_out(lm, engine):
     assert engine.complete(list(engine.ids_of("hello")), SHORT).token_ids == answer.token_ids
 
 
+def test_steps_are_counted_by_their_tokens(engine):
+    prompt, before = engine.ids_of("hello"), engine.status()
+    engine.complete(prompt, SHORT)
+    after = engine.status()
+    assert after.step_tokens - before.step_tokens == len(prompt) + SHORT.max_tokens
+    steps = sum(after.steps_by_tokens) - sum(before.steps_by_tokens)
+    assert SHORT.max_tokens <= steps <= SHORT.max_tokens + 1
+
+
 def test_a_stop_text_over_token_borders_ends_the_answer(engine):
     whole = engine.complete("wörld", LONG)
     stop = whole.text[7:10]
