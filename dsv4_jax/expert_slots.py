@@ -12,11 +12,11 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int, Int32
 
-from dsv4_jax.config import layer_stacks
+from dsv4_jax.config import ModelConfig, layer_stacks
 from dsv4_jax.errors import ProblemsError
 from dsv4_jax.model.initial import Network
 from dsv4_jax.model.operations import operations
-from dsv4_jax.parameters import Parameters
+from dsv4_jax.parameters import Parameters, parameters
 from pallas_kernels.formats.weights import QuantizedWeight, is_quantized
 from sharding.expert_copies import Copies, LayerCopies, place_copies
 from sharding.host_values import fetched
@@ -87,7 +87,10 @@ def with_copies(lm: "LanguageModel", loads: Float[np.ndarray, "L E"], spare: int
     copies = LayerCopies(tuple(by_path.items()))
     chosen = dataclasses.replace(operations(lm.policy, placement=placement), copies=copies)
     found = copy.copy(lm)
-    found.parameters, found.network = _laid_out(lm.parameters, by_path), Network(config, lm.policy, chosen)
+    found.parameters, found.network = (
+        _laid_out(config, lm.parameters, by_path),
+        Network(config, lm.policy, chosen),
+    )
     return found
 
 
@@ -95,21 +98,24 @@ def _has_copies(lm: "LanguageModel") -> bool:
     return lm.network.operations is not None and lm.network.operations.copies is not None
 
 
-def _laid_out(parameters: Parameters, by_path: dict[tuple[Any, ...], tuple[Copies, ...]]) -> Parameters:
+def _laid_out(
+    config: ModelConfig, given: Parameters, by_path: dict[tuple[Any, ...], tuple[Copies, ...]]
+) -> Parameters:
     """The tree with the experts of these sublayers in their slots; everything else is shared."""
+    table = parameters(config)
 
     def one(path: tuple[Any, ...], leaf: Any) -> Any:
         place = tuple(getattr(key, "key", getattr(key, "idx", None)) for key in path)
         tables = by_path.get(place[:-2])
-        if tables is None or place[-2] != "experts":
+        if tables is None or table[place].role != "expert":
             return leaf
-        order = np.stack([table.expert_of for table in tables])
+        order = np.stack([each.expert_of for each in tables])
         if not is_quantized(leaf):
             return _in_slots(leaf, order)
         blocks = jax.tree.map(lambda array: _in_slots(array, order), leaf.blocks)
         return QuantizedWeight(blocks, leaf.dims, leaf.repeat)
 
-    return jax.tree_util.tree_map_with_path(one, parameters, is_leaf=is_quantized)
+    return jax.tree_util.tree_map_with_path(one, given, is_leaf=is_quantized)
 
 
 def _in_slots(array: jax.Array, order: Int[np.ndarray, "R slots"]) -> jax.Array:

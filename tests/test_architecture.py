@@ -38,6 +38,7 @@ ROOMS = {
     "dsv4_jax.arguments": "language_model",
     "dsv4_jax.language_model": "language_model",
     "dsv4_jax.loading": "language_model",
+    "dsv4_jax.expert_slots": "language_model",
     "dsv4_jax.serving": "serving",
     "dsv4_jax.inspection": "inspection",
     "dsv4_jax.planning": "planning",

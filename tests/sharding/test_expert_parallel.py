@@ -241,8 +241,8 @@ def traffic():
         return sum(f" {operation}(" in line for line in text.splitlines())
 
     gather, whole = text(transport="gather"), text(transport="all_to_all", chunk=8 * KE)
-    assert count(gather, "all-gather") == 2 and count(gather, "reduce-scatter") == 1
-    assert count(gather, "all-to-all") == count(gather, "all-reduce") == 0
+    assert count(gather, "all-gather") == 2 and count(gather, "all-to-all") == 1  # sums (`sharding.sums`)
+    assert count(gather, "reduce-scatter") == count(gather, "all-reduce") == 0
     # Ids and weights, rows, sums.
     assert count(whole, "all-gather") == count(whole, "all-reduce") == 0 and count(whole, "all-to-all") == 3
     chunks = text(transport="all_to_all", chunk=4)
