@@ -263,16 +263,17 @@ def _moved(job: Job) -> list[Moved]:
     """Bytes over the links, by what they belong to (`inspection.movement.traffic`), and sums of gradients."""
     found: dict[tuple[str, str], list[float]] = {}
     native = job.work != "train" and job.weights == "native"
+    routed = {part.parameter.row.path for part in parts_of(job) if part.parameter.role == "expert"}
     for each in traffic(job.model, job.placement, job.tokens, native, LINKS[job.slice.kind]):
-        way = each.chosen
+        way, is_routed = each.chosen, each.name.removeprefix("mtp/") in routed
         num_bytes = each.layers * (each.weight_bytes if way == "weights" else each.rows_bytes)
         # Rows go there and come back; of experts ids go ahead, and the two matrices share one exchange.
-        steps = each.layers * (1 if way == "weights" else 1.5 if "experts" in each.name else 2)
+        steps = each.layers * (1 if way == "weights" else 1.5 if is_routed else 2)
         if job.work == "train":
             # Again in the recomputation; the backward pass moves rows once, weights and their gradients.
             factor = 4 if way == "weights" else 3
             num_bytes, steps = factor * num_bytes, factor * steps
-        what = "experts' rows" if "experts" in each.name and way == "rows" else f"{way} of split products"
+        what = "experts' rows" if is_routed and way == "rows" else f"{way} of split products"
         sums = found.setdefault((what, "+".join(each.axes)), [0.0, 0.0])
         sums[0] += num_bytes
         sums[1] += steps
