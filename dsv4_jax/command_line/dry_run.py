@@ -46,7 +46,7 @@ def print_run(config: RunConfig, console: Console) -> None:
         console.print(f"stage {number}: {flops:.2e} FLOP a full step{grows}")
     for number in range(len(config.stages)):
         if number == 0 or config.stages[number].source is not None:
-            console.print(f"text from stage {number} on: {config.source_of(number)}")
+            console.print(f"text from stage {number} on: {described(config.source_of(number))}")
     for problem in missing_files(config):
         console.print(f"NOT THERE YET: {problem}")
     rate, last = config.learning_rate, config.num_steps
@@ -66,6 +66,20 @@ def print_run(config: RunConfig, console: Console) -> None:
         f"numbers that are none: {health.on_nan}; spikes: {health.on_spike}{_after_spike(health)};"
         f" a hang ends the run after {health.hang_seconds} seconds"
     )
+
+
+def described(source: object) -> str:
+    """A source in a line: its kind, its files, and the settings that are not the usual ones."""
+    words = []
+    for field in dataclasses.fields(source):
+        value = getattr(source, field.name)
+        if dataclasses.is_dataclass(value):
+            value = getattr(value, "name", None) or described(value)
+        elif isinstance(value, tuple):
+            value = ", ".join(map(str, value))
+        if field.name == "files" or getattr(source, field.name) != field.default:
+            words.append(str(value) if field.name == "files" else f"{field.name} {value}")
+    return ": ".join([type(source).__name__, *filter(None, ["; ".join(words)])])
 
 
 def model_of(config: RunConfig) -> ModelConfig:

@@ -9,6 +9,7 @@ import pytest
 
 from dsv4_jax.command_line import main as cli
 from dsv4_jax.command_line import train
+from dsv4_jax.command_line.dry_run import described
 from dsv4_jax.config import v4_flash
 from dsv4_jax.errors import ProblemsError
 from dsv4_jax.inspection.training_cost import flops_per_token, training_bytes
@@ -16,11 +17,12 @@ from dsv4_jax.language_model import LanguageModel
 from dsv4_jax.numerics.policy import Policy
 from dsv4_jax.parameters import parameters
 from dsv4_jax.training import presets
+from dsv4_jax.training.documents import Reading
 from dsv4_jax.training.keeping import AnotherRunError
 from dsv4_jax.training.lora import Lora, lora_parameters
 from dsv4_jax.training.run_config import Checkpoints, RunConfig
 from dsv4_jax.training.saved_states import as_plain
-from dsv4_jax.training.sources import ChatFiles
+from dsv4_jax.training.sources import ChatFiles, StandardLibrary, TextFiles
 from tests.training.tiny_run import CONFIG, config
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -112,6 +114,13 @@ def test_a_dry_run_of_lora_tells_what_trains_and_what_is_frozen(tmp_path, capsys
     assert f"frozen: the model itself, {frozen:,} numbers" in shown
     for part in ("LoRA of rank 3, times 2", "attn/wq_a", "ffn/experts/down", "bias speed 0", "chats.jsonl"):
         assert part in shown, part
+
+
+def test_a_source_is_told_by_its_files_and_unusual_settings():
+    assert described(StandardLibrary()) == "StandardLibrary"
+    assert described(ChatFiles(("a.jsonl", "b.jsonl"))) == "ChatFiles: a.jsonl, b.jsonl"
+    skipping = TextFiles(("*.txt",), Reading(bad_records="skip"))
+    assert described(skipping) == "TextFiles: *.txt; reading Reading: bad_records skip"
 
 
 def test_a_dry_run_trains_nothing_and_writes_nothing(tmp_path, capsys, monkeypatch):
