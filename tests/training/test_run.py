@@ -169,6 +169,15 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(whole, tmp_path, stop_
     assert int(last.state.fixed["count"]) == int(wanted.state.fixed["count"])
 
 
+@pytest.fixture
+def interruptible():
+    """Python's own handler of Ctrl-C: a shell that starts programs in the background has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_a_second_ctrl_c_ends_at_once_and_the_state_before_is_good(whole, tmp_path, capfd):
     run_config, wanted = whole
     cut = with_out(run_config, tmp_path / "cut")
