@@ -3,6 +3,7 @@
 import collections
 import gc
 import os
+import pathlib
 
 import pytest
 
@@ -32,6 +33,20 @@ def pytest_collection_modifyitems(config, items):
     known = config.cache.get(SECONDS, {}) if hasattr(config, "cache") else {}
     tests = collections.Counter(file_of(item) for item in items)
     items.sort(key=lambda item: -known.get(file_of(item), tests[file_of(item)]))
+
+
+SLOW = frozenset(
+    line
+    for line in pathlib.Path(__file__).with_name("slow_tests.txt").read_text().splitlines()
+    if line and not line.startswith("#")
+)
+"""Tests that get the mark `slow` by their names."""
+
+
+def pytest_itemcollected(item):
+    """Before pytest leaves out what `-m "not slow"` leaves out."""
+    if item.nodeid in SLOW:
+        item.add_marker(pytest.mark.slow)
 
 
 def file_of(test):

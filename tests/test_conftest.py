@@ -1,10 +1,14 @@
 """The order of files in a run: long ones first, by what the last whole run took."""
 
+import pathlib
+import re
 import types
 
 import pytest
 
 from tests import conftest
+
+ROOT = pathlib.Path(__file__).parents[1]
 
 
 def items(*names):
@@ -60,3 +64,11 @@ def test_only_whole_runs_are_remembered(monkeypatch, source, keyword, status, ke
     config.cache.clear()
     conftest.pytest_sessionfinish(types.SimpleNamespace(config=config), status)
     assert not config.cache  # a worker knows only its own files
+
+
+@pytest.mark.parametrize("name", sorted(conftest.SLOW))
+def test_every_slow_test_by_name_exists(name):
+    """A line of `slow_tests.txt` that names nothing would leave its test in the default run."""
+    file, *rest = name.split("[")[0].split("::")
+    words = (ROOT / file).read_text()
+    assert re.search(rf"\b{rest[0]}\b", words), name
