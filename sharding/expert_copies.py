@@ -47,12 +47,8 @@ class Copies:
 
         Ids that are no expert's stay what they are below 0, and become the number of slots above E - 1.
         """
-        experts, copies = self.slots_of.shape
-        known = jnp.clip(ids, 0, experts - 1)
         token = jnp.arange(ids.shape[0], dtype=jnp.int32)[:, None]
-        copy = jax.lax.rem(token, jnp.asarray(self.count, jnp.int32)[known])
-        slot = jnp.asarray(self.slots_of, jnp.int32).reshape(-1)[known * copies + copy]
-        return jnp.where(ids < 0, ids, jnp.where(ids < experts, slot, len(self.expert_of)))
+        return _dealt(ids, token, self.slots_of, self.count, len(self.expert_of))
 
     def slots_in(self, most: int) -> Int32[np.ndarray, "E most"]:
         """`slots_of` with more columns, the last one again."""
@@ -104,11 +100,25 @@ class LayerCopies:
         wide = [each.slots_in(most) for each in own]
         slots_of, count = (np.stack(each).astype(np.int32) for each in (wide, [each.count for each in own]))
         token = jnp.arange(math.prod(ids.shape[:-1]), dtype=jnp.int32).reshape(*ids.shape[:-1], 1)
-        known = jnp.clip(ids, 0, slots_of.shape[1] - 1)
-        copy = jax.lax.rem(token, jnp.asarray(count)[repeat][known])
-        slot = jnp.asarray(slots_of)[repeat].reshape(-1)[known * most + copy]
-        beyond = jnp.int32(len(own[0].expert_of))
-        return jnp.where(ids < 0, ids, jnp.where(ids < slots_of.shape[1], slot, beyond))
+        return _dealt(
+            ids, token, jnp.asarray(slots_of)[repeat], jnp.asarray(count)[repeat], len(own[0].expert_of)
+        )
+
+
+def _dealt(
+    ids: Int32[Array, "*tokens Ke"],
+    token: Int32[Array, "*tokens 1"],
+    slots_of: Int32[Array, "E C"],
+    count: Int32[Array, " E"],
+    num_slots: int,
+) -> Int32[Array, "*tokens Ke"]:
+    """The slot of each pair: token t takes copy number t modulo the expert's copies. Ids below 0 stay; those
+    above E - 1 become `num_slots`."""
+    experts, copies = slots_of.shape
+    known = jnp.clip(ids, 0, experts - 1)
+    copy = jax.lax.rem(token, jnp.asarray(count, jnp.int32)[known])
+    slot = jnp.asarray(slots_of, jnp.int32).reshape(-1)[known * copies + copy]
+    return jnp.where(ids < 0, ids, jnp.where(ids < experts, slot, jnp.int32(num_slots)))
 
 
 def place_copies(loads: Float[np.ndarray, " E"], devices: int, slots: int) -> Copies:

@@ -9,7 +9,7 @@ from dsv4_jax.inspection.movement import traffic
 from dsv4_jax.inspection.training_cost import FORWARD_AND_BACKWARD, flops_per_token
 from dsv4_jax.model.gathering import GATHERED
 from dsv4_jax.numerics.cache_formats import CACHE_FORMATS
-from dsv4_jax.planning.held import Part, heads_ways, parts_of, seen_tokens
+from dsv4_jax.planning.held import Part, heads_ways, moments, parts_of, seen_tokens
 from dsv4_jax.planning.job import Job
 from dsv4_jax.training.muon import Muon
 from dsv4_jax.training.optimizer_groups import partition
@@ -208,16 +208,9 @@ def _hbm_bytes(job: Job) -> dict[str, float]:
     if job.work == "train":
         # Forward, again, and backward read the weights; gradients are written and read, masters and moments
         # read and written. Streams and products move about four times as often as forward.
-        moments = _moment_bytes(job)
         found = {name: 3 * amount for name, amount in found.items()}
-        return found | {"optimizer": 4 * all_bytes + 2 * moments, "activations": 4 * activations}
+        return found | {"optimizer": 4 * all_bytes + 2 * moments(job), "activations": 4 * activations}
     return found | {"cache": _cache_reads(job), "activations": activations}
-
-
-def _moment_bytes(job: Job) -> float:
-    from dsv4_jax.planning.held import moments
-
-    return moments(job)
 
 
 def hit_share(job: Job, part: Part) -> float:

@@ -11,7 +11,8 @@ The shares are assumptions, each with its reason here; none was measured by this
 import dataclasses
 import math
 
-from dsv4_jax.planning.demand import Demand
+from dsv4_jax.planning.demand import Demand, hit_share
+from dsv4_jax.planning.held import parts_of
 from dsv4_jax.planning.job import Job
 from sharding.dispatch_cost import LINKS
 
@@ -110,8 +111,5 @@ def busiest(job: Job, asked: Demand) -> float:
 
 def _most_read(job: Job, asked: Demand) -> float:
     """No device reads more than all of its experts."""
-    from dsv4_jax.planning.demand import hit_share
-    from dsv4_jax.planning.held import parts_of
-
     expert = next((part for part in parts_of(job) if part.parameter.role == "expert"), None)
     return 1.0 if expert is None else 1 / max(hit_share(job, expert), 1e-9)
